@@ -1,0 +1,154 @@
+"""Paged attention in plain torch: the reference every kernel is tested against, and the CPU path.
+
+Caches are ``[blocks, block_size, kv heads, width]``; K and V may differ in width. Tokens of a step are packed:
+first one query token for each decoding sequence, then the prefill chunks one after another.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """Sequences of similar length with one query token each: rows ``start`` to ``stop`` of the packed batch.
+
+    ``tables`` int64 ``[rows, blocks]`` padded with the null block, ``lengths`` int64 ``[rows]`` (tokens attended).
+    """
+
+    start: int
+    stop: int
+    tables: torch.Tensor
+    lengths: torch.Tensor
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class PrefillChunk:
+    """Rows ``start`` to ``stop`` are the last ``stop - start`` of a sequence's ``length`` tokens.
+
+    ``table`` int64 ``[blocks]``.
+    """
+
+    start: int
+    stop: int
+    table: torch.Tensor
+    length: int
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class PagedBatch:
+    """Where the packed tokens' KV goes (``slots`` int64 ``[tokens]``) and what each of them attends to."""
+
+    slots: torch.Tensor
+    groups: list[DecodeGroup]
+    chunks: list[PrefillChunk]
+
+
+def store_kv(cache: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write ``new`` ``[tokens, heads, width]`` to the token slots of ``cache``."""
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
+
+
+def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
+    """Copy whole blocks; all sources are read before any destination is written."""
+    cache.index_copy_(0, destinations, cache.index_select(0, sources))
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: PagedBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal grouped-query attention of packed queries over their sequences' blocks.
+
+    ``query`` is ``[tokens, query heads, width]``; the result ``[tokens, query heads, value width]``. A token at
+    position i attends to positions j <= i with j > i - window. ``softcap`` is tanh capping of the scores,
+    ``sinks`` ``[query heads]`` one extra score a head that takes part in the softmax and adds no value.
+    """
+    tokens, heads, width = query.shape
+    kv_heads, value_width = value_cache.shape[2], value_cache.shape[3]
+    per_kv = heads // kv_heads
+    out = query.new_empty(tokens, heads, value_width)
+    for group in batch.groups:
+        rows = group.stop - group.start
+        q = query[group.start : group.stop].view(rows, kv_heads, per_kv, width)
+        k, v = (_gather(cache, group.tables) for cache in (key_cache, value_cache))
+        result = _attend(q, k, v, _decode_mask(group, k.shape[2], window, query), scale, softcap, sinks)
+        out[group.start : group.stop] = result.reshape(rows, heads, value_width)
+    for chunk in batch.chunks:
+        count = chunk.stop - chunk.start
+        q = query[chunk.start : chunk.stop].view(count, kv_heads, per_kv, width)
+        q = q.permute(1, 2, 0, 3).reshape(1, kv_heads, per_kv * count, width)
+        k, v = (_gather(cache, chunk.table[None])[:, :, : chunk.length] for cache in (key_cache, value_cache))
+        mask = _chunk_mask(chunk, window, query).repeat(per_kv, 1)
+        result = _attend(q, k, v, mask, scale, softcap, sinks)
+        result = result.view(heads, count, value_width).transpose(0, 1)
+        out[chunk.start : chunk.stop] = result
+    return out
+
+
+def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """``[rows, kv heads, blocks * block_size, width]`` of the blocks in ``tables`` ``[rows, blocks]``."""
+    rows = tables.shape[0]
+    flat = cache.index_select(0, tables.reshape(-1))
+    return flat.view(rows, -1, *cache.shape[2:]).transpose(1, 2)
+
+
+def _decode_mask(group: DecodeGroup, span: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    if window not in group.masks:
+        position = torch.arange(span, device=like.device)
+        seen = position < group.lengths[:, None]
+        if window is not None:
+            seen &= position >= group.lengths[:, None] - window
+        group.masks[window] = _additive(seen, like)[:, None, None, :]
+    return group.masks[window]
+
+
+def _chunk_mask(chunk: PrefillChunk, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    if window not in chunk.masks:
+        key = torch.arange(chunk.length, device=like.device)
+        query = key[chunk.length - (chunk.stop - chunk.start) :, None]
+        seen = key <= query
+        if window is not None:
+            seen &= key > query - window
+        chunk.masks[window] = _additive(seen, like)
+    return chunk.masks[window]
+
+
+def _additive(seen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of ``q`` ``[rows, kv heads, queries, width]``; queries of one kv head are ordered head-major."""
+    if softcap is None and sinks is None and v.shape[-1] == k.shape[-1]:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = (q @ k.transpose(2, 3)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask.float()
+    if sinks is not None:
+        kv_heads, queries = q.shape[1], q.shape[2]
+        per_head = sinks.float().view(kv_heads, -1)
+        extra = per_head.repeat_interleave(queries // per_head.shape[1], dim=1)
+        scores = torch.cat([scores, extra[None, :, :, None].expand(q.shape[0], -1, -1, 1)], dim=-1)
+    weights = scores.softmax(-1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return weights.to(v.dtype) @ v

@@ -1,0 +1,1 @@
+"""Recursive reasoning in one process."""

@@ -1,0 +1,58 @@
+"""What a backend is asked and what it answers, shared by every backend and by the bench."""
+
+from dataclasses import dataclass, field
+
+from rrm_engine.graph.types import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One solve of one task. ``key`` is unique in a run and seeds the job's sampling noise."""
+
+    id: str
+    task: str
+    mode: str = "rrm"  # one of rrm_engine.config.MODES
+    sample: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.id}/{self.mode}/{self.sample}"
+
+
+@dataclass(slots=True)
+class JobResult:
+    """One finished job. Times are seconds on the monotonic clock; those named ``*_s`` are durations.
+
+    ``forward_prefilled`` counts tokens run through the model that were not sampled there (prompts, conclusions,
+    recomputation after preemption), ``forward_decoded`` the sampled tokens run or emitted, ``reused`` prompt tokens
+    whose KV was already in the pool (prefix cache or fork). ``critical_path_tokens`` is the longest chain of
+    decoded tokens: a child starts where its event closed, a parent resumes after its slowest child.
+    """
+
+    job: Job
+    status: Status
+    answer: str
+    latency_s: float
+    ttft_s: float | None = None
+    time_to_first_child_s: float | None = None
+    model_calls: int = 0
+    forward_prefilled: int = 0
+    forward_decoded: int = 0
+    reused: int = 0
+    critical_path_tokens: int = 0
+    total_tokens: int = 0  # decoded by all nodes
+    nodes: int = 1
+    max_depth: int = 0
+    max_sibling_width: int = 0
+    overlap_s: float = 0.0  # time in which at least two nodes were decoding
+    resumes: int = 0
+    resume_latency_s: list[float] = field(default_factory=list)  # last conclusion -> parent's next token
+    forked_blocks: int = 0  # blocks shared by a fork instead of computed
+    copied_blocks: int = 0  # copy-on-write copies
+    peak_kv_blocks: int = 0
+    preemptions: int = 0
+    prompt_sha256: str = ""
+    prompt_preview: str = ""
+    finish_reasons: dict[str, str] = field(default_factory=dict)  # node path -> reason
+    repairs: dict[str, int] = field(default_factory=dict)  # parser and graph leniencies, counted
+    error: str | None = None

@@ -1,0 +1,110 @@
+"""Every setting of a run, once: the frozen config of the Python API and the source of the command line's flags."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+MODES = ("direct", "rrm")
+
+
+def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
+    """A dataclass field that also carries what the command line needs: group, help, choices, metavar."""
+    return field(default=default, metadata={"group": group, "help": help, **extra})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Settings of a run. ``None`` means "decided from the model or the prompt style at load".
+
+    Raises ValueError, naming the flag, when a value is out of range.
+    """
+
+    # model
+    model: str = setting("embedded", "model", "embedded, a hub id, a local directory, or a GGUF file")
+    dtype: str = setting(
+        "auto",
+        "model",
+        "weights and KV cache; auto: fp32 for the embedded model, else the checkpoint's own",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = setting("auto", "model", "auto, cpu, cuda, cuda:0 ...")
+    prompt_style: str = setting("auto", "model", "a packaged style's name or a TOML file; auto: by model")
+
+    # what to run
+    modes: tuple[str, ...] = setting(MODES, "run", "comma-separated: direct, rrm")
+    samples: int = setting(1, "run", "samples per task and mode")
+    seed: int = setting(0, "run", "seed of the keyed sampling noise")
+    limit: int | None = setting(None, "run", "only the first N tasks")
+    task_concurrency: int = setting(1, "run", "tasks in flight at once; 1 measures latency undisturbed")
+    max_concurrency: int = setting(64, "run", "sequences decoding at once")
+
+    # graph
+    max_depth: int = setting(2, "graph", "levels of children below the root")
+    max_sibling_width: int = setting(8, "graph", "children one node may start")
+    max_nodes: int = setting(64, "graph", "nodes of one graph")
+    child_context: str = setting(
+        "task",
+        "graph",
+        "what a child starts from: its task only, or a fork of its parent's whole context",
+        choices=("task", "parent"),
+    )
+    constrain: str = setting(
+        "auto",
+        "graph",
+        "grammar for the graph and continuation phases; auto: on unless the style's model was trained on the events",
+        choices=("auto", "on", "off"),
+    )
+
+    # budgets, thinking
+    direct_max_tokens: int | None = setting(None, "phases", "tokens of a direct solve")
+    planner_max_tokens: int | None = setting(None, "phases", "tokens of a graph phase")
+    solver_max_tokens: int | None = setting(None, "phases", "tokens of a solver phase")
+    continuation_max_tokens: int | None = setting(None, "phases", "tokens after each resume")
+    direct_thinking: bool | None = setting(None, "phases", "thinking in direct solves")
+    graph_thinking: bool | None = setting(None, "phases", "thinking in graph phases")
+    solver_thinking: bool | None = setting(None, "phases", "thinking in solver phases")
+    continuation_thinking: bool | None = setting(None, "phases", "thinking in continuations")
+
+    # sampling
+    temperature: float | None = setting(
+        None, "sampling", "0 is greedy; default: the style, else the model's own"
+    )
+    top_p: float | None = setting(None, "sampling", "nucleus probability")
+    top_k: int | None = setting(None, "sampling", "0 is off")
+    min_p: float | None = setting(None, "sampling", "least probability relative to the likeliest token")
+
+    # memory
+    block_size: int = setting(16, "memory", "tokens of a KV block")
+    kv_blocks: int | None = setting(None, "memory", "blocks in the pool; default: from the memory there is")
+    max_sequence_tokens: int | None = setting(
+        None, "memory", "longest sequence; default: longest prompt and budgets, up to the model's own limit"
+    )
+    step_tokens: int | None = setting(
+        None, "memory", "token budget of one step (chunked prefill); default by device"
+    )
+    prefix_cache: bool = setting(True, "memory", "reuse equal prompt prefixes across sequences")
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.samples >= 1, "--samples must be at least 1"),
+            (self.task_concurrency >= 1, "--task-concurrency must be at least 1"),
+            (self.max_concurrency >= 1, "--max-concurrency must be at least 1"),
+            (self.max_depth >= 0, "--max-depth must be at least 0"),
+            (self.max_sibling_width >= 1, "--max-sibling-width must be at least 1"),
+            (self.max_nodes >= 1, "--max-nodes must be at least 1"),
+            (self.block_size >= 1, "--block-size must be at least 1"),
+            (self.limit is None or self.limit >= 1, "--limit must be at least 1"),
+            (self.temperature is None or self.temperature >= 0, "--temperature must not be negative"),
+            (self.top_p is None or 0 < self.top_p <= 1, "--top-p must be in (0, 1]"),
+            (self.top_k is None or self.top_k >= 0, "--top-k must not be negative"),
+            (self.min_p is None or 0 <= self.min_p < 1, "--min-p must be in [0, 1)"),
+            (bool(self.modes) and set(self.modes) <= set(MODES), f"--modes takes {', '.join(MODES)}"),
+        ]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name.endswith(("_max_tokens", "kv_blocks", "_tokens")) and value is not None:
+                checks.append((value >= 1, f"--{f.name.replace('_', '-')} must be at least 1"))
+            if choices := f.metadata.get("choices"):
+                checks.append((value in choices, f"--{f.name.replace('_', '-')} takes {', '.join(choices)}"))
+        for ok, message in checks:
+            if not ok:
+                raise ValueError(message)

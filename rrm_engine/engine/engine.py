@@ -1,0 +1,172 @@
+"""Tokens in, tokens out: submit, fork, pause, resume and finish sequences between steps; ``step`` runs them all."""
+
+from dataclasses import dataclass
+
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.engine.sampler import SamplingParams, noise_key, sample
+from rrm_engine.engine.scheduler import Scheduler
+from rrm_engine.engine.sequence import Matcher, Sequence, Stop
+from rrm_engine.kv.pool import BlockPool
+from rrm_engine.kv.table import BlockTable
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A sequence's new token. With ``stop`` the sequence is paused: finish or resume it."""
+
+    sequence: Sequence
+    token: int
+    stop: Stop | None
+
+
+class Engine:
+    """A continuous batch over one block pool.
+
+    Between steps every sequence may be paused, truncated, forked, resumed or finished. A paused sequence keeps its
+    blocks unless memory runs out, and goes on with exactly the tokens it had.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        step_tokens: int,
+        max_sequence_tokens: int,
+        eos_ids: frozenset[int],
+        seed: int = 0,
+    ) -> None:
+        """Raises ValueError if the pool cannot hold one sequence of ``max_sequence_tokens``."""
+        blocks = -(-max_sequence_tokens // pool.block_size)
+        if blocks > pool.num_blocks:
+            raise ValueError(
+                f"one sequence of {max_sequence_tokens} tokens takes {blocks} KV blocks of {pool.block_size}, the pool "
+                f"has {pool.num_blocks}: raise --kv-blocks to at least {blocks}, or lower --max-sequence-tokens or the "
+                f"phases' token budgets"
+            )
+        self.runner = runner
+        self.pool = pool
+        self.scheduler = Scheduler(pool, max_sequences, step_tokens)
+        self.max_sequence_tokens = max_sequence_tokens
+        self.eos_ids = eos_ids
+        self.seed = seed
+        self.steps = 0
+        self._arrivals = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.live)
+
+    def submit(
+        self,
+        key: str,
+        tokens: list[int],
+        budget: int,
+        sampling: SamplingParams,
+        *,
+        root: int = 0,
+        depth: int = 0,
+        matcher: Matcher | None = None,
+        fork_of: tuple[Sequence, int] | None = None,
+    ) -> Sequence:
+        """Add a sequence that may sample ``budget`` tokens; its first token comes with the next step.
+
+        ``fork_of`` is (parent, n): ``tokens`` starts with the parent's first n tokens, whose blocks are shared.
+        Raises ValueError, with the numbers, if ``tokens`` leaves no room for a single new one.
+        """
+        self._check_room(key, len(tokens))
+        table = BlockTable(self.pool)
+        self._arrivals += 1
+        sequence = Sequence(
+            key, tokens, table, sampling, noise_key(self.seed, key), budget, root, depth, self._arrivals, matcher
+        )
+        if fork_of is not None:
+            parent, length = fork_of
+            sequence.table = parent.table.fork(min(length, parent.table.length))
+            sequence.counters.reused = sequence.table.length
+            sequence.counters.forked_blocks = len(sequence.table.blocks)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def pause(self, sequence: Sequence) -> None:
+        self.scheduler.pause(sequence)
+
+    def truncate(self, sequence: Sequence, length: int) -> None:
+        """Make a paused sequence forget its tokens behind ``length``."""
+        dropped = len(sequence.tokens) - length
+        del sequence.tokens[length:]
+        sequence.table.truncate(min(length, sequence.table.length))
+        if dropped:
+            sequence.unrun_samples = 0
+
+    def resume(
+        self,
+        sequence: Sequence,
+        tokens: list[int],
+        budget: int,
+        sampling: SamplingParams | None = None,
+        matcher: Matcher | None = None,
+    ) -> None:
+        """Append ``tokens`` to a paused sequence and let it sample ``budget`` more; only what is new is prefilled.
+
+        Raises ValueError, with the numbers, if they leave no room for a single new token.
+        """
+        self._check_room(sequence.key, len(sequence.tokens) + len(tokens))
+        sequence.tokens += tokens
+        sequence.budget = budget
+        sequence.sampling = sampling or sequence.sampling
+        sequence.matcher = matcher
+        self.scheduler.add(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+
+    def step(self) -> list[Sampled]:
+        """Run one step; returns every sequence's new token. Raises EngineStuck, never spins."""
+        if not self.has_work:
+            return []
+        plan = self.scheduler.schedule()
+        logits, order = self.runner.run(plan)
+        for work in plan.work:
+            sequence = work.sequence
+            sequence.counters.prefilled += work.count - sequence.unrun_samples
+            sequence.unrun_samples = 0
+            sequence.table.register(sequence.tokens)
+        self.steps += 1
+        if not order:
+            return []
+        sequences = [work.sequence for work in order]
+        tokens = sample(logits, sequences)
+        return [self._update(s, token) for s, token in zip(sequences, tokens, strict=True)]
+
+    def check(self) -> None:
+        """Recount every block reference from scratch; raises AssertionError on any difference."""
+        holders = [*self.scheduler.live, *self.scheduler.paused.values()]
+        self.pool.check(s.table.blocks for s in holders)
+
+    def _update(self, sequence: Sequence, token: int) -> Sampled:
+        sequence.tokens.append(token)
+        sequence.unrun_samples = 1
+        sequence.counters.decoded += 1
+        sequence.budget -= 1
+        stop = None
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token)
+        if token in self.eos_ids:
+            stop = Stop.EOS
+        elif sequence.budget <= 0:
+            stop = Stop.LENGTH
+        elif len(sequence.tokens) >= self.max_sequence_tokens:
+            stop = Stop.CONTEXT
+        if stop is not None:
+            self.scheduler.pause(sequence)
+        return Sampled(sequence, token, stop)
+
+    def _check_room(self, key: str, length: int) -> None:
+        if length >= self.max_sequence_tokens:
+            raise ValueError(
+                f"{key} has {length} tokens and a sequence may have {self.max_sequence_tokens}: "
+                f"raise --max-sequence-tokens (and --kv-blocks), or shorten the task or the budgets"
+            )
+

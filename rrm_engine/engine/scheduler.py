@@ -1,0 +1,163 @@
+"""Who runs in the next step, on which blocks. Policy only: no model, no tensors, no clock."""
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.kv.pool import BlockPool
+from rrm_engine.kv.table import BlockCopy
+
+
+class EngineStuck(RuntimeError):
+    """Unfinished work and an empty schedule: a bug, reported instead of spinning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Run ``sequence.tokens[start : start + count]``; ``samples`` if that reaches the sequence's end."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    work: tuple[Work, ...]
+    copies: tuple[BlockCopy, ...]
+
+
+class Scheduler:
+    """Sequences are served in the order of their priority; memory is taken from the other end of that order.
+
+    Why it cannot wedge: the first live sequence may reclaim every block nobody of higher priority was scheduled on,
+    and nobody has higher priority. Alone it fits, because the pool holds one sequence of the greatest length allowed
+    (checked at start). So it runs in every step until it pauses or ends, and then the next one is first.
+    """
+
+    def __init__(self, pool: BlockPool, max_sequences: int, step_tokens: int) -> None:
+        self.pool = pool
+        self.max_sequences = max_sequences
+        self.step_tokens = step_tokens
+        self.live: list[Sequence] = []  # waiting and running, by priority
+        self.paused: dict[str, Sequence] = {}
+        self._running = 0
+        self._pressed = False  # this step had to take a live sequence's blocks
+
+    @property
+    def running(self) -> int:
+        return self._running
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a new or paused sequence take part."""
+        self.paused.pop(sequence.key, None)
+        sequence.state = State.WAITING
+        insort(self.live, sequence, key=lambda s: s.priority)
+
+    def pause(self, sequence: Sequence) -> None:
+        """Take a sequence out of the steps; it keeps its blocks until memory runs out."""
+        self._remove(sequence)
+        sequence.state = State.PAUSED
+        self.paused[sequence.key] = sequence
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence in any state and give its blocks back."""
+        if sequence.state is State.FINISHED:
+            return
+        self._remove(sequence)
+        self.paused.pop(sequence.key, None)
+        sequence.state = State.FINISHED
+        sequence.table.release()
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step's work: decodes of all running sequences, prefill chunks up to the token budget.
+
+        Raises EngineStuck if there is live work and none of it can be scheduled.
+        """
+        order = list(self.live)
+        decoding = sum(1 for s in order if s.state is State.RUNNING and s.pending == 1)
+        room = max(self.step_tokens - decoding, 1)
+        work: list[Work] = []
+        copies: list[BlockCopy] = []
+        self._pressed = False
+        for index, sequence in enumerate(order):
+            waiting = sequence.state is State.WAITING
+            decode = not waiting and sequence.pending == 1
+            if room <= 0 and not decode:
+                continue
+            behind = order[index + 1 :]
+            if waiting and not self._admit(sequence, behind, alone=not work):
+                continue
+            count = min(sequence.pending, room) if not decode else 1
+            if not self._make_room(sequence, count, self._victims(sequence, behind, siblings=True)):
+                continue
+            room -= 0 if decode else count
+            start = sequence.table.length
+            new_copies = sequence.table.append(count)
+            sequence.counters.copied_blocks += len(new_copies)
+            copies += new_copies
+            work.append(Work(sequence, start, count, samples=sequence.pending == 0))
+        if self.live and not work:
+            raise EngineStuck(f"{len(self.live)} live sequences, {self.pool.num_free} free blocks, nothing to run")
+        return SchedulerOutput(tuple(work), tuple(copies))
+
+    def _admit(self, sequence: Sequence, behind: list[Sequence], alone: bool) -> bool:
+        """Let a waiting sequence start, if its whole prompt and one more block for everybody running fit.
+
+        When nothing else runs in this step it is let in on what one chunk takes: somebody must make progress.
+        Otherwise a step that had to preempt admits nobody, or the preempted would come straight back.
+        """
+        if self._running >= self.max_sequences or (self._pressed and not alone):
+            return False
+        table = sequence.table
+        reused = table.reuse(sequence.tokens) if not table.blocks else 0
+        if not alone:
+            victims = self._victims(sequence, behind, siblings=False)
+            if not self._make_room(sequence, sequence.pending, victims, headroom=self._running):
+                if reused:
+                    table.release()
+                return False
+        sequence.counters.reused += reused
+        sequence.state = State.RUNNING
+        self._running += 1
+        return True
+
+    def _make_room(self, sequence: Sequence, count: int, victims: Iterator[Sequence], headroom: int = 0) -> bool:
+        """Reclaim until ``count`` more tokens fit; counts only blocks that really came free."""
+        while sequence.table.blocks_needed(count) + headroom > self.pool.num_free:
+            victim = next(victims, None)
+            if victim is None:
+                return False
+            self._reclaim(victim)
+        return True
+
+    def _victims(self, sequence: Sequence, behind: list[Sequence], siblings: bool) -> Iterator[Sequence]:
+        """Whose blocks to take, cheapest loss first: younger roots, then paused sequences, then later siblings.
+
+        ``behind`` are the live sequences of lower priority; none of them is scheduled in this step yet.
+        """
+        holders = [s for s in reversed(behind) if s.table.blocks]
+        yield from (s for s in holders if s.root > sequence.root)
+        yield from sorted((s for s in self.paused.values() if s.table.blocks), key=lambda s: s.priority, reverse=True)
+        if siblings:
+            yield from (s for s in holders if s.root == sequence.root)
+
+    def _reclaim(self, victim: Sequence) -> None:
+        """Give up a sequence's KV; it is recomputed from its tokens when it runs again."""
+        victim.table.release()
+        if victim.state is State.PAUSED:
+            victim.counters.dropped += 1
+            return
+        self._pressed = True
+        victim.counters.preemptions += 1
+        if victim.state is State.RUNNING:
+            self._running -= 1
+            victim.state = State.WAITING
+
+    def _remove(self, sequence: Sequence) -> None:
+        if sequence.state is State.RUNNING:
+            self._running -= 1
+        if sequence.state in (State.WAITING, State.RUNNING):
+            self.live.remove(sequence)

@@ -1,0 +1,77 @@
+"""One sequence of the batch: its tokens, its block table, and what ends it."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.kv.table import BlockTable
+
+
+class State(Enum):
+    WAITING = "waiting"  # wants to run, is not admitted
+    RUNNING = "running"  # takes part in steps
+    PAUSED = "paused"  # keeps its KV unless memory runs out; resumes with more tokens, or is finished
+    FINISHED = "finished"
+
+
+class Stop(Enum):
+    """Why a sequence paused by itself."""
+
+    EOS = "eos"
+    LENGTH = "length"  # the budget given at submit or resume is spent
+    CONTEXT = "context"  # the sequence is as long as a sequence may be
+
+
+class Matcher(Protocol):
+    """A grammar's state for one sequence."""
+
+    def mask(self) -> np.ndarray:
+        """int32 bitmask ``[ceil(vocabulary / 32)]`` of the tokens that may come next."""
+
+    def accept(self, token: int) -> None: ...
+
+
+@dataclass(slots=True)
+class Counters:
+    prefilled: int = 0  # tokens run through the model that were not sampled in the step before
+    decoded: int = 0  # tokens sampled
+    reused: int = 0  # tokens whose KV was in the pool already: prefix cache or fork
+    forked_blocks: int = 0
+    copied_blocks: int = 0
+    preemptions: int = 0
+    dropped: int = 0  # times its KV was given up while it was paused
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """``tokens[: table.length]`` have KV; the rest is to be run. ``key`` names it in traces and seeds its noise.
+
+    Priority is (root, deeper first, arrival): an older root goes before a younger one and a child before its
+    parent's generation, because a finished child frees its parent.
+    """
+
+    key: str
+    tokens: list[int]
+    table: BlockTable
+    sampling: SamplingParams
+    noise_key: int
+    budget: int
+    root: int = 0
+    depth: int = 0
+    arrival: int = 0
+    matcher: Matcher | None = None
+    state: State = State.WAITING
+    counters: Counters = field(default_factory=Counters)
+    unrun_samples: int = 0  # 1 while the last sampled token has not been run yet
+
+    @property
+    def priority(self) -> tuple[int, int, int]:
+        return (self.root, -self.depth, self.arrival)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that have to be run before the next one can be sampled."""
+        return len(self.tokens) - self.table.length

@@ -1,0 +1,430 @@
+"""The recursive policy as a state machine: told what nodes wrote or how they ended, it answers with commands.
+
+No I/O, clock, thread or randomness: equal calls give equal commands.
+
+What the driver owes the machine
+    * Commands are executed one by one, in order. What frees a place (Pause, Stop, Cancel) comes before what
+      takes one (Resume, then Start), so that no prefix of an answer exceeds ``max_concurrency``; Finish is
+      last.
+    * Pause means: stop right behind the event just reported. Whatever the node wrote behind it is discarded
+      and not reported, also when a Resume follows in the same answer.
+    * A sequence that ended by itself is kept until its node's Stop or Cancel: the node may be resumed. Each
+      started node gets exactly one of the two.
+    * ``text`` is the visible text of the phase up to that point, with thinking *and events* cut out: a node
+      that wrote nothing but events has written no answer. ``on_event`` needs it for ``done`` only; without
+      it the decision waits for the node's end.
+    * Events and ends of nodes that are not decoding are ignored: their tokens were in flight. A path that
+      was never declared is a KeyError.
+
+Splitting
+    * A node starts in GRAPH while ``depth < max_depth``, else in SOLVER. It cannot split in SOLVER.
+    * A child starts at its ``child`` event, or as soon as its dependencies have concluded, well or not;
+      their conclusions are ``given``. ``depends_on`` names siblings, later ones too. A name still
+      undeclared when its parent waits is dropped. A child that would, through others, wait for itself is
+      refused.
+    * A child whose id is taken is renamed (``a_2``); to its parent it answers to both names. The very same
+      child again, while the first is not awaited, is ignored. Ids are made fit for a path: ``a.b`` is
+      ``a_b``.
+    * ``max_width`` bounds the children of one *round*: from the node's start or resume to its next wait.
+      ``max_nodes`` bounds the nodes of the graph, the root included, the fallback not.
+    * A refused child takes neither place nor id. Its parent reads a note at its next resume, and a failed
+      conclusion if it awaits it; so does a sibling that depends on it.
+
+Waiting
+    * ``await`` pauses the node until the named children have concluded. Conclusions come in the order
+      named, each once. A name stands for every child declared as it and not yet awaited; no names for all
+      of those.
+    * A node that ends (``done``, end of text, budget spent) with children not yet awaited awaits them all.
+      One that ends before it could read that a child was refused goes on too, with the notes alone.
+    * A node may wait ``max_awaits`` times, nonsense included. The next await is answered with a note to
+      answer now, any later one is ignored: every node's decoding is bounded.
+
+Concluding
+    * ``atomic`` with an answer concludes the node; descendants still alive are cancelled. Without an answer
+      it turns a GRAPH phase without children into SOLVER, and is ``done`` anywhere else.
+    * A node that is done concludes with its text. For the root in GRAPH phase that text must hold a FINAL:
+      it was asked for a graph, not for prose. A node that was cut off concludes with the FINAL it wrote.
+    * Without any of it the node fails, which is a conclusion too, with ``ok=False``, for those who wait for
+      it.
+    * A root that fails is replaced, if ``fallback``, by one DIRECT node at ``root!direct`` (no child id
+      holds a ``!``) whose events are not heeded. Without fallback, or if that fails too, the run is
+      INVALID, or FAILED where either ended in an error.
+
+Turns: resumes go first, then deeper nodes, then older ones. There is no deadlock, whatever
+``max_concurrency``: a node waits only for its children or, acyclically, for siblings, so some node is
+decoding until Finish.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from heapq import heappop, heappush
+from types import MappingProxyType
+from typing import Literal
+
+from rrm_engine.graph.node import ALIVE, OVER, Node, NodeState
+from rrm_engine.graph.types import (
+    Cancel,
+    Command,
+    Conclusion,
+    EndReason,
+    Finish,
+    Limits,
+    Pause,
+    Phase,
+    Resume,
+    Start,
+    Status,
+    Stop,
+)
+from rrm_engine.protocol.events import Atomic, Await, Child, Event, Malformed
+from rrm_engine.protocol.final import extract_final
+
+MAX_NOTES = 8  # of one resume; a runaway node must not flood its own context
+
+FAILURES = {
+    EndReason.EOS: "it ended without an answer",
+    EndReason.LENGTH: "it ran out of its token budget before it had an answer",
+    EndReason.CONTEXT: "its context was full before it had an answer",
+    EndReason.ERROR: "an error stopped it before it had an answer",
+}
+
+
+class GraphMachine:
+    """One run of one task. See the module's docstring for the rules."""
+
+    def __init__(
+        self,
+        task: str,
+        limits: Limits,
+        *,
+        child_context: Literal["task", "parent"] = "task",
+        root: str = "root",
+    ) -> None:
+        if child_context not in ("task", "parent"):
+            raise ValueError(f"child_context is task or parent, not {child_context!r}")
+        if limits.max_concurrency is not None and limits.max_concurrency < 1:
+            raise ValueError("max_concurrency must be at least 1: with no node decoding nothing ever ends")
+        self.limits = limits
+        self.repairs: Counter[str] = Counter()
+        self.finished: Finish | None = None
+        self.max_depth = 0  # of the nodes started
+        self.max_sibling_width = 0  # most children accepted in one round of one node
+        self._fork = child_context == "parent"
+        self._nodes: dict[str, Node] = {}
+        self._accepted = 0
+        self._serial = 0
+        self._running = 0
+        self._turns: list[tuple[bool, int, int, Node]] = []
+        self._out: list[Command] = []
+        self._root = self._new_node(root, root, task)
+        self._accepted += 1
+
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        """Every node declared, by path: also refused children and the fallback."""
+        return MappingProxyType(self._nodes)
+
+    @property
+    def node_count(self) -> int:
+        """Nodes that were started."""
+        return sum(n.started for n in self._nodes.values())
+
+    # what the driver tells
+
+    def start(self) -> list[Command]:
+        if self._root.state is NodeState.BLOCKED:
+            self._enqueue(self._root, NodeState.READY)
+        elif self.finished is None:
+            raise RuntimeError("the graph has been started already")
+        return self._commands()
+
+    def on_event(self, node: str, event: Event, text: str | None = None) -> list[Command]:
+        """The node wrote an event. ``text``: the phase's visible text before it, for ``done``."""
+        subject = self._nodes[node]
+        if self._heeded(subject):
+            self._handle(subject, event, text)
+        return self._commands()
+
+    def on_malformed(self, node: str, malformed: Malformed) -> list[Command]:
+        """The node wrote something like an event that could not be read."""
+        subject = self._nodes[node]
+        if self._heeded(subject):
+            self._note(subject, "malformed", f"An event was not understood: {malformed.reason:.100}.")
+        return self._commands()
+
+    def on_end(self, node: str, reason: EndReason, text: str) -> list[Command]:
+        """The node's decoding stopped by itself. ``text``: the visible text of the phase that ended."""
+        subject = self._nodes[node]
+        if subject.state is NodeState.RUNNING:
+            subject.end = reason
+            self._end(subject, reason, text)
+        return self._commands()
+
+    def cancel(self, reason: str) -> list[Command]:
+        """End the run now."""
+        if self.finished is None:
+            self._abandon([n for n in self._nodes.values() if n.parent is None], reason)
+            self._finish(Status.FAILED, error=reason)
+        return self._commands()
+
+    # events
+
+    def _heeded(self, node: Node) -> bool:
+        return node.state is NodeState.RUNNING and node.phase is not Phase.DIRECT
+
+    def _handle(self, node: Node, event: Event, text: str | None) -> None:
+        match event:
+            case Child():
+                self._declare(node, event)
+            case Await():
+                self._await(node, event)
+            case Atomic(answer=answer) if answer.strip():
+                self._conclude(node, answer.strip())
+            case Atomic() if node.phase is Phase.GRAPH and not node.unawaited:
+                self._pause(node)
+                self._go_on(node, Phase.SOLVER)
+            case _ if self._owes_await(node):
+                self._pause(node)
+                self._await_rest(node)
+            case _ if text is not None:
+                self._conclude_with(node, text)
+
+    def _end(self, node: Node, reason: EndReason, text: str) -> None:
+        if reason in (EndReason.EOS, EndReason.LENGTH) and self._owes_await(node):
+            self._await_rest(node)
+        elif reason is EndReason.EOS:
+            self._conclude_with(node, text)
+        elif (final := extract_final(text)) is not None:
+            # Only the FINAL: text that was cut off is often one sentence repeated until the budget was spent.
+            self._conclude(node, f"FINAL: {final}")
+        else:
+            self._fail(node, FAILURES[reason])
+
+    # splitting
+
+    def _declare(self, parent: Node, event: Child) -> None:
+        if parent.repeats(event.id, event.task):
+            self._note(parent, "repeated_child", f"Child {event.id:.64} was declared already.")
+            return
+        child_id = parent.free_id(event.id)
+        names = dict.fromkeys((event.id, child_id))
+        child = self._new_node(f"{parent.path}.{child_id}", child_id, event.task, parent)
+        if refusal := self._refusal(parent, event, names):
+            self._refuse(parent, child, *refusal)
+        else:
+            self._accept(parent, child, event)
+        parent.adopt(child, names)
+        self._wake_dependants(child)
+        self._start_if_unblocked(child)
+
+    def _refusal(self, parent: Node, event: Child, names: Iterable[str]) -> tuple[str, str] | None:
+        """(repair, why) if the child must not be."""
+        limits = self.limits
+        if parent.depth >= limits.max_depth or parent.phase is Phase.SOLVER:
+            return "over_depth", "this node cannot start children and solves its task itself"
+        if parent.width >= limits.max_width:
+            return "over_width", f"a node starts at most {limits.max_width} children at a time"
+        if self._accepted >= limits.max_nodes:
+            return "over_nodes", f"the graph has all its {limits.max_nodes} nodes"
+        if not event.task.strip():
+            return "empty_task", "it has no task"
+        if parent.closes_cycle(names, event.depends_on):
+            return "cycle", "it would wait for itself"
+        return None
+
+    def _refuse(self, parent: Node, child: Node, repair: str, why: str) -> None:
+        child.state = NodeState.REFUSED
+        child.conclusion = Conclusion(child.id, f"failed: not started, {why}", ok=False)
+        parent.refusals += 1
+        self._note(parent, repair, f"Child {child.id} was not started: {why}.")
+
+    def _accept(self, parent: Node, child: Node, event: Child) -> None:
+        if child.id != event.id:
+            repair = "duplicate_id_renamed" if event.id in parent.children else "invalid_id_renamed"
+            self._note(parent, repair, f"This child {event.id:.64} is called {child.id}.")
+        parent.link(child, event.depends_on)
+        parent.width += 1
+        self._accepted += 1
+        self.max_sibling_width = max(self.max_sibling_width, parent.width)
+
+    def _start_if_unblocked(self, node: Node) -> None:
+        if node.state is NodeState.BLOCKED and not node.blocked:
+            self._enqueue(node, NodeState.READY)
+
+    def _wake_dependants(self, node: Node) -> None:
+        if node.conclusion is not None:
+            for sibling in node.dependants:
+                self._start_if_unblocked(sibling)
+
+    # waiting
+
+    def _await(self, node: Node, event: Await) -> None:
+        if node.awaits >= self.limits.max_awaits:
+            self._refuse_await(node)
+            return
+        self._pause(node)
+        named = [child for name in event.children for child in self._resolve(node, name)]
+        if not event.children and not (named := node.unawaited):
+            self._note(node, "unknown_await", "There was no child to await.")
+        self._wait(node, named, event.rule)
+
+    def _resolve(self, node: Node, name: str) -> list[Node]:
+        """The children an await means by ``name``, marked at once: a second mention adds nothing."""
+        known = node.find(name)
+        found = [child for child in known if not child.awaited]
+        if not known:
+            waiting = ", ".join(c.id for c in node.unawaited[:MAX_NOTES]) or "none"
+            self._note(node, "unknown_await", f"There is no child {name:.64}; not yet awaited: {waiting}.")
+        elif not found:
+            self._note(node, "repeated_await", f"Child {name:.64} was awaited before.")
+        for child in found:
+            child.awaited = True
+        return found
+
+    def _refuse_await(self, node: Node) -> None:
+        first = node.awaits == self.limits.max_awaits
+        node.awaits += 1
+        self._note(node, "over_awaits", "You cannot await any more. Answer now with what you have.")
+        if first:
+            self._pause(node)
+            self._go_on(node, Phase.CONTINUATION)
+
+    def _owes_await(self, node: Node) -> bool:
+        """Whether the node may not end yet: there is something for it to read, and it may still wait."""
+        unread = bool(node.unawaited) or (node.refusals > 0 and node.phase is not Phase.SOLVER)
+        return unread and node.awaits < self.limits.max_awaits
+
+    def _await_rest(self, node: Node) -> None:
+        self.repairs["implicit_await"] += 1
+        self._wait(node, node.unawaited)
+
+    def _wait(self, node: Node, children: Iterable[Node], rule: str = "") -> None:
+        node.awaiting, node.rule = tuple(children), rule
+        node.awaits += 1
+        for child in node.awaiting:
+            child.awaited = True
+        for child, name in node.drop_expected():
+            self._note(node, "unknown_dependency", f"Child {child.id} starts without unknown {name:.64}.")
+            self._start_if_unblocked(child)
+        self._set_state(node, NodeState.AWAITING)
+        self._go_on_if_due(node)
+
+    def _go_on_if_due(self, node: Node) -> None:
+        if node.state is NodeState.AWAITING and len(node.due) == len(node.awaiting):
+            self._go_on(node, Phase.CONTINUATION)
+
+    # concluding
+
+    def _conclude_with(self, node: Node, text: str) -> None:
+        """The node is done and its text is its answer, if it is one."""
+        planned_only = node is self._root and node.phase is Phase.GRAPH and extract_final(text) is None
+        if text.strip() and not planned_only:
+            self._conclude(node, text.strip())
+        else:
+            self._fail(node, FAILURES[EndReason.EOS])
+
+    def _fail(self, node: Node, why: str) -> None:
+        self._conclude(node, f"failed: {why}", ok=False)
+
+    def _conclude(self, node: Node, answer: str, ok: bool = True) -> None:
+        node.conclusion = conclusion = Conclusion(node.id, answer, ok)
+        self._set_state(node, NodeState.CONCLUDED)
+        self._out.append(Stop(node.path, conclusion))
+        self._abandon(node.children.values(), f"{node.path} concluded without it")
+        if node.parent is None:
+            self._conclude_run(node, conclusion)
+        else:
+            self._wake_dependants(node)
+            self._go_on_if_due(node.parent)
+
+    def _conclude_run(self, node: Node, conclusion: Conclusion) -> None:
+        """The root or the fallback has concluded."""
+        if conclusion.ok:
+            self._finish(self._status(node), conclusion.answer)
+        elif self.limits.fallback and node is self._root:
+            direct = self._new_node(f"{node.path}!direct", f"{node.id}!direct", node.task)
+            direct.phase = Phase.DIRECT
+            self._enqueue(direct, NodeState.READY)
+        else:
+            erred = EndReason.ERROR in (node.end, self._root.end)
+            self._finish(Status.FAILED if erred else Status.INVALID, error=conclusion.answer)
+
+    def _status(self, node: Node) -> Status:
+        if node is not self._root:
+            return Status.FALLBACK
+        return Status.GRAPH if any(c.started for c in node.children.values()) else Status.ATOMIC
+
+    def _abandon(self, nodes: Iterable[Node], reason: str) -> None:
+        """Cancel the nodes and their descendants, parents first, in order of declaration."""
+        stack = list(nodes)[::-1]
+        while stack:
+            node = stack.pop()
+            if node.state in OVER:  # then so are its descendants
+                continue
+            if node.state in ALIVE:
+                self._out.append(Cancel(node.path, reason))
+            self._set_state(node, NodeState.CANCELLED)
+            stack += reversed(node.children.values())
+
+    def _finish(self, status: Status, answer: str = "", error: str | None = None) -> None:
+        self.finished = Finish(status, answer, error)
+        self._out.append(self.finished)
+
+    # turns
+
+    def _pause(self, node: Node) -> None:
+        self._out.append(Pause(node.path))
+
+    def _go_on(self, node: Node, phase: Phase) -> None:
+        node.phase = phase
+        self._enqueue(node, NodeState.RESUMABLE)
+
+    def _enqueue(self, node: Node, state: NodeState) -> None:
+        self._set_state(node, state)
+        heappush(self._turns, (state is NodeState.READY, -node.depth, node.serial, node))
+
+    def _commands(self) -> list[Command]:
+        """Give out turns while there is room, and hand over what has been decided."""
+        room = self.limits.max_concurrency
+        while self._turns and (room is None or self._running < room):
+            node = heappop(self._turns)[-1]
+            if node.state is NodeState.READY:
+                self._start(node)
+            elif node.state is NodeState.RESUMABLE:  # else it was cancelled in the queue
+                self._resume(node)
+        out, self._out = self._out, []
+        return out
+
+    def _start(self, node: Node) -> None:
+        node.started = True
+        self._set_state(node, NodeState.RUNNING)
+        self.max_depth = max(self.max_depth, node.depth)
+        parent = node.parent.path if node.parent else None
+        fork = self._fork and node.parent is not None
+        self._out.append(Start(node.path, node.phase, node.task, parent, node.depth, node.given, fork))
+
+    def _resume(self, node: Node) -> None:
+        self._set_state(node, NodeState.RUNNING)
+        self._out.append(Resume(node.path, node.phase, node.due, tuple(node.notes), node.rule))
+        node.awaiting, node.rule, node.notes = (), "", []
+        node.width = node.refusals = 0
+
+    # small things
+
+    def _new_node(self, path: str, node_id: str, task: str, parent: Node | None = None) -> Node:
+        depth = parent.depth + 1 if parent else 0
+        phase = Phase.GRAPH if depth < self.limits.max_depth else Phase.SOLVER
+        node = Node(path, node_id, task, phase, self._serial, parent, depth)
+        self._serial += 1
+        self._nodes[path] = node
+        return node
+
+    def _set_state(self, node: Node, state: NodeState) -> None:
+        self._running += (state is NodeState.RUNNING) - (node.state is NodeState.RUNNING)
+        node.state = state
+
+    def _note(self, node: Node, repair: str, note: str) -> None:
+        """Count a leniency and tell the node about it at its next resume."""
+        self.repairs[repair] += 1
+        if len(node.notes) < MAX_NOTES and note not in node.notes:
+            node.notes.append(note)

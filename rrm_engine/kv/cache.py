@@ -1,0 +1,67 @@
+"""The KV tensors: one K and one V pool per layer, addressed by the block ids of ``BlockPool``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rrm_kernels.reference import copy_blocks
+
+from rrm_engine.kv.table import BlockCopy
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer stores for a token, and where."""
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * (self.key_width + self.value_width) * self.dtype.itemsize
+
+
+class KVCache:
+    """``num_blocks`` usable blocks and the null block, ``[num_blocks + 1, block_size, kv heads, width]`` a layer.
+
+    Layers are created from ``shapes`` or, where a layer is unknown, from the first keys and values it stores:
+    models of some families differ from layer to layer, or have no single head width in their config.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, shapes: Mapping[int, LayerShape] | None = None) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.shapes: dict[int, LayerShape] = {}
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for index, shape in (shapes or {}).items():
+            self._create(index, shape)
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The K and V pools of a layer that stores ``key`` and ``value`` ``[tokens, kv heads, width]``."""
+        if index not in self._layers:
+            shape = LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device)
+            self._create(index, shape)
+        return self._layers[index]
+
+    def copy(self, copies: list[BlockCopy]) -> None:
+        """Do the block copies of a step; every source is read before any destination is written."""
+        sources, destinations = torch.tensor(copies, dtype=torch.int64).unbind(1)
+        for pools in self._layers.values():
+            for pool in pools:
+                copy_blocks(pool, sources.to(pool.device), destinations.to(pool.device))
+
+    def _create(self, index: int, shape: LayerShape) -> None:
+        # Zeros, not empty: the null block and unwritten slots are read under a mask, and NaN * 0 is NaN.
+        rows = (self.num_blocks + 1, self.block_size, shape.kv_heads)
+        key = torch.zeros(*rows, shape.key_width, dtype=shape.dtype, device=shape.device)
+        value = torch.zeros(*rows, shape.value_width, dtype=shape.dtype, device=shape.device)
+        self.shapes[index] = shape
+        self._layers[index] = (key, value)
+
+
+def bytes_per_block(shapes: Mapping[int, LayerShape], block_size: int) -> int:
+    """Bytes of one block over all layers."""
+    return block_size * sum(shape.bytes_per_token for shape in shapes.values())

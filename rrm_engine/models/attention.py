@@ -1,0 +1,56 @@
+"""The attention function transformers calls for every layer: store the new KV, attend over the blocks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rrm_kernels.reference import PagedBatch, paged_attention, store_kv
+from transformers import AttentionInterface
+
+from rrm_engine.kv.cache import KVCache
+
+ATTENTION_NAME = "rrm_paged"
+
+
+@dataclass(slots=True)
+class PagedForward:
+    """What one forward needs to know; travels through the model as the keyword ``rrm_forward``."""
+
+    cache: KVCache
+    batch: PagedBatch
+
+
+def paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    *,
+    rrm_forward: PagedForward,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Query ``[1, query heads, tokens, width]``, key and value ``[1, kv heads, tokens, width]``, already rotated.
+
+    Returns ``[1, tokens, query heads, value width]``. ``attention_mask`` is None by construction (no mask function
+    is registered under our name): causality and windows come from the block tables' lengths.
+    """
+    new_key, new_value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    key_pool, value_pool = rrm_forward.cache.layer(module.layer_idx, new_key, new_value)  # type: ignore[arg-type]
+    store_kv(key_pool, new_key, rrm_forward.batch.slots)
+    store_kv(value_pool, new_value, rrm_forward.batch.slots)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = paged_attention(
+        query[0].transpose(0, 1), key_pool, value_pool, rrm_forward.batch, scale, sliding_window, softcap, s_aux
+    )
+    return out[None], None
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="rrm_paged"`` known to transformers; repeating it is harmless."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)

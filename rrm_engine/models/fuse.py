@@ -1,0 +1,116 @@
+"""Fewer and faster matrix products: projections of one input merged, weights prepacked for oneDNN on CPU."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Projections that read the same input, by the names transformers gives them.
+MERGES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class PackedLinear(nn.Module):
+    """``x @ weight.T + bias`` with the weight prepacked by oneDNN where this torch can, else ``F.linear``.
+
+    The prepacking operators are torch-internal, so their absence is a normal case. In bf16 the packed product is
+    bitwise equal to ``F.linear`` and independent of the batch; in fp32 it differs in the last bits.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._packed = _prepack(weight)
+        self.weight = None if self._packed is not None else nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+def _prepack(weight: torch.Tensor) -> torch.Tensor | None:
+    """The weight in oneDNN's own layout, or None where that is not to be had (not on CPU, other torch, fp16)."""
+    supported = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    if not (supported and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return None
+    try:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    except (RuntimeError, TypeError):
+        return None
+
+
+class _Merged:
+    """One product for several projections of the same input; the first one asked computes it for all."""
+
+    def __init__(self, linear: PackedLinear, sizes: Sequence[int]) -> None:
+        self.linear = linear
+        self.sizes = list(sizes)
+        self.input: torch.Tensor | None = None
+        self.outputs: list[torch.Tensor | None] = []
+
+    def take(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if x is not self.input or self.outputs[index] is None:
+            self.input = x
+            self.outputs = list(self.linear(x).split(self.sizes, dim=-1))
+        out = self.outputs[index]
+        self.outputs[index] = None
+        if not any(o is not None for o in self.outputs):
+            self.input = None
+        assert out is not None
+        return out
+
+
+class MergedPart(nn.Module):
+    """Stands where a projection was; its output is a slice of the merged product."""
+
+    def __init__(self, merged: _Merged, index: int) -> None:
+        super().__init__()
+        self._merged = merged
+        self._index = index
+        self.out_features = merged.sizes[index]
+        self.in_features = merged.linear.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._merged.take(self._index, x)
+
+
+def fuse(model: nn.Module) -> None:
+    """Merge and prepack the linear layers of ``model`` in place.
+
+    Only exact ``nn.Linear`` modules are touched; hooks placed by accelerate mark modules that are left alone.
+    """
+    with torch.no_grad():
+        for module in list(model.modules()):
+            for names in MERGES:
+                parts = [getattr(module, name, None) for name in names]
+                if all(_plain_linear(part) for part in parts) and _mergeable(parts):  # type: ignore[arg-type]
+                    _merge(module, names, parts)  # type: ignore[arg-type]
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if _plain_linear(child) and child.weight.device.type == "cpu":
+                    setattr(module, name, PackedLinear(child.weight, child.bias))
+
+
+def _plain_linear(module: nn.Module | None) -> bool:
+    return type(module) is nn.Linear and not hasattr(module, "_hf_hook")
+
+
+def _mergeable(parts: Sequence[nn.Linear]) -> bool:
+    first = parts[0]
+    return all(
+        p.in_features == first.in_features
+        and p.weight.dtype == first.weight.dtype
+        and p.weight.device == first.weight.device
+        and (p.bias is None) == (first.bias is None)
+        for p in parts
+    )
+
+
+def _merge(module: nn.Module, names: Sequence[str], parts: Sequence[nn.Linear]) -> None:
+    weight = torch.cat([p.weight for p in parts])
+    bias = None if parts[0].bias is None else torch.cat([p.bias for p in parts])
+    merged = _Merged(PackedLinear(weight, bias), [p.out_features for p in parts])
+    for index, name in enumerate(names):
+        setattr(module, name, MergedPart(merged, index))

@@ -1,0 +1,61 @@
+"""The events a node may write, one JSON object per line.
+
+``child``   a self-contained subproblem that starts as soon as its object is complete
+``await``   the node pauses until the named children have concluded
+``atomic``  the node's own answer; without an answer: "this does not split, let me solve it"
+``done``    the node has nothing more to write
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    id: str
+    task: str
+    depends_on: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """``children`` empty means every child declared so far that has not been awaited."""
+
+    children: tuple[str, ...] = ()
+    rule: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Atomic:
+    answer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    pass
+
+
+Event = Child | Await | Atomic | Done
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedEvent:
+    """An event with its place in the node's text.
+
+    ``start`` and ``end`` are character offsets into everything fed to the parser; ``end`` is the offset
+    just behind the closing brace. ``repairs`` names each leniency that was needed, e.g. ``trailing_comma``.
+    """
+
+    event: Event
+    start: int
+    end: int
+    repairs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Text that looked like an event but could not be read as one."""
+
+    text: str
+    reason: str
+    start: int
+    end: int

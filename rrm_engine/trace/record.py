@@ -1,0 +1,235 @@
+"""The run directory: run.json, rows.jsonl, trace.jsonl and summary.json.
+
+A row is on the disk before the next one is awaited: rows.jsonl is written by one ``write`` and one ``fsync`` a row.
+What a killed process left half-written is cut when the directory is opened again. Events are buffered, and flushed
+with every row; an event belongs to a row if job and session agree, for a job that was interrupted runs again.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+Row = dict[str, Any]
+TRACE_BUFFER = 1 << 20
+TAIL_READ = 1 << 16
+
+
+class RunDirError(Exception):
+    """A run directory cannot be used; the message is one sentence for the user."""
+
+
+def row_key(row: Row) -> str:
+    """The key of the row's job."""
+    return f"{row['id']}/{row['mode']}/{row['sample']}"
+
+
+class RunDir:
+    """An open run directory, locked against a second process.
+
+    ``rows`` are those on disk, ``session`` counts the openings (0: the run's first), ``cut`` the half-written lines
+    that opening it removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = {}
+        self.rows: list[Row] = []
+        self.session = 0
+        self.cut = 0
+        self._made = False
+        self._rows_fd = -1
+        self._trace: TextIO | None = None
+
+    @classmethod
+    def create(cls, path: Path) -> "RunDir":
+        """A new run in an empty or not yet existing directory."""
+        if path.exists() and not path.is_dir():
+            raise RunDirError(f"{path} is a file; pass another directory to --out")
+        with _saying(f"{path} cannot be written"):
+            if path.exists() and any(path.iterdir()):
+                raise RunDirError(
+                    f"{path} is not empty; pass another directory to --out, or go on with the run in it by --resume"
+                )
+            made = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+        directory = cls(path)
+        directory._made = made
+        directory._open()
+        return directory
+
+    @classmethod
+    def resume(cls, path: Path) -> "RunDir":
+        """The run in ``path``, with what a killed process left half-written cut off."""
+        try:
+            manifest = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunDirError(f"{path} holds no run.json, so there is no run to resume in it") from None
+        except (OSError, ValueError) as error:
+            raise RunDirError(f"{path / 'run.json'} cannot be read ({error})") from None
+        directory = cls(path)
+        directory.manifest = manifest
+        directory.session = 1 + len(manifest.get("resumed", []))
+        directory._open()
+        with _saying(f"{path} cannot be read"):
+            directory._load()
+        return directory
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Write run.json as a whole."""
+        self.manifest = manifest
+        self._replace("run.json", manifest)
+
+    def add(self, row: Row) -> None:
+        """Append a row, and do not return before it is on the disk."""
+        data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        with _saying(f"{self.path / 'rows.jsonl'} cannot be written"):
+            size = os.fstat(self._rows_fd).st_size
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.write(self._rows_fd, data[written:])
+            except OSError:
+                os.ftruncate(self._rows_fd, size)
+                raise
+            os.fsync(self._rows_fd)
+            self.rows.append(row)
+            if self._trace is not None:
+                self._trace.flush()
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Append an event to trace.jsonl, some time before or with the next row."""
+        if self._trace is not None:
+            with _saying(f"{self.path / 'trace.jsonl'} cannot be written"):
+                line = json.dumps({**event, "session": self.session}, ensure_ascii=False)
+                self._trace.write(line + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json as a whole."""
+        self._replace("summary.json", summary)
+
+    def close(self) -> None:
+        """Flush the events and let the directory go."""
+        trace, self._trace = self._trace, None
+        fd, self._rows_fd = self._rows_fd, -1
+        try:
+            if trace is not None:
+                with _saying(f"{self.path / 'trace.jsonl'} cannot be written"):
+                    trace.close()
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def discard(self) -> None:
+        """Close, and remove what ``create`` made, if the run never began."""
+        self.close()
+        if not self.rows and not (self.path / "run.json").exists():
+            for name in ("rows.jsonl", "trace.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+            if self._made:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+
+    def _open(self) -> None:
+        with _saying(f"{self.path} cannot be written"):
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            self._rows_fd = os.open(self.path / "rows.jsonl", flags, 0o644)
+            self._lock()
+            self._trace = (self.path / "trace.jsonl").open("a", encoding="utf-8", buffering=TRACE_BUFFER)
+
+    def _lock(self) -> None:
+        """Two processes on one directory would double rows. The lock goes with the process."""
+        if sys.platform == "win32":
+            return
+        import fcntl
+
+        try:
+            fcntl.flock(self._rows_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise RunDirError(f"Another process is writing to {self.path}; wait for it or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _load(self) -> None:
+        path = self.path / "rows.jsonl"
+        self.cut = int(mend_tail(path))
+        mend_tail(self.path / "trace.jsonl")
+        lines = path.read_bytes().splitlines()
+        self.rows = [_row(line, path, number) for number, line in enumerate(lines, start=1)]
+        _check_unique(self.rows, path)
+
+    def _replace(self, name: str, value: dict[str, Any]) -> None:
+        path = self.path / name
+        draft = path.with_suffix(".json.tmp")
+        with _saying(f"{path} cannot be written"):
+            with draft.open("w", encoding="utf-8") as file:
+                json.dump(value, file, ensure_ascii=False, indent=2)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+
+
+def mend_tail(path: Path) -> bool:
+    """Make ``path`` end in a whole line of JSON; True if something half-written had to be cut off."""
+    with path.open("r+b") as file:
+        tail = _last_line(file)
+        if not tail or (tail.endswith(b"\n") and _parse(tail) is not None):
+            return False
+        whole = _parse(tail) is not None  # only its line break is missing
+        if whole:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+        else:  # cut short by a kill, or, after a power cut, a line whose data never arrived
+            file.truncate(file.seek(0, os.SEEK_END) - len(tail))
+        file.flush()
+        os.fsync(file.fileno())
+        return not whole
+
+
+def _last_line(file: BinaryIO) -> bytes:
+    """The last line, read from the end, for a trace can be large."""
+    size, reach = file.seek(0, os.SEEK_END), TAIL_READ
+    while True:
+        start = file.seek(max(0, size - reach))
+        tail = file.read()
+        cut = tail.rfind(b"\n", 0, len(tail) - 1)
+        if cut >= 0 or start == 0:
+            return tail[cut + 1 :]
+        reach *= 4
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _row(line: bytes, path: Path, number: int) -> Row:
+    row = _parse(line)
+    if row is None or not {"id", "mode", "sample"} <= row.keys():
+        raise RunDirError(f"{path}, line {number}: not a row; mend or remove the line, then resume again")
+    return row
+
+
+def _check_unique(rows: list[Row], path: Path) -> None:
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        first = seen.setdefault(row_key(row), number)
+        if first != number:
+            raise RunDirError(f"{path}: lines {first} and {number} are both {row_key(row)}; remove one of them")
+
+
+@contextlib.contextmanager
+def _saying(what: str) -> Iterator[None]:
+    """Turn an OSError into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise RunDirError(f"{what}: {error.strerror or error}") from None

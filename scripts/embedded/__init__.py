@@ -1,0 +1,1 @@
+"""Synthetic tasks, tokenizer, transcripts, training and evaluation of the embedded model."""
