@@ -22,11 +22,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--batch-tokens", type=int, default=5632, help="padded tokens per step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--mlp", type=int, default=512)
-    parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler, 15 %% faster")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = Settings(
@@ -40,7 +39,6 @@ def main() -> None:
         layers=args.layers,
         hidden=args.hidden,
         mlp=args.mlp,
-        compile=args.compile,
     )
     Trainer(settings).run()
 

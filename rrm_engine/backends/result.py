@@ -44,7 +44,8 @@ class JobResult:
     nodes: int = 1
     max_depth: int = 0
     max_sibling_width: int = 0
-    overlap_s: float = 0.0  # time in which at least two nodes were decoding
+    overlap_s: float = 0.0  # time in which a node and one of its descendants were decoding
+    parallel_s: float = 0.0  # time in which at least two nodes were decoding
     resumes: int = 0
     resume_latency_s: list[float] = field(default_factory=list)  # last conclusion -> parent's next token
     forked_blocks: int = 0  # blocks shared by a fork instead of computed

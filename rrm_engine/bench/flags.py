@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -23,21 +24,24 @@ GROUPS = {
     "memory": "KV memory",
 }
 DESCRIPTION = """\
-Solve tasks directly and recursively with one model, and compare correctness, latency and tokens.
+Solve tasks directly and recursively with one model, and compare correctness,
+latency and tokens.
 
-TASKS is a packaged set (embedded, the default), aime-2024 or aime-2025 from the Hugging Face hub, or
-a .jsonl, .json, .csv or .parquet file with the problem under problem, question, task or prompt, its answer
-under answer or expected (left out: not graded), and optionally an id."""
+TASKS is a packaged set (embedded, the default), aime-2024 or aime-2025 from the
+Hugging Face hub, or a .jsonl, .json, .csv or .parquet file with the problem
+under problem, question, task or prompt, its answer under answer or expected
+(left out: not graded), and optionally an id."""
 EPILOG = f"""\
 examples:
   {PROGRAM} --limit 5
-      five tasks of the packaged set with the packaged model, on whatever there is; no network needed
-  {PROGRAM} aime-2024 --model Qwen/Qwen3-14B --samples 4 --out runs/aime
-      direct and recursive solving of AIME 2024, four samples each; interrupt it whenever you like
+      five tasks of the packaged set with the packaged model; needs no network
+  {PROGRAM} aime-2024 --model Qwen/Qwen3-14B --out runs/aime
+      AIME 2024, directly and recursively; interrupt it whenever you like
   {PROGRAM} --resume runs/aime
-      go on with the rows that are missing, under the settings that were recorded
+      go on with the rows that are missing, under the recorded settings
 
-exit code: 0 all rows done, 1 some row has an error or the run broke off, 2 refused before it began, 130 interrupted"""
+exit code: 0 all rows done, 1 a row has an error or the run broke off,
+2 refused before it began, 130 interrupted"""
 
 
 class FlagError(ValueError):
@@ -134,9 +138,7 @@ def _add_setting(group: Any, f: "Field[Any]", hint: Any) -> None:
 
 
 def _add_output(group: Any) -> None:
-    group.add_argument(
-        "--out", type=Path, metavar="DIR", help="run directory (default: runs/<time>-<model>-<tasks>)"
-    )
+    group.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/<time>-<model>-<tasks>)")
     group.add_argument(
         "--resume", type=Path, metavar="DIR", help="go on with the run in DIR; other settings are refused"
     )
@@ -178,7 +180,10 @@ def _names(text: str) -> tuple[str, ...]:
 def _number(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
-            return kind(text)
+            value = kind(text)
+            if not math.isfinite(value):
+                raise ValueError
+            return value
         except ValueError:
             raise argparse.ArgumentTypeError(f"takes {what}, not {text!r}") from None
 

@@ -21,16 +21,17 @@ from rrm_engine.protocol.final import extract_final
 VERIFY_SECONDS = 5
 MAX_FORMULA = 1000  # characters; longer texts are cut from the left
 
-_NUMBER = r"[-+−]?(?:\d{1,3}(?:(?:,|\\,|\{,\}|\\!)\d{3})+|\d+)(?:\.\d+)?"
+_NUMBER = r"[-+\u2212]?(?:\d{1,3}(?:(?:,|\\,|\{,\}|\\!)\d{3})+|\d+)(?:\.\d+)?"
 _BARE = re.compile(_NUMBER + r"\.?")
-_LABELLED = re.compile(
-    # "n =", "the answer is", before; " minutes", "°", "%", "\text{ cm}" after; no operator in either
-    rf"(?:[A-Za-z][A-Za-z +_']*\s*(?:=|:|\bis\b)\s*)?({_NUMBER})\s*(?:°|\\?%|\^\\circ|\^\{{\\circ\}}|(?:\s[A-Za-z ]+))?\.?"
-)
+_LABEL = r"(?:[A-Za-z][A-Za-z +_']*\s*(?:=|:|\bis\b)\s*)?"  # "n =", "the answer is"
+_UNIT = r"\s*(?:°|\\?%|\^\\circ|\^\{\\circ\}|(?:\s[A-Za-z ]+))?"  # " minutes", "°", "%": no operator
+_LABELLED = re.compile(rf"{_LABEL}({_NUMBER}){_UNIT}\.?")
 _ANY_NUMBER = re.compile(rf"(?<![\w.^]){_NUMBER}")
 _WHOLE = re.compile(r"[-+]?\d+")
 # Exponents and factorials that sympy would expand for ever, deep in C where no timeout reaches.
-_EXPLOSIVE = re.compile(r"\d\}*\s*(?:\^|\*\*)\s*[{(]*\s*\d+\}*\s*(?:\^|\*\*)|(?:\^|\*\*)\s*[{(]*\s*\d{5,}|\d{5,}\s*!|!\s*!")
+_EXPLOSIVE = re.compile(
+    r"\d\}*\s*(?:\^|\*\*)\s*[{(]*\s*\d+\}*\s*(?:\^|\*\*)|(?:\^|\*\*)\s*[{(]*\s*\d{5,}|\d{5,}\s*!|!\s*!"
+)
 
 
 def grade(answer: str, expected: str | None) -> bool | None:
@@ -71,7 +72,7 @@ def _grade_whole(candidate: str, wanted: int) -> bool:
 
 
 def _value(number: str) -> int | float:
-    digits = re.sub(r"[^\d.+-]", "", number.replace("−", "-")).rstrip(".")
+    digits = re.sub(r"[^\d.+-]", "", number.replace("\u2212", "-")).rstrip(".")
     whole, _, fraction = digits.partition(".")
     return float(digits) if fraction.strip("0") else int(whole)
 

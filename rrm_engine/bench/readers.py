@@ -65,9 +65,7 @@ def read_csv(text: str, source: str) -> Iterator[Record]:
                 )
             yield Record(place, dict(cells))
     except csv.Error as error:
-        raise TaskError(
-            f"{source}, line {reader.line_num}: not valid CSV ({error}); check its quotes"
-        ) from None
+        raise TaskError(f"{source}, line {reader.line_num}: not valid CSV ({error}); check its quotes") from None
 
 
 def read_parquet(path: Path) -> Iterator[Record]:
@@ -112,9 +110,7 @@ def read_file(path: Path) -> list[Record]:
 
 def _record(value: object, place: str, source: str) -> Record:
     if not isinstance(value, dict):
-        raise TaskError(
-            f'{source}, {place}: not a JSON object; write it as {{"problem": "...", "answer": "..."}}'
-        )
+        raise TaskError(f'{source}, {place}: not a JSON object; write it as {{"problem": "...", "answer": "..."}}')
     return Record(place, value)
 
 

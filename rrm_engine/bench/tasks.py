@@ -63,9 +63,7 @@ def load_tasks(spec: str) -> TaskSet:
 def packaged_sets() -> dict[str, Traversable]:
     """The task sets that ship with the package, by name."""
     files = sorted(resources.files("rrm_engine.data").iterdir(), key=lambda file: file.name)
-    return {
-        file.name.removesuffix(PACKAGED_SUFFIX): file for file in files if file.name.endswith(PACKAGED_SUFFIX)
-    }
+    return {file.name.removesuffix(PACKAGED_SUFFIX): file for file in files if file.name.endswith(PACKAGED_SUFFIX)}
 
 
 def build_tasks(records: Iterable[Record], source: str) -> tuple[Task, ...]:

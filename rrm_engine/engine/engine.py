@@ -79,7 +79,16 @@ class Engine:
         table = BlockTable(self.pool)
         self._arrivals += 1
         sequence = Sequence(
-            key, tokens, table, sampling, noise_key(self.seed, key), budget, root, depth, self._arrivals, matcher
+            key,
+            tokens,
+            table,
+            sampling,
+            noise_key(self.seed, key),
+            budget,
+            root,
+            depth,
+            self._arrivals,
+            matcher,
         )
         if fork_of is not None:
             parent, length = fork_of
@@ -169,4 +178,3 @@ class Engine:
                 f"{key} has {length} tokens and a sequence may have {self.max_sequence_tokens}: "
                 f"raise --max-sequence-tokens (and --kv-blocks), or shorten the task or the budgets"
             )
-

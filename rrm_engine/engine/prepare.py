@@ -39,7 +39,6 @@ class LoadedModel:
         return self.model.config.model_type  # type: ignore[union-attr, return-value]
 
 
-
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Load ``name`` (``embedded``, a hub id, a directory or a GGUF file) and prepare it.
 

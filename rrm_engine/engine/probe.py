@@ -61,9 +61,7 @@ def probe(model: Any, device: torch.device, fuse: Callable[[Any], None]) -> Prob
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(min(config.vocab_size, 1000), (n,), generator=generator).tolist() for n in LENGTHS]
     model.set_attn_implementation("eager")
-    plain = [
-        model(input_ids=torch.tensor([p], device=device), use_cache=False).logits[0, -1].float() for p in prompts
-    ]
+    plain = [model(input_ids=torch.tensor([p], device=device), use_cache=False).logits[0, -1].float() for p in prompts]
     model.set_attn_implementation(ATTENTION_NAME)
     fuse(model)
     cache = KVCache(sum(-(-n // BLOCK_SIZE) for n in LENGTHS), BLOCK_SIZE)
@@ -83,9 +81,7 @@ def probe(model: Any, device: torch.device, fuse: Callable[[Any], None]) -> Prob
     return ProbeResult(None, error, dict(cache.shapes))
 
 
-def _run_packed(
-    model: Any, cache: KVCache, prompts: list[list[int]], device: torch.device
-) -> list[torch.Tensor]:
+def _run_packed(model: Any, cache: KVCache, prompts: list[list[int]], device: torch.device) -> list[torch.Tensor]:
     pool = BlockPool(cache.num_blocks, cache.block_size, prefix_cache=False)
     runner = ModelRunner(model, cache, device)
     sequences = [

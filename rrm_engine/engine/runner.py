@@ -54,9 +54,7 @@ def pack(work: tuple[Work, ...], block_size: int, device: torch.device) -> Packe
     prefills = [w for w in work if w.count > 1]
     tokens = [w.sequence.tokens[w.start] for w in decodes]
     positions = [w.start for w in decodes]
-    slots = [
-        w.sequence.table.blocks[w.start // block_size] * block_size + w.start % block_size for w in decodes
-    ]
+    slots = [w.sequence.table.blocks[w.start // block_size] * block_size + w.start % block_size for w in decodes]
     sampled = [row for row, w in enumerate(decodes) if w.samples]
     order = [w for w in decodes if w.samples]
     chunks = []

@@ -46,7 +46,14 @@ def paged_attention_forward(
     store_kv(value_pool, new_value, rrm_forward.batch.slots)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = paged_attention(
-        query[0].transpose(0, 1), key_pool, value_pool, rrm_forward.batch, scale, sliding_window, softcap, s_aux
+        query[0].transpose(0, 1),
+        key_pool,
+        value_pool,
+        rrm_forward.batch,
+        scale,
+        sliding_window,
+        softcap,
+        s_aux,
     )
     return out[None], None
 

@@ -26,6 +26,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed is None:
+            assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
@@ -89,7 +90,7 @@ def fuse(model: nn.Module) -> None:
                     _merge(module, names, parts)  # type: ignore[arg-type]
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
-                if _plain_linear(child) and child.weight.device.type == "cpu":
+                if isinstance(child, nn.Linear) and _plain_linear(child) and child.weight.device.type == "cpu":
                     setattr(module, name, PackedLinear(child.weight, child.bias))
 
 

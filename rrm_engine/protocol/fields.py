@@ -31,7 +31,7 @@ _JSON_NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
 def sanitize_id(raw: str) -> str:
-    """``raw`` as a component of a node path: 1 to 40 characters of ``[A-Za-z0-9_-]``, or "" if ``raw`` is blank.
+    """``raw`` as a component of a node path: 1 to 40 of ``[A-Za-z0-9_-]``; "" if it is blank.
 
     The same ``raw`` always gives the same id, so references keep pointing at their child.
     """
@@ -43,7 +43,7 @@ def sanitize_id(raw: str) -> str:
 
 
 def to_event(fields: dict[str, Value], repairs: set[str]) -> Event | None:
-    """The event that ``fields`` describe, or None if they have neither a ``type`` nor a ``task``: just some JSON.
+    """The event that ``fields`` describe, or None if they have neither a ``type`` nor a ``task``.
 
     Adds the name of each leniency to ``repairs``. Raises Unreadable if the type is unknown, or an id or a
     task is missing.

@@ -20,9 +20,7 @@ LAYOUT_REPAIRS: Final = frozenset({"prose", "code_fence", "same_line", "several_
 
 _KEY = f"[{QUOTES}][A-Za-z_][A-Za-z0-9_ -]{{0,39}}[{QUOTES}]"
 _HEAD = re.compile(rf"\{{\s{{0,64}}{_KEY}\s{{0,64}}:")
-_HEAD_SO_FAR = re.compile(
-    rf"\{{\s{{0,64}}(?:[{QUOTES}](?:[A-Za-z_][A-Za-z0-9_ -]{{0,39}}(?:[{QUOTES}]\s{{0,64}})?)?)?"
-)
+_HEAD_SO_FAR = re.compile(rf"\{{\s{{0,64}}(?:[{QUOTES}](?:[A-Za-z_][A-Za-z0-9_ -]{{0,39}}(?:[{QUOTES}]\s{{0,64}})?)?)?")
 _OUTSIDE = re.compile(r"[{<]")
 _TYPE_KEY = re.compile(rf"[{QUOTES}]type[{QUOTES}]\s*:|\btask\b")
 _FENCE = re.compile(r"```[ \t]*\w*")
@@ -177,9 +175,7 @@ class EventParser:
                 return
         self._malformed(scanner, raw, reason, found)
 
-    def _parsed(
-        self, event: Event, scanner: ObjectScanner, raw: str, found: list[ParsedEvent | Malformed]
-    ) -> None:
+    def _parsed(self, event: Event, scanner: ObjectScanner, raw: str, found: list[ParsedEvent | Malformed]) -> None:
         repairs = scanner.repairs | self._layout(raw)
         self.repairs.update(repairs)
         start = self._base + scanner.start
@@ -187,9 +183,7 @@ class EventParser:
         self._gap.clear()
         self._any_event = True
 
-    def _malformed(
-        self, scanner: ObjectScanner, raw: str, reason: str, found: list[ParsedEvent | Malformed]
-    ) -> None:
+    def _malformed(self, scanner: ObjectScanner, raw: str, reason: str, found: list[ParsedEvent | Malformed]) -> None:
         if not _TYPE_KEY.search(raw):
             self._gap.append(raw)
             return

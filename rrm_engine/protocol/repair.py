@@ -24,7 +24,7 @@ _LINE_START = re.compile(r"\n[\s\-*>`.)\d]*\Z")
 
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[\s\S]|\Z)")
 _SIMPLE_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-# LaTeX commands whose first letter is also a JSON escape; "\b" and "\f" before a letter never mean the escape.
+# LaTeX commands that begin like a JSON escape; "\b" and "\f" before a letter never mean the escape.
 _LATEX = re.compile(
     r"[bf][A-Za-z]|(?:t(?:imes|ext\w*|heta|an|au|o|riangle\w*|frac|ilde)"
     r"|r(?:ight\w*|ho|floor|ceil|angle)|n(?:eq?|mid|abla|otin))(?![A-Za-z])"

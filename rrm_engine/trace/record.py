@@ -93,7 +93,8 @@ class RunDir:
                 while written < len(data):
                     written += os.write(self._rows_fd, data[written:])
             except OSError:
-                os.ftruncate(self._rows_fd, size)
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._rows_fd, size)
                 raise
             os.fsync(self._rows_fd)
             self.rows.append(row)

@@ -33,7 +33,6 @@ class Settings:
     layers: int
     hidden: int
     mlp: int
-    compile: bool
     warmup_steps: int = 40
     growth_share: float = 0.25  # share of the run in which the leaves grow to full length
     decay_from: float = 0.35  # share of the run after which the learning rate falls linearly to zero
@@ -130,8 +129,6 @@ class Trainer:
         self.settings = settings
         self.tokenizer = build_tokenizer()
         self.model = build_model(settings, self.tokenizer).to(settings.device)
-        if settings.compile:
-            self.model.model.forward = torch.compile(self.model.model.forward, dynamic=True)
         self.stream = TrainingStream(self.tokenizer, settings.seed, settings.batch_tokens)
         self.held_out = held_out_transcripts(CHECK_SEED, settings.check_tasks)
         embedding = self.model.model.embed_tokens.weight

@@ -1,0 +1,424 @@
+"""One job on the engine: carries out the graph machine's commands and tells it what the nodes wrote."""
+
+import hashlib
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from time import monotonic
+from typing import Any, Literal
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
+
+from rrm_engine.backends.meter import Meter
+from rrm_engine.backends.result import Job, JobResult
+from rrm_engine.engine.engine import Engine, Sampled
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.sequence import Matcher, Sequence, State, Stop
+from rrm_engine.graph.machine import GraphMachine
+from rrm_engine.graph.types import (
+    Cancel,
+    Command,
+    Conclusion,
+    EndReason,
+    Finish,
+    Limits,
+    Pause,
+    Phase,
+    Resume,
+    Start,
+    Status,
+)
+from rrm_engine.graph.types import Stop as StopNode
+from rrm_engine.protocol.chat import ChatFormat
+from rrm_engine.protocol.events import Done, Malformed, ParsedEvent
+from rrm_engine.protocol.parser import EventParser, visible
+from rrm_engine.protocol.style import Style
+
+Emit = Callable[[dict[str, Any]], None]
+MatcherFactory = Callable[[int, bool], Matcher]  # (children the node has had, whether it may split)
+PREVIEW = 200  # characters of the prompt kept in a row
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePlan:
+    """How one phase decodes; ``matcher`` makes a grammar's state where the phase is constrained."""
+
+    budget: int
+    thinking: bool
+    sampling: SamplingParams
+    matcher: MatcherFactory | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What all jobs of a run share."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerFast
+    chat: ChatFormat
+    style: Style
+    plans: Mapping[Phase, PhasePlan]
+    limits: Limits
+    child_context: Literal["task", "parent"]
+
+
+@dataclass(slots=True)
+class NodeRun:
+    """A node's sequence and the text of its current phase.
+
+    ``ends[i]`` is the length of that text after the phase's i-th token, so that a place in the text can be found
+    in the tokens. ``forks`` says for each child where its fork of this node's context ends: the number of tokens,
+    those of a token cut in the middle, and the length of the chain of tokens up to there.
+    """
+
+    path: str
+    sequence: Sequence
+    phase: Phase
+    parser: EventParser | None
+    running: bool = True
+    turn: int = 0
+    first: int = 0  # index in the sequence of the phase's first sampled token
+    stream: DecodeStream = field(default_factory=DecodeStream)
+    pieces: list[str] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    events: list[tuple[int, int]] = field(default_factory=list)  # where they stand in the text
+    cut: list[int] = field(default_factory=list)  # kept part of a token that an event ended in
+    forks: dict[str, tuple[int, list[int], int]] = field(default_factory=dict)
+    sampled: list[tuple[int, int]] = field(default_factory=list)  # token ranges that the model wrote
+    reasons: list[str] = field(default_factory=list)
+
+    def text(self, end: int | None = None) -> str:
+        """What it wrote in this phase up to ``end``, without its events."""
+        whole = "".join(self.pieces)[:end]
+        parts, last = [], 0
+        for start, stop in self.events:
+            parts.append(whole[last:start])
+            last = stop
+        return "".join([*parts, whole[last:]])
+
+
+class JobRun:
+    """Drives one job. The engine's loop calls ``on_token`` for each new token of its sequences."""
+
+    def __init__(self, runtime: Runtime, job: Job, index: int, emit: Emit, *, texts: bool = False) -> None:
+        self.runtime = runtime
+        self.job = job
+        self.index = index
+        self.result: JobResult | None = None
+        self.peak_blocks = 0
+        self.nodes: dict[str, NodeRun] = {}
+        self._emit_to = emit
+        self._texts = texts
+        self._meter = Meter(monotonic())
+        self._by_key: dict[str, NodeRun] = {}
+        self._commands: deque[Command] = deque()
+        self._repairs: Counter[str] = Counter()
+        self._errors: list[str] = []
+        self._boundary: int | None = None  # end of the event being handled, in its node's text
+        self._prompt = ""
+        self.machine: GraphMachine | None = None
+        if job.mode == "rrm":
+            self.machine = GraphMachine(job.task, runtime.limits, child_context=runtime.child_context)
+
+    def start(self) -> None:
+        self._emit("job", "root", mode=self.job.mode, task=self.job.task)
+        if self.machine is not None:
+            self._carry_out(self.machine.start())
+        else:
+            self._carry_out([Start("root", Phase.DIRECT, self.job.task)])
+
+    def on_token(self, sampled: Sampled) -> None:
+        node = self._by_key[sampled.sequence.key]
+        self._meter.token(node.path, monotonic(), is_child="." in node.path)
+        piece = ""
+        if sampled.stop is not Stop.EOS:
+            piece = node.stream.step(self.runtime.tokenizer.backend_tokenizer, sampled.token) or ""
+        node.pieces.append(piece)
+        node.ends.append((node.ends[-1] if node.ends else 0) + len(piece))
+        if self._texts and piece:
+            self._emit("text", node.path, text=piece)
+        turn = node.turn
+        if node.parser is not None and piece:
+            self._read(node, node.parser.feed(piece))
+        if sampled.stop is not None and node.running and node.turn == turn:
+            self._ended(node, sampled.stop)
+
+    def cancel(self, reason: str) -> None:
+        """End the job wherever it is; its blocks are free when this returns."""
+        if self.result is not None:
+            return
+        self._errors.append(reason)
+        if self.machine is not None:
+            self._carry_out(self.machine.cancel(reason))
+        else:
+            self._carry_out([Cancel("root", reason), Finish(Status.FAILED, "", reason)])
+
+    # what nodes wrote
+
+    def _read(self, node: NodeRun, items: Iterable[ParsedEvent | Malformed]) -> None:
+        """Hand events to the machine until the node has been paused or is over: what follows is discarded."""
+        assert self.machine is not None
+        turn = node.turn
+        for item in items:
+            if not node.running or node.turn != turn:
+                return
+            node.events.append((item.start, item.end))
+            if isinstance(item, Malformed):
+                self._emit("malformed", node.path, reason=item.reason, text=item.text[:PREVIEW])
+                self._carry_out(self.machine.on_malformed(node.path, item))
+                continue
+            kind = type(item.event).__name__.lower()
+            self._emit("event", node.path, kind=kind, **asdict(item.event), repairs=item.repairs)
+            self._repairs.update(item.repairs)
+            self._boundary = item.end
+            known = len(self.machine.nodes)
+            done = isinstance(item.event, Done)  # the only event whose meaning depends on the text before it
+            text = visible(node.text(item.start), self._thinking(node.phase)) if done else None
+            commands = self.machine.on_event(node.path, item.event, text)
+            if len(self.machine.nodes) > known:
+                self._remember_fork(node, list(self.machine.nodes)[-1])
+            self._carry_out(commands)
+            self._boundary = None
+
+    def _ended(self, node: NodeRun, stop: Stop) -> None:
+        if node.parser is not None:
+            turn = node.turn
+            self._read(node, node.parser.close())
+            if not node.running or node.turn != turn:
+                return
+        self._halt(node, stop.value)
+        text = visible(node.text(), self._thinking(node.phase))
+        if self.machine is not None:
+            self._carry_out(self.machine.on_end(node.path, EndReason(stop.value), text))
+        else:
+            self._carry_out([StopNode(node.path, Conclusion("root", text)), Finish(Status.ATOMIC, text)])
+
+    def _remember_fork(self, parent: NodeRun, child: str) -> None:
+        keep, cut = self._split(parent)
+        parent.forks[child] = (keep, cut, self._meter.clocks[parent.path].depth)
+
+    # what the machine wants
+
+    def _carry_out(self, commands: Iterable[Command]) -> None:
+        """Execute commands in order; a command that fails may put more of them behind."""
+        busy = bool(self._commands)
+        self._commands.extend(commands)
+        while self._commands and not busy:
+            match self._commands[0]:
+                case Start() as command:
+                    self._start(command)
+                case Resume() as command:
+                    self._resume(command)
+                case Pause(node=path):
+                    self._pause(self.nodes[path])
+                case StopNode(node=path, conclusion=conclusion):
+                    self._close(path, "concluded", answer=conclusion.answer, ok=conclusion.ok)
+                case Cancel(node=path, reason=reason):
+                    self._close(path, "cancelled", reason=reason)
+                case Finish() as command:
+                    self._finish(command)
+            self._commands.popleft()
+
+    def _start(self, command: Start) -> None:
+        runtime, plan = self.runtime, self.runtime.plans[command.phase]
+        fork = None
+        after = [self._meter.clocks[path].depth for path in self._dependencies(command.node)]
+        if command.parent is not None:
+            parent = self.nodes[command.parent]
+            keep, cut, depth = parent.forks[command.node]
+            after.append(depth)
+        values = {
+            "task": command.task,
+            "given": command.given,
+            "depth_left": runtime.limits.max_depth - command.depth,
+        }
+        if command.fork:
+            user = runtime.style.user("fork", id=command.node.rpartition(".")[2], **values)
+            tokens = [*parent.sequence.tokens[:keep], *cut, *runtime.chat.turn(user, plan.thinking)]
+            fork = (parent.sequence, keep)
+        else:
+            system = runtime.style.system("direct" if command.phase is Phase.DIRECT else "recursive")
+            user = runtime.style.user(command.phase.value, max_width=runtime.limits.max_width, **values)
+            tokens = runtime.chat.opening(system, user, plan.thinking)
+        self._prompt = self._prompt or system + "\n" + user
+        key = f"{self.job.key}:{command.node}"
+        try:
+            sequence = runtime.engine.submit(
+                key,
+                tokens,
+                plan.budget,
+                plan.sampling,
+                root=self.index,
+                depth=command.depth,
+                matcher=self._matcher(plan, command.node),
+                fork_of=fork,
+            )
+        except ValueError as error:
+            self._no_room(command.node, error)
+            return
+        parser = EventParser(self._opens_thinking(plan)) if self.machine and command.phase is not Phase.DIRECT else None
+        node = NodeRun(command.node, sequence, command.phase, parser, first=len(tokens))
+        self.nodes[node.path] = self._by_key[key] = node
+        self._meter.start(node.path, monotonic(), after)
+        self._emit("start", node.path, phase=command.phase, prompt_tokens=len(tokens), task=command.task)
+
+    def _resume(self, command: Resume) -> None:
+        runtime, plan = self.runtime, self.runtime.plans[command.phase]
+        node = self.nodes[command.node]
+        kind = "solve" if command.phase is Phase.SOLVER else "resume"
+        assert self.machine is not None
+        user = runtime.style.user(
+            kind,
+            task=self.machine.nodes[node.path].task,
+            conclusions=command.conclusions,
+            notes=command.notes,
+            rule=command.rule,
+        )
+        after_eos = node.sequence.tokens[-1] in runtime.engine.eos_ids and not node.cut
+        tokens = [*node.cut, *runtime.chat.turn(user, plan.thinking, after_eos=after_eos)]
+        matcher = self._matcher(plan, node.path)
+        try:
+            runtime.engine.resume(node.sequence, tokens, plan.budget, plan.sampling, matcher)
+        except ValueError as error:
+            self._no_room(node.path, error)
+            return
+        node.phase, node.running, node.turn = command.phase, True, node.turn + 1
+        node.parser = EventParser(self._opens_thinking(plan))
+        node.first = len(node.sequence.tokens)
+        node.stream, node.pieces, node.ends, node.events, node.cut = DecodeStream(), [], [], [], []
+        self._meter.resume(node.path, monotonic(), [f"{node.path}.{c.id}" for c in command.conclusions])
+        self._emit("resume", node.path, phase=command.phase, appended_tokens=len(tokens), notes=command.notes)
+
+    def _pause(self, node: NodeRun) -> None:
+        """Stop right behind the event just read; a token that goes on behind it is replaced by its kept part."""
+        if node.sequence.state is not State.PAUSED:
+            self.runtime.engine.pause(node.sequence)
+        keep, node.cut = self._split(node)
+        self.runtime.engine.truncate(node.sequence, keep)
+        self._halt(node, "await")
+
+    def _halt(self, node: NodeRun, reason: str) -> None:
+        if not node.running:
+            return
+        node.running = False
+        node.reasons.append(reason)
+        node.sampled.append((node.first, len(node.sequence.tokens)))
+        self._meter.pause(node.path, monotonic())
+        self._emit("pause", node.path, reason=reason, tokens=len(node.sequence.tokens))
+
+    def _close(self, path: str, how: str, **fields: Any) -> None:
+        """A node is over, by conclusion or cancellation: give its blocks back."""
+        node = self.nodes.get(path)
+        if node is None:  # it never got a sequence
+            self._emit(how, path, **fields)
+            return
+        self._halt(node, how)
+        self.runtime.engine.finish(node.sequence)
+        counters = asdict(node.sequence.counters)
+        self._emit(how, path, **fields, counters=counters, token_ids=list(node.sequence.tokens), sampled=node.sampled)
+
+    def _no_room(self, path: str, error: ValueError) -> None:
+        """A node that does not fit into a sequence has failed; whoever waits for it is told."""
+        self._errors.append(str(error))
+        self._emit("no_room", path, reason=str(error))
+        if self.machine is not None:
+            self._commands.extend(self.machine.on_end(path, EndReason.CONTEXT, ""))
+        else:
+            self._commands.append(Finish(Status.FAILED, "", str(error)))
+
+    def _finish(self, command: Finish) -> None:
+        meter, machine = self._meter, self.machine
+        counters = [node.sequence.counters for node in self.nodes.values()]
+
+        def total(name: str) -> int:
+            return sum(getattr(c, name) for c in counters)
+
+        failed = command.status in (Status.FAILED, Status.INVALID)
+        answering = [n for n in ("root", "root!direct") if n in meter.clocks]
+        if machine is not None:
+            self._repairs.update(machine.repairs)
+        self.result = JobResult(
+            job=self.job,
+            status=command.status,
+            answer=command.answer,
+            latency_s=monotonic() - meter.started_at,
+            ttft_s=meter.ttft_s,
+            time_to_first_child_s=meter.time_to_first_child_s,
+            model_calls=len(self.nodes),
+            forward_prefilled=total("prefilled"),
+            forward_decoded=total("decoded"),
+            reused=total("reused"),
+            critical_path_tokens=sum(meter.clocks[n].depth for n in answering),
+            total_tokens=total("decoded"),
+            nodes=len(self.nodes),
+            max_depth=machine.max_depth if machine else 0,
+            max_sibling_width=machine.max_sibling_width if machine else 0,
+            overlap_s=meter.overlap_s,
+            parallel_s=meter.parallel_s,
+            resumes=sum(len(n.sampled) - 1 for n in self.nodes.values() if n.sampled),
+            resume_latency_s=meter.resume_latency_s,
+            forked_blocks=total("forked_blocks"),
+            copied_blocks=total("copied_blocks"),
+            peak_kv_blocks=self.peak_blocks,
+            preemptions=total("preemptions") + total("dropped"),
+            prompt_sha256=hashlib.sha256(self._prompt.encode()).hexdigest(),
+            prompt_preview=self.job.task[:PREVIEW],
+            finish_reasons={n.path: "+".join(n.reasons) for n in self.nodes.values()},
+            repairs=dict(self._repairs),
+            error="; ".join(self._errors) or command.error if failed else None,
+        )
+        self._emit("finish", "root", status=command.status, answer=command.answer)
+
+    # small things
+
+    def _split(self, node: NodeRun) -> tuple[int, list[int]]:
+        """(tokens, rest): the sequence's tokens up to the event just read, and the kept part of a token cut in two.
+
+        White space behind an event stays with it: only a token that begins something else is cut.
+        """
+        assert self._boundary is not None
+        last = bisect_left(node.ends, self._boundary)
+        keep = node.first + last + 1
+        text = "".join(node.pieces)
+        if not text[self._boundary : node.ends[last]].strip():
+            return keep, []
+        begin = node.ends[last - 1] if last else 0
+        rest = self.runtime.tokenizer.encode(text[begin : self._boundary], add_special_tokens=False)
+        return keep - 1, rest
+
+    def _matcher(self, plan: PhasePlan, path: str) -> Matcher | None:
+        """The grammar of a node's next phase; it allows to split only where the machine would accept it."""
+        if plan.matcher is None or self.machine is None:
+            return None
+        node, limits = self.machine.nodes[path], self.runtime.limits
+        room = limits.max_nodes - len(self.machine.nodes)
+        splits = node.depth < limits.max_depth and node.awaits + 1 < limits.max_awaits and room >= limits.max_width
+        return plan.matcher(len(node.children), splits)
+
+    def _dependencies(self, path: str) -> list[str]:
+        if self.machine is None:
+            return []
+        found = [d.path for d in self.machine.nodes[path].dependencies.values() if d is not None]
+        return [p for p in found if p in self._meter.clocks]
+
+    def _thinking(self, phase: Phase) -> bool:
+        return self._opens_thinking(self.runtime.plans[phase])
+
+    def _opens_thinking(self, plan: PhasePlan) -> bool:
+        return self.runtime.chat.opens_thinking(plan.thinking)
+
+    def _emit(self, event: str, node: str, **fields: Any) -> None:
+        engine = self.runtime.engine
+        self._emit_to(
+            {
+                "t": monotonic(),
+                "job": self.job.key,
+                "node": node,
+                "step": engine.steps,
+                "event": event,
+                "blocks": engine.pool.num_used,
+                **fields,
+            }
+        )

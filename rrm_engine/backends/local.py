@@ -1,0 +1,189 @@
+"""The in-process backend: one model, one engine, many jobs; this is what the Python API and the bench use."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from time import monotonic
+from typing import Any, cast
+
+from rrm_engine.backends.job import Emit, JobRun, Runtime
+from rrm_engine.backends.result import Job, JobResult
+from rrm_engine.backends.settings import phase_plans, resolve
+from rrm_engine.config import RunConfig
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.prepare import LoadedModel, load_model
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.graph.types import Limits
+from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.pool import BlockPool
+from rrm_engine.protocol.chat import ChatFormat
+from rrm_engine.protocol.style import default_style, load_style
+
+RATE_WINDOW_S = 2.0  # of the tokens per second shown live
+
+
+class Solver:
+    """A loaded model that solves tasks, directly or recursively, in one continuous batch.
+
+    ``resolved`` is the config with every default filled in. One thread at a time may use a Solver.
+    """
+
+    def __init__(self, model: LoadedModel, config: RunConfig, tasks: Sequence[str] = ()) -> None:
+        """``tasks`` are the texts to expect: the longest of them decides how long a sequence may get.
+
+        Raises ValueError, with the numbers and the flag to change, if the settings cannot work.
+        """
+        name = config.prompt_style
+        style = load_style(default_style(model.model_type, model.name) if name == "auto" else name)
+        chat = ChatFormat(model.tokenizer, model.eos_ids)
+        self.model = model
+        self.resolved = config = resolve(config, model, style, chat, tasks)
+        assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
+        limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
+        pool = BlockPool(config.kv_blocks, config.block_size, config.prefix_cache)
+        cache = KVCache(config.kv_blocks, config.block_size, model.shapes)
+        self.engine = Engine(
+            ModelRunner(model.model, cache, model.device),
+            pool,
+            max_sequences=config.max_concurrency,
+            step_tokens=config.step_tokens,
+            max_sequence_tokens=config.max_sequence_tokens,
+            eos_ids=chat.eos_ids,
+            seed=config.seed,
+        )
+        self._runtime = Runtime(
+            self.engine,
+            model.tokenizer,
+            chat,
+            style,
+            phase_plans(config, style, model, limits),
+            limits,
+            cast(Any, config.child_context),
+        )
+        self._started = 0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    @classmethod
+    def load(cls, config: RunConfig | None = None, tasks: Sequence[str] = ()) -> "Solver":
+        """Load the config's model and make it ready.
+
+        Raises ValueError (UnsupportedModel among them) with one sentence that says what to do.
+        """
+        config = config or RunConfig()
+        return cls(load_model(config.model, config.dtype, config.device), config, tasks)
+
+    def solve(self, task: str, mode: str = "rrm", on_event: Emit | None = None) -> JobResult:
+        """Solve one task; ``mode`` is ``rrm`` or ``direct``."""
+        return next(iter(self.run([self._job(task, mode)], on_event)))
+
+    def stream(self, task: str, mode: str = "rrm") -> Iterator[dict[str, Any]]:
+        """Solve one task and yield its events as they happen.
+
+        Besides the events of ``trace.jsonl`` there is ``{"event": "text", "node": ..., "text": ...}`` for all that
+        is written, and last ``{"event": "result", "result": JobResult}``.
+        """
+        events: deque[dict[str, Any]] = deque()
+        for result in self._drive([self._job(task, mode)], events.append, 1, texts=True):
+            while events:
+                yield events.popleft()
+            if result is not None:
+                yield {"event": "result", "result": result}
+
+    def run(self, jobs: Iterable[Job], on_event: Emit | None = None, concurrency: int = 1) -> Iterator[JobResult]:
+        """Solve jobs, ``concurrency`` at a time; yields each result when it is there.
+
+        ``on_event`` is called with every event as a JSON-ready dict. A job that fails has its error in its result.
+        Closing the generator, or an exception such as KeyboardInterrupt, cancels what runs.
+        """
+        drive = self._drive(jobs, on_event or _ignore, concurrency)
+        return (result for result in drive if result is not None)
+
+    def progress(self) -> dict[str, Any]:
+        """What is going on now: sequences, blocks, tokens per second over the last seconds."""
+        scheduler, pool = self.engine.scheduler, self.engine.pool
+        span = monotonic() - self._recent[0][0] if self._recent else 0.0
+        return {
+            "step": self.engine.steps,
+            "running": scheduler.running,
+            "waiting": len(scheduler.paused),
+            "queued": len(scheduler.live) - scheduler.running,
+            "blocks_used": pool.num_used,
+            "blocks_total": pool.num_blocks,
+            "tokens_per_s": sum(n for _, n in self._recent) / span if span > 0 else 0.0,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The model and the memory plan, for the header and ``run.json``."""
+        model, config = self.model, self.resolved
+        pool = self.engine.pool
+        size = sum(shape.bytes_per_token for shape in model.shapes.values())
+        return {
+            "model": model.name,
+            "model_type": model.model_type,
+            "parameters": model.parameters,
+            "dtype": config.dtype,
+            "device": config.device,
+            "attention": "torch paged reference",
+            "load_check_error": model.probe_error,
+            "kv_blocks": pool.num_blocks,
+            "block_size": pool.block_size,
+            "kv_bytes_per_token": size,
+            "kv_bytes": size * pool.num_blocks * pool.block_size,
+            "max_sequence_tokens": config.max_sequence_tokens,
+            "prompt_style": config.prompt_style,
+        }
+
+    def close(self) -> None:
+        """Nothing runs between calls, so there is nothing to stop; checks that no block was lost."""
+        self.engine.check()
+
+    def _job(self, task: str, mode: str) -> Job:
+        return Job(f"task{self._started}", task, mode)
+
+    def _drive(
+        self, jobs: Iterable[Job], emit: Emit, concurrency: int, *, texts: bool = False
+    ) -> Iterator[JobResult | None]:
+        """The loop: start jobs while there is room, step, hand out tokens. Yields None for a step without result."""
+        pending = iter(jobs)
+        runs: list[JobRun] = []
+        try:
+            while True:
+                while len(runs) < concurrency and (job := next(pending, None)) is not None:
+                    self._started += 1
+                    runs.append(JobRun(self._runtime, job, self._started, emit, texts=texts))
+                    runs[-1].start()
+                if not runs:
+                    return
+                self._step(runs)
+                for run in [r for r in runs if r.result is not None]:
+                    runs.remove(run)
+                    yield run.result
+                yield None
+        finally:
+            for run in runs:
+                run.cancel("cancelled")
+
+    def _step(self, runs: list[JobRun]) -> None:
+        """One engine step. An error in it fails every job in flight, for their KV can no longer be trusted."""
+        try:
+            sampled = self.engine.step()
+        except Exception as error:
+            for run in runs:
+                run.cancel(f"{type(error).__name__}: {error}")
+            return
+        self._count(len(sampled))
+        used = self.engine.pool.num_used
+        by_job = {run.job.key: run for run in runs}
+        for run in runs:
+            run.peak_blocks = max(run.peak_blocks, used)
+        for one in sampled:
+            by_job[one.sequence.key.rpartition(":")[0]].on_token(one)
+
+    def _count(self, tokens: int) -> None:
+        now = monotonic()
+        self._recent.append((now, tokens))
+        while now - self._recent[0][0] > RATE_WINDOW_S:
+            self._recent.popleft()
+
+
+def _ignore(_: dict[str, Any]) -> None:
+    pass

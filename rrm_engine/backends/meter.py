@@ -1,0 +1,67 @@
+"""What a job took: when nodes decoded beside each other, the critical path, first tokens, resumes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Clock:
+    """One node's place on the critical path: ``depth`` is the longest chain of tokens up to its last one."""
+
+    depth: int = 0
+    decoding: bool = False
+    resumed_at: float | None = None  # set from a resume to the token that follows it
+
+
+@dataclass(slots=True)
+class Meter:
+    """Told of every transition and token of one job's nodes; paths nest by dots."""
+
+    started_at: float
+    ttft_s: float | None = None
+    time_to_first_child_s: float | None = None
+    parallel_s: float = 0.0
+    overlap_s: float = 0.0
+    resume_latency_s: list[float] = field(default_factory=list)
+    clocks: dict[str, Clock] = field(default_factory=dict)
+    _since: float = 0.0
+    _parallel: bool = False
+    _overlap: bool = False
+
+    def start(self, node: str, now: float, after: Iterable[int] = ()) -> None:
+        """A node starts to decode after the chains of tokens given."""
+        self.clocks[node] = Clock(max(after, default=0))
+        self._set_decoding(node, True, now)
+
+    def token(self, node: str, now: float, is_child: bool) -> None:
+        clock = self.clocks[node]
+        clock.depth += 1
+        if self.ttft_s is None:
+            self.ttft_s = now - self.started_at
+        if is_child and self.time_to_first_child_s is None:
+            self.time_to_first_child_s = now - self.started_at
+        if clock.resumed_at is not None:
+            self.resume_latency_s.append(now - clock.resumed_at)
+            clock.resumed_at = None
+
+    def pause(self, node: str, now: float) -> None:
+        """The node does not decode any more: it waits, or it is over."""
+        self._set_decoding(node, False, now)
+
+    def resume(self, node: str, now: float, after: Iterable[str]) -> None:
+        """The node goes on behind its own last token and those of the nodes it waited for."""
+        clock = self.clocks[node]
+        clock.depth = max([clock.depth, *(self.clocks[n].depth for n in after if n in self.clocks)])
+        clock.resumed_at = now
+        self._set_decoding(node, True, now)
+
+    def _set_decoding(self, node: str, decoding: bool, now: float) -> None:
+        if self._parallel:
+            self.parallel_s += now - self._since
+        if self._overlap:
+            self.overlap_s += now - self._since
+        self._since = now
+        self.clocks[node].decoding = decoding
+        active = [n for n, clock in self.clocks.items() if clock.decoding]
+        self._parallel = len(active) > 1
+        self._overlap = any(b.startswith(a + ".") for a in active for b in active)

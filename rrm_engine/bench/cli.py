@@ -1,0 +1,279 @@
+"""The command: tasks, run directory and solver in, table and exit code out."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rrm_engine.bench.environment import environment, package_version
+from rrm_engine.bench.flags import (
+    DEFAULT_TASKS,
+    PROGRAM,
+    FlagError,
+    Options,
+    flag,
+    make_config,
+    parse,
+    show,
+)
+from rrm_engine.bench.readers import TaskError
+from rrm_engine.bench.summary import summarise
+from rrm_engine.bench.table import model_line, print_closing
+from rrm_engine.bench.tasks import TaskSet, load_tasks
+from rrm_engine.config import RunConfig
+from rrm_engine.trace.record import RunDir, RunDirError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rrm_engine.backends.local import Solver
+
+OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+FORMAT = 1  # of the run directory
+
+
+class Refusal(Exception):
+    """The run cannot begin; the message is one sentence for the user."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench; returns the exit code."""
+    try:
+        options = parse(argv)
+        return resume_run(options) if options.resume else new_run(options)
+    except (TaskError, FlagError, RunDirError, Refusal) as error:
+        _say(f"error: {error}")
+        return REFUSED
+    except KeyboardInterrupt:
+        _say("Interrupted before the first row.")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output is gone; keep the exit from complaining about it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def new_run(options: Options) -> int:
+    """A run from its first row."""
+    config = options.config()
+    tasks = load_tasks(options.tasks or DEFAULT_TASKS)
+    directory = RunDir.create(options.out or _default_directory(config, tasks))
+    try:
+        solver = _load(config, tasks)
+        directory.write_manifest(_manifest(config, tasks, solver))
+        return _run(solver, tasks, config, directory, options.quiet)
+    finally:
+        directory.discard()
+
+
+def resume_run(options: Options) -> int:
+    """The rows of a recorded run that are missing."""
+    assert options.resume is not None
+    directory = RunDir.resume(options.resume)
+    try:
+        recorded = directory.manifest
+        config = _recorded_config(recorded, directory.path)
+        tasks = load_tasks(options.tasks or recorded["tasks"]["source"])
+        _refuse_differences(differences(options.given, tasks, recorded), directory.path)
+        if directory.cut:
+            _say("Cut a half-written row off rows.jsonl; it runs again.")
+        if not _missing(tasks, config, directory):
+            return _close(directory, config, options.quiet)
+        # The pool's size is read off free memory, which is never twice the same: keep the first run's.
+        pinned = make_config({**asdict(config), "kv_blocks": recorded["resolved"].get("kv_blocks")})
+        solver = _load(pinned, tasks)
+        _refuse_differences(_drift(recorded["resolved"], solver.resolved), directory.path)
+        session = {"started": _now(), "command": _command(), **environment()}
+        directory.write_manifest({**recorded, "resumed": [*recorded["resumed"], session]})
+        return _run(solver, tasks, config, directory, options.quiet)
+    finally:
+        directory.close()
+
+
+def differences(given: dict[str, Any], tasks: TaskSet, recorded: dict[str, Any]) -> list[str]:
+    """What was asked for now and differs from the recorded run, each as a phrase."""
+    settings = recorded["settings"]
+    found = [
+        f"{flag(name)} is {show(value)}, was {show(settings[name])}"
+        for name, value in given.items()
+        if show(value) != show(settings[name])
+    ]
+    if tasks.sha256 != recorded["tasks"]["sha256"]:
+        found.append(f"the tasks of {tasks.source} are not those of the recorded {recorded['tasks']['name']}")
+    return found
+
+
+def _drift(recorded: dict[str, Any], resolved: RunConfig) -> list[str]:
+    """Where the same settings come out as others here: another device, another default."""
+    return [
+        f"{flag(f.name)} comes out as {show(value)}, was {show(recorded[f.name])}"
+        for f in fields(RunConfig)
+        if f.name in recorded and show(value := getattr(resolved, f.name)) != show(recorded[f.name])
+    ]
+
+
+def _refuse_differences(found: list[str], path: Path) -> None:
+    if found:
+        raise Refusal(f"{path} was recorded under other settings: {'; '.join(found)}")
+
+
+def _recorded_config(recorded: dict[str, Any], path: Path) -> RunConfig:
+    """The settings of run.json; those that a newer version added keep their defaults."""
+    if recorded.get("format") != FORMAT or not {"settings", "resolved", "tasks", "resumed"} <= recorded.keys():
+        raise Refusal(f"{path / 'run.json'} was written by another version; start a new run")
+    settings = recorded["settings"]
+    if unknown := settings.keys() - {f.name for f in fields(RunConfig)}:
+        raise Refusal(f"{path / 'run.json'} has settings that this version lacks: {', '.join(sorted(unknown))}")
+    for f in fields(RunConfig):
+        settings.setdefault(f.name, f.default)
+    return make_config({**settings, "modes": tuple(settings["modes"])})
+
+
+def _load(config: RunConfig, tasks: TaskSet) -> "Solver":
+    """The solver, every foreseen complaint turned into a refusal."""
+    try:
+        from rrm_engine.backends.local import Solver
+
+        return Solver.load(config, [task.problem for task in tasks.tasks[: config.limit]])
+    except MemoryError as error:
+        raise Refusal(str(error) or "There is not enough memory for this model") from None
+    except (ValueError, OSError) as error:
+        raise Refusal(str(error)) from None
+
+
+def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir, quiet: bool) -> int:
+    """The missing rows, then the closing table, however it ended."""
+    from rrm_engine.bench.progress import make_display
+    from rrm_engine.bench.run import execute
+
+    console = _console(stderr=True)
+    if not quiet:
+        _print_header(console, solver, tasks, config, directory)
+    try:
+        jobs = _missing(tasks, config, directory)
+        execute(solver, jobs, tasks.tasks[: config.limit], directory, make_display(console, quiet))
+    except RunDirError as error:
+        _say(f"error: {error}")
+        _close(directory, config, quiet, broken=True)
+        return FAILED
+    except BaseException as error:
+        _close(directory, config, quiet, broken=True)
+        if _is_interrupt(error):
+            return INTERRUPTED
+        raise
+    solver.close()
+    return _close(directory, config, quiet)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C began it: cleaning up after an interrupted step may itself have failed."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
+
+
+def _missing(tasks: TaskSet, config: RunConfig, directory: RunDir) -> list[Any]:
+    from rrm_engine.bench.run import plan
+
+    return plan(tasks.tasks[: config.limit], config, directory.rows)
+
+
+def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: bool = False) -> int:
+    """summary.json, the table, where everything lies and, if the run broke off, how to go on."""
+    summary = summarise(directory.rows)
+    unwritten = None
+    try:
+        directory.write_summary(summary)
+    except RunDirError as error:  # a full disk must not cost the table
+        unwritten = error
+    console = _console()
+    print_closing(console, summary, directory.rows, config.task_concurrency)
+    console.print(
+        f"Written to {directory.path}: run.json, rows.jsonl, trace.jsonl, summary.json",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if broken:
+        command = f"{PROGRAM} --resume {shlex.quote(str(directory.path))}{' --quiet' if quiet else ''}"
+        console.print(f"Go on with: {command}", markup=False, highlight=False, soft_wrap=True)
+    if unwritten:
+        _say(f"error: {unwritten}")
+    return FAILED if summary["errors"] or unwritten else OK
+
+
+def _manifest(config: RunConfig, tasks: TaskSet, solver: "Solver") -> dict[str, Any]:
+    """run.json: what was asked, what it came out as, and where it ran."""
+    return {
+        "format": FORMAT,
+        "started": _now(),
+        "command": _command(),
+        "seed": config.seed,
+        "tasks": {
+            "name": tasks.name,
+            "source": tasks.source,
+            "sha256": tasks.sha256,
+            "count": len(tasks.tasks),
+            "used": len(tasks.tasks[: config.limit]),
+        },
+        "settings": asdict(config),
+        "resolved": asdict(solver.resolved),
+        "solver": solver.describe(),
+        **environment(),
+        "resumed": [],
+    }
+
+
+def _print_header(
+    console: "Console", solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir
+) -> None:
+    """What runs, on what, and where to."""
+    chosen, done = len(tasks.tasks[: config.limit]), len(directory.rows)
+    rows = chosen * config.samples * len(config.modes)
+    what = f"{tasks.name}: {chosen} tasks x {config.samples} samples x {' + '.join(config.modes)} = {rows} rows"
+    console.print(
+        f"rrm-engine {package_version()}   {what}" + (f", {done} of them done" if done else ""),
+        model_line(solver.describe()),
+        f"to {directory.path}",
+        sep="\n",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _default_directory(config: RunConfig, tasks: TaskSet) -> Path:
+    """``runs/<time>-<model>-<tasks>``, with a number behind it if that is taken."""
+    model = config.model.rstrip("/").rsplit("/", 1)[-1]
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(model)}-{_slug(tasks.name)}"
+    path, number = Path("runs") / name, 2
+    while path.exists():
+        path, number = Path("runs") / f"{name}-{number}", number + 1
+    return path
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "x"
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _command() -> str:
+    return shlex.join([*PROGRAM.split(), *sys.argv[1:]])
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,173 @@
+"""The closing table of a run and the sentences under it."""
+
+from typing import TYPE_CHECKING, Any
+
+from rrm_engine.bench.summary import RECURSIVE
+from rrm_engine.trace.record import Row, row_key
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Figures = dict[str, Any]
+
+
+def print_closing(console: "Console", summary: Figures, rows: list[Row], concurrency: int) -> None:
+    """The table of the modes, then what it means, in a dozen lines."""
+    if not rows:
+        console.print("No row is finished yet.")
+        return
+    console.print(modes_table(summary["modes"], wide=console.width >= 100))
+    for line in sentences(summary, concurrency):
+        console.print(line, markup=False, highlight=False)
+    if line := error_line(rows):
+        console.print(line, style="red", markup=False, highlight=False)
+
+
+def model_line(about: Figures) -> str:
+    """What a solver tells about itself, in one line."""
+    parts = [
+        f"{about['model']}",
+        f"{count(about['parameters'])} parameters",
+        f"{about['dtype']} on {about['device']}",
+        f"attention: {about['attention']}",
+        f"prompts: {about['prompt_style']}",
+        f"KV: {about['kv_blocks']:,} blocks of {about['block_size']} tokens",
+    ]
+    return ", ".join(parts)
+
+
+def modes_table(modes: Figures, wide: bool) -> "Table":
+    """One line per mode; the less important columns only where there is room."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    table.add_column("mode", no_wrap=True)
+    columns = ["n", "correct", "95 %", "latency", "crit. path", "tokens", "tok/s"]
+    columns[5:5] = ["TTFT", "tokens each"] if wide else []
+    errors = any(figures["errors"] for figures in modes.values())
+    for name in [*columns, *(["errors"] if errors else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for mode, figures in modes.items():
+        cells = [
+            str(figures["n"]),
+            percent(figures["accuracy"]),
+            interval_percent(figures["accuracy_ci95"]),
+            seconds(figures["latency_median"]),
+            count(figures["critical_path_tokens_median"]),
+            count(figures["tokens_total"]),
+            count(figures["tokens_per_s"]),
+        ]
+        cells[5:5] = [seconds(figures["ttft_median"]), count(figures["tokens_median"])] if wide else []
+        table.add_row(mode, *cells, *([str(figures["errors"])] if errors else []))
+    table.caption = "latency, critical path" + (", TTFT, tokens each" if wide else "") + ": medians"
+    table.caption_justify = "left"
+    return table
+
+
+def sentences(summary: Figures, concurrency: int) -> list[str]:
+    """Speed-ups, how recursive runs ended, and the KV cache, in plain words."""
+    modes, kv = summary["modes"], summary["kv"]
+    lines = []
+    if len(modes) == 2:
+        lines.append(headline_line(summary["headline"]))
+        lines.append(all_pairs_line(summary["all_pairs"]))
+    if RECURSIVE in modes:
+        lines.append(status_line(modes[RECURSIVE]["status"], summary["atomic_controls"]))
+    line = (
+        f"KV: {kv['prefilled']:,} tokens prefilled, {kv['reused']:,} reused; blocks: peak {kv['peak_blocks']:,}, "
+        f"{kv['forked_blocks']:,} forked, {kv['copied_blocks']:,} copied; {plural(kv['resumes'], 'resume')}"
+    )
+    if kv["resume_latency_median"] is not None:
+        line += f", median {1000 * kv['resume_latency_median']:.0f} ms"
+    lines.append(line + ".")
+    if concurrency > 1:
+        lines.append(f"Latencies were measured with {concurrency} tasks in flight and disturb each other.")
+    return lines
+
+
+def headline_line(figures: Figures) -> str:
+    """The headline speed-ups, or why there are none."""
+    if not figures["n"]:
+        return "Headline: no pair yet where both modes are right and the recursive one a graph that overlaps."
+    return (
+        f"Headline, {plural(figures['n'], 'pair')} right in both modes with an overlapping graph: recursive answers "
+        f"come {speedup(figures, 'latency')}; critical path {speedup(figures, 'critical_path', 'shorter', 'longer')}."
+    )
+
+
+def all_pairs_line(figures: Figures) -> str:
+    """The same over every pair, right or wrong."""
+    if not figures["n"]:
+        return "All pairs: none is complete yet."
+    line = f"All {figures['n']:,} pairs: {speedup(figures, 'latency')}"
+    if figures["only_direct_correct"] or figures["only_recursive_correct"]:
+        line += (
+            f"; only direct right {figures['only_direct_correct']}x, "
+            f"only recursive {figures['only_recursive_correct']}x (McNemar p = {figures['mcnemar_p']:.2g})"
+        )
+    return line + "."
+
+
+def status_line(status: dict[str, int], controls: Figures) -> str:
+    """How recursive runs ended."""
+    line = "Recursive runs: " + ", ".join(f"{n} {name}" for name, n in status.items())
+    if controls["n"]:
+        line += " (atomic: did not split, a control for direct"
+        if controls["accuracy"] is not None:
+            line += f"; {percent(controls['accuracy'])} right"
+        if controls["latency_speedup_median"] is not None:
+            line += f", speed-up over direct {controls['latency_speedup_median']:.2f}x"
+        line += ")"
+    return line + "."
+
+
+def error_line(rows: list[Row]) -> str:
+    """How many rows have an error, with the first one."""
+    failed = [row for row in rows if row["error"] is not None]
+    if not failed:
+        return ""
+    first = str(failed[0]["error"]).splitlines() or [""]
+    return f"{plural(len(failed), 'row')} with an error (counted as wrong); {row_key(failed[0])}: {first[0][:160]}"
+
+
+def speedup(figures: Figures, name: str, more: str = "sooner", less: str = "later") -> str:
+    """``1.31x sooner (95 % interval 1.10-1.52)``; below 1 it stays the ratio that its interval is of."""
+    ratio, interval = figures[f"{name}_speedup_median"], figures[f"{name}_speedup_ci95"]
+    if ratio is None:
+        return "not measured"
+    words = f"{ratio:.2f}x {more}" if ratio >= 1 else f"{ratio:.2f}x, that is {less}"
+    return words if interval is None else f"{words} (95 % interval {interval[0]:.2f}-{interval[1]:.2f})"
+
+
+def percent(share: float | None) -> str:
+    """``87 %``."""
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def interval_percent(interval: list[float] | None) -> str:
+    """``70-95``."""
+    return "-" if interval is None else f"{100 * interval[0]:.0f}-{100 * interval[1]:.0f}"
+
+
+def seconds(value: float | None) -> str:
+    """``0.123 s``, ``12.3 s``, ``123 s``."""
+    if value is None:
+        return "-"
+    return f"{value:.{3 if value < 1 else 1 if value < 100 else 0}f} s"
+
+
+def count(value: float | None) -> str:
+    """``12,345``, ``33.7 M``."""
+    if value is None:
+        return "-"
+    for limit, unit in [(1e10, "G"), (1e7, "M")]:
+        if value >= limit:
+            return f"{value / (limit / 10):,.1f} {unit}"
+    return f"{value:,.0f}"
+
+
+def plural(n: int, noun: str) -> str:
+    """``1 pair``, ``2 pairs``."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

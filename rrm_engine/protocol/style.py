@@ -1,0 +1,257 @@
+"""Prompt styles: the words in which a model is told what to do, as TOML files with Jinja2 templates.
+
+A packaged style lies in ``styles/``; a user's own is loaded by its path and has the same keys:
+
+    name, description    texts
+    trained_on_events    the model writes the events without a grammar
+    [thinking]           direct, graph, solver, continuation = true | false
+    [budgets]            direct, planner, solver, continuation = tokens
+    [sampling.thinking]  any of temperature, top_p, top_k, min_p; may be left out, as may
+    [sampling.plain]
+    [system]             direct, recursive
+    [user]               direct, graph, solver, resume, solve, fork
+
+What the templates may use: ``task``, ``given`` (objects with ``id``, ``answer`` and ``final``, the answer's
+last ``FINAL: ...`` or else the whole answer), ``conclusions`` (the same, with ``ok``), ``notes``, ``rule``,
+``id`` (of the child that forks), ``max_width``, ``depth_left`` (levels of children the node may still have
+below it; 0: it must solve its task itself). A system template may use none of them: every node of a recursive
+run has the same system text, so that its KV blocks are shared.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rrm_engine.protocol.final import extract_final
+
+PHASES: Final = ("direct", "graph", "solver", "continuation")
+BUDGETS: Final = ("direct", "planner", "solver", "continuation")
+SYSTEM: Final = ("direct", "recursive")
+USER: Final = ("direct", "graph", "solver", "resume", "solve", "fork")
+SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p")
+
+
+class Answered(Protocol):
+    """A conclusion, as far as a template is concerned."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def ok(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    id: str
+    answer: str
+    final: str
+    ok: bool
+
+
+_SAMPLE: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "task": "task",
+        "given": (_Part("a", "FINAL: 1", "1", True),),
+        "conclusions": (_Part("a", "FINAL: 1", "1", True), _Part("b", "", "", False)),
+        "notes": ("note",),
+        "rule": "rule",
+        "id": "a",
+        "max_width": 8,
+        "depth_left": 1,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Style:
+    """A prompt style. ``thinking`` is keyed by phase, ``budgets`` as in the file (`budget` takes a phase)."""
+
+    name: str
+    description: str
+    trained_on_events: bool
+    thinking: Mapping[str, bool]
+    budgets: Mapping[str, int]
+    _sampling: Mapping[str, Mapping[str, float]] = field(repr=False)
+    _templates: Mapping[str, jinja2.Template] = field(repr=False, compare=False)
+
+    def budget(self, phase: str) -> int:
+        """Tokens of a phase; the graph phase's are the planner's."""
+        return self.budgets["planner" if phase == "graph" else phase]
+
+    def sampling(self, thinking: bool) -> dict[str, float]:
+        """The style's sampling settings; what it leaves open is the model's own."""
+        return dict(self._sampling["thinking" if thinking else "plain"])
+
+    def system(self, mode: str) -> str:
+        """The system text of ``mode``: direct or recursive; "" if the style has none.
+
+        Raises ValueError for another mode.
+        """
+        return self._render("system", mode, {})
+
+    def user(
+        self,
+        kind: str,
+        *,
+        given: Iterable[Answered] = (),
+        conclusions: Iterable[Answered] = (),
+        notes: Iterable[str] = (),
+        rule: str = "",
+        **values: Any,
+    ) -> str:
+        """The user turn of ``kind``: direct, graph, solver, resume, solve or fork.
+
+        ``values`` are task, id, max_width and depth_left, as far as the template uses them. Raises ValueError
+        for another kind, and when the template uses a value that was not given.
+        """
+        values.update(
+            given=[_part(one) for one in given],
+            conclusions=[_part(one) for one in conclusions],
+            notes=list(notes),
+            rule=rule,
+        )
+        return self._render("user", kind, values)
+
+    def _render(self, table: str, key: str, values: Mapping[str, Any]) -> str:
+        template = self._templates.get(f"{table}.{key}")
+        if template is None:
+            known = ", ".join(SYSTEM if table == "system" else USER)
+            raise ValueError(f"a style has no {table} text {key!r}, only {known}")
+        try:
+            return template.render(values).strip()
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"prompt style {self.name}, {table}.{key}: {error}") from error
+
+
+def _part(one: Answered) -> _Part:
+    final = extract_final(one.answer) or one.answer.strip()
+    return _Part(one.id, one.answer.strip(), final, getattr(one, "ok", True))
+
+
+def style_names() -> list[str]:
+    """Names of the packaged styles."""
+    folder = resources.files(__package__) / "styles"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def default_style(model_type: str, name: str) -> str:
+    """The packaged style for a model, from its config's ``model_type`` and the name it was asked for by."""
+    if name == "embedded":
+        return "embedded"
+    return "qwen3" if model_type in ("qwen3", "qwen3_moe") else "instruct"
+
+
+def load_style(name_or_path: str | Path) -> Style:
+    """A packaged style by its name, or one's own by the path of its TOML file.
+
+    Raises ValueError, saying what is wrong and in which file, for a style that is unknown or cannot be used.
+    """
+    asked = str(name_or_path)
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompt style {asked} cannot be read: {error}") from error
+    elif asked in (names := style_names()):
+        text = (resources.files(__package__) / "styles" / f"{asked}.toml").read_text(encoding="utf-8")
+    else:
+        raise ValueError(f"there is no prompt style {asked!r}; there are {', '.join(names)}, or a TOML file's path")
+    try:
+        return _Loader(asked, tomllib.loads(text)).style()
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"prompt style {asked} is not valid TOML: {error}") from error
+
+
+class _Loader:
+    """Checks a style's data and compiles its templates; every complaint names the file and the key."""
+
+    def __init__(self, source: str, data: dict[str, Any]) -> None:
+        self.source = source
+        self.data = data
+        self.jinja = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+
+    def style(self) -> Style:
+        allowed = (
+            "name",
+            "description",
+            "trained_on_events",
+            "thinking",
+            "budgets",
+            "sampling",
+            "system",
+            "user",
+        )
+        self.refuse_unknown("", self.data, allowed)
+        sampling = self.data.get("sampling", {})
+        self.expect("sampling", sampling, dict)
+        self.refuse_unknown("sampling.", sampling, ("thinking", "plain"))
+        budgets = self.table("budgets", BUDGETS, int)
+        for key, tokens in budgets.items():
+            if tokens < 1:
+                raise self.complaint(f"budgets.{key} must be at least 1")
+        return Style(
+            name=self.value("name", str),
+            description=self.value("description", str),
+            trained_on_events=self.value("trained_on_events", bool),
+            thinking=MappingProxyType(self.table("thinking", PHASES, bool)),
+            budgets=MappingProxyType(budgets),
+            _sampling={key: self.settings(key, sampling.get(key, {})) for key in ("thinking", "plain")},
+            _templates=self.templates("system", SYSTEM, {}) | self.templates("user", USER, _SAMPLE),
+        )
+
+    def complaint(self, what: str) -> ValueError:
+        return ValueError(f"prompt style {self.source}: {what}")
+
+    def expect(self, key: str, value: Any, kind: type) -> None:
+        names = {str: "a text", bool: "true or false", int: "a whole number", dict: "a table"}
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.complaint(f"{key} must be {names[kind]}")
+
+    def value(self, key: str, kind: type) -> Any:
+        if key not in self.data:
+            raise self.complaint(f"{key} is missing")
+        self.expect(key, self.data[key], kind)
+        return self.data[key]
+
+    def refuse_unknown(self, prefix: str, table: dict[str, Any], allowed: tuple[str, ...]) -> None:
+        for key in table:
+            if key not in allowed:
+                raise self.complaint(f"unknown key {prefix}{key}; known are {', '.join(allowed)}")
+
+    def table(self, name: str, keys: tuple[str, ...], kind: type) -> dict[str, Any]:
+        table = self.value(name, dict)
+        self.refuse_unknown(f"{name}.", table, keys)
+        for key in keys:
+            if key not in table:
+                raise self.complaint(f"{name}.{key} is missing")
+            self.expect(f"{name}.{key}", table[key], kind)
+        return table
+
+    def settings(self, key: str, table: Any) -> Mapping[str, float]:
+        self.expect(f"sampling.{key}", table, dict)
+        self.refuse_unknown(f"sampling.{key}.", table, SAMPLING)
+        for name, number in table.items():
+            if isinstance(number, bool) or not isinstance(number, int | float) or number < 0:
+                raise self.complaint(f"sampling.{key}.{name} must be a number, at least 0")
+        return MappingProxyType(table)
+
+    def templates(self, table: str, keys: tuple[str, ...], sample: Mapping[str, Any]) -> dict[str, jinja2.Template]:
+        """Compiled templates, each rendered once: a misspelt variable is found here and not in mid-run."""
+        compiled = {}
+        for key, source in self.table(table, keys, str).items():
+            try:
+                compiled[f"{table}.{key}"] = self.jinja.from_string(source)
+                compiled[f"{table}.{key}"].render(sample)
+            except (jinja2.TemplateError, TypeError) as error:
+                raise self.complaint(f"{table}.{key}: {error}") from error
+        return compiled

@@ -1,0 +1,103 @@
+"""Helpers of the exactness tests: tiny models of many families, and the check against plain transformers."""
+
+import copy
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.prepare import LoadedModel, prepare_model
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.pool import BlockPool
+
+VOCABULARY = 500
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.3,  # so that greedy choices are far apart
+}
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, **MOE},
+    "llama": {},
+    "qwen2": {},
+    "mistral": {"sliding_window": 16},  # sliding window
+    "gemma2": {"head_dim": 16, "sliding_window": 16},  # soft-cap and sliding window
+    "gemma3_text": {"head_dim": 16, "sliding_window": 16},
+    "gpt_oss": {"head_dim": 16, "sliding_window": 16, **MOE},  # sinks
+    "phi3": {},
+    "olmo2": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},  # learned positions
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "deepseek_v3": MLA,  # K and V of different width
+    "cohere2": {"sliding_window": 16},
+    "granite": {},
+}
+
+
+def plain_model(family: str, **changes: Any) -> Any:
+    """A tiny random model of ``family`` as transformers makes it, fp32, always the same weights."""
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **changes})
+    torch.manual_seed(7)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def prepared(plain: Any) -> LoadedModel:
+    """A copy of ``plain`` made ready for the engine."""
+    tokenizer: Any = SimpleNamespace(eos_token_id=1)
+    return prepare_model(copy.deepcopy(plain), tokenizer, plain.config.model_type)
+
+
+def engine_for(model: LoadedModel, blocks: int = 200, block_size: int = 4, **changes: Any) -> Engine:
+    settings: dict[str, Any] = {
+        "max_sequences": 64,
+        "step_tokens": 16,
+        "max_sequence_tokens": min(blocks * block_size, 400),
+        "eos_ids": frozenset(),
+        **changes,
+    }
+    prefix_cache = settings.pop("prefix_cache", True)
+    pool = BlockPool(blocks, block_size, prefix_cache)
+    return Engine(ModelRunner(model.model, KVCache(blocks, block_size, model.shapes), model.device), pool, **settings)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+
+
+@torch.inference_mode()
+def wrong_tokens(plain: Any, tokens: list[int], sampled: Iterable[tuple[int, int]]) -> list[int]:
+    """Positions in the ``sampled`` ranges where plain transformers' greedy token on ``tokens`` is another one."""
+    logits = plain(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    best = logits.argmax(-1).tolist()
+    return [i for start, stop in sampled for i in range(start, stop) if best[i - 1] != tokens[i]]

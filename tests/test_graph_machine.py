@@ -1,0 +1,410 @@
+"""The graph machine by example: what a node writes, and what the machine answers."""
+
+import pytest
+
+from rrm_engine.graph.machine import MAX_NOTES, GraphMachine
+from rrm_engine.graph.node import NodeState
+from rrm_engine.graph.types import (
+    Cancel,
+    Command,
+    Conclusion,
+    EndReason,
+    Finish,
+    Limits,
+    Pause,
+    Phase,
+    Resume,
+    Start,
+    Status,
+    Stop,
+)
+from rrm_engine.protocol.events import Atomic, Await, Child, Done, Malformed
+
+
+def started(**limits: int | bool | None) -> GraphMachine:
+    """A machine whose root is decoding."""
+    machine = GraphMachine("the task", Limits(**limits))  # type: ignore[arg-type]
+    machine.start()
+    return machine
+
+
+def brief(commands: list[Command]) -> list[str]:
+    """``["pause root", "start root.a"]``"""
+    return [
+        f"finish {c.status}" if isinstance(c, Finish) else f"{type(c).__name__.lower()} {c.node}"
+        for c in commands
+    ]
+
+
+def child(id: str, *depends_on: str) -> Child:
+    return Child(id, f"task of {id}", depends_on)
+
+
+def resume_of(commands: list[Command]) -> Resume:
+    (resume,) = [c for c in commands if isinstance(c, Resume)]
+    return resume
+
+
+def test_a_root_splits_into_two_cases_and_joins_them() -> None:
+    m = GraphMachine("How many ...?", Limits())
+    assert m.start() == [Start("root", Phase.GRAPH, "How many ...?")]
+
+    # Children start at their own event, while the root goes on writing.
+    assert m.on_event("root", Child("case_a", "x even")) == [
+        Start("root.case_a", Phase.GRAPH, "x even", parent="root", depth=1)
+    ]
+    assert m.on_event("root", Child("case_b", "x odd")) == [
+        Start("root.case_b", Phase.GRAPH, "x odd", parent="root", depth=1)
+    ]
+    assert m.on_event("root", Await(("case_a", "case_b"), rule="sum")) == [Pause("root")]
+
+    b, a = Conclusion("case_b", "FINAL: 104"), Conclusion("case_a", "FINAL: 100")
+    assert m.on_event("root.case_b", Atomic("FINAL: 104")) == [Stop("root.case_b", b)]
+    assert m.on_event("root.case_a", Atomic("FINAL: 100")) == [
+        Stop("root.case_a", a),
+        Resume("root", Phase.CONTINUATION, (a, b), rule="sum"),  # in the order named
+    ]
+    assert m.on_event("root", Atomic("104 + 100. FINAL: 204")) == [
+        Stop("root", Conclusion("root", "104 + 100. FINAL: 204")),
+        Finish(Status.GRAPH, "104 + 100. FINAL: 204"),
+    ]
+    assert m.on_event("root", Done()) == []  # was in flight
+    assert (m.node_count, m.max_depth, m.max_sibling_width) == (3, 1, 2)
+    assert m.finished == Finish(Status.GRAPH, "104 + 100. FINAL: 204")
+    assert not m.repairs
+
+
+class TestDependencies:
+    def test_a_child_waits_for_its_dependencies_and_is_given_their_conclusions_in_order(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        m.on_event("root", child("b"))
+        assert m.on_event("root", child("c", "b", "a")) == []
+        assert m.nodes["root.c"].state is NodeState.BLOCKED
+        m.on_event("root.a", Atomic("A"))
+        commands = m.on_event("root.b", Atomic("B"))
+        assert brief(commands) == ["stop root.b", "start root.c"]
+        assert m.nodes["root.c"].given == (Conclusion("b", "B"), Conclusion("a", "A"))
+
+    def test_a_dependency_may_be_declared_later(self) -> None:
+        m = started()
+        assert m.on_event("root", child("total", "part")) == []
+        assert brief(m.on_event("root", child("part"))) == ["start root.part"]
+        assert brief(m.on_event("root.part", Atomic("1"))) == ["stop root.part", "start root.total"]
+
+    def test_a_dependency_that_nobody_declared_is_dropped_when_the_parent_waits(self) -> None:
+        m = started()
+        m.on_event("root", child("a", "ghost"))
+        assert brief(m.on_event("root", Await(("a",)))) == ["pause root", "start root.a"]
+        assert m.repairs["unknown_dependency"] == 1
+        assert resume_of(m.on_event("root.a", Atomic("A"))).notes == (
+            "Child a starts without unknown ghost.",
+        )
+
+    def test_the_child_that_closes_a_cycle_is_refused(self) -> None:
+        m = started()
+        m.on_event("root", child("a", "c"))
+        m.on_event("root", child("b", "a"))
+        commands = m.on_event("root", child("c", "b"))  # a waits for c waits for b waits for a
+        assert brief(commands) == ["start root.a"]
+        assert m.nodes["root.a"].given == (
+            Conclusion("c", "failed: not started, it would wait for itself", ok=False),
+        )
+        assert brief(m.on_event("root", child("c"))) == ["start root.c"], "the id is free for a better try"
+
+    def test_a_child_cannot_wait_for_itself(self) -> None:
+        m = started()
+        assert m.on_event("root", child("a", "a")) == []
+        assert m.repairs["cycle"] == 1
+
+    def test_dependants_of_a_failed_child_start_and_can_read_why(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        m.on_event("root", child("b", "a"))
+        start = m.on_end("root.a", EndReason.LENGTH, "thinking out loud")[-1]
+        assert isinstance(start, Start)
+        assert [(c.id, c.ok) for c in start.given] == [("a", False)]
+        assert "token budget" in start.given[0].answer
+
+
+class TestIds:
+    def test_a_taken_id_is_renamed_and_still_answers_to_its_name(self) -> None:
+        m = started()
+        m.on_event("root", Child("a", "first"))
+        assert brief(m.on_event("root", Child("a", "second"))) == ["start root.a_2"]
+        m.on_event("root", Await(("a",)))  # both: no child that was asked for is lost
+        m.on_event("root.a_2", Atomic("two"))
+        resume = resume_of(m.on_event("root.a", Atomic("one")))
+        assert resume.conclusions == (Conclusion("a", "one"), Conclusion("a_2", "two"))
+        assert resume.notes == ("This child a is called a_2.",)
+
+    def test_the_same_child_again_is_ignored(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        assert m.on_event("root", child("a")) == []
+        assert m.repairs == {"repeated_child": 1}
+
+    def test_ids_cannot_break_paths(self) -> None:
+        m = started()
+        assert brief(m.on_event("root", child("a.b!"))) == ["start root.a_b_"]
+        assert brief(m.on_event("root", child("", "a.b!"))) == []
+        assert brief(m.on_event("root.a_b_", Atomic("x"))) == ["stop root.a_b_", "start root.child"]
+        assert m.repairs == {"invalid_id_renamed": 2}
+
+
+class TestLimits:
+    def test_the_deepest_nodes_solve_and_do_not_split(self) -> None:
+        m = started(max_depth=1)
+        (start,) = m.on_event("root", child("a"))
+        assert isinstance(start, Start)
+        assert start.phase is Phase.SOLVER
+        assert m.on_event("root.a", child("b")) == []
+        assert m.repairs["over_depth"] == 1
+        assert brief(m.on_end("root.a", EndReason.EOS, "It is 4.")) == ["stop root.a"]
+
+    def test_width_is_per_round(self) -> None:
+        m = started(max_width=1)
+        m.on_event("root", child("a"))
+        assert m.on_event("root", child("b")) == []
+        m.on_event("root.a", Atomic("A"))
+        resume = resume_of(m.on_event("root", Await(("a", "b"))))
+        why = "a node starts at most 1 children at a time"
+        assert resume.conclusions[1] == Conclusion("b", f"failed: not started, {why}", ok=False)
+        assert resume.notes == (f"Child b was not started: {why}.",)
+        assert brief(m.on_event("root", child("b"))) == ["start root.b"], "a new round"
+
+    def test_the_graph_has_at_most_max_nodes_nodes(self) -> None:
+        m = started(max_nodes=2)
+        m.on_event("root", child("a"))
+        assert m.on_event("root.a", child("b")) == []
+        assert m.repairs["over_nodes"] == 1
+
+    def test_a_node_that_ends_before_it_knows_of_a_refusal_reads_of_it(self) -> None:
+        m = started(max_nodes=1)
+        m.on_event("root", child("a"))
+        pause, resume = m.on_event("root", Done())
+        assert pause == Pause("root")
+        assert resume == Resume(
+            "root", Phase.CONTINUATION, notes=("Child a was not started: the graph has all its 1 nodes.",)
+        )
+
+    def test_notes_of_one_resume_are_few(self) -> None:
+        m = started(max_width=0)
+        for i in range(100):
+            m.on_event("root", child(f"c{i}"))
+        assert len(resume_of(m.on_event("root", Await())).notes) == MAX_NOTES
+        assert m.repairs["over_width"] == 100
+
+
+class TestAwait:
+    def test_conclusions_that_are_there_already_come_at_once(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        m.on_event("root.a", Atomic("A"))
+        assert m.on_event("root", Await(("a",))) == [
+            Pause("root"),
+            Resume("root", Phase.CONTINUATION, (Conclusion("a", "A"),)),
+        ]
+
+    def test_no_names_mean_all_children_not_yet_awaited(self) -> None:
+        m = started()
+        for name in "abc":
+            m.on_event("root", child(name))
+            m.on_event(f"root.{name}", Atomic(name.upper()))
+        m.on_event("root", Await(("b",)))
+        resume = resume_of(m.on_event("root", Await()))
+        assert [c.id for c in resume.conclusions] == ["a", "c"]
+
+    def test_awaiting_nothing_known_resumes_with_a_note(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        resume = resume_of(m.on_event("root", Await(("A",))))
+        assert resume.notes == ("There is no child A; not yet awaited: a.",)
+        assert resume.conclusions == ()
+
+    def test_a_conclusion_is_delivered_once(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        m.on_event("root.a", Atomic("A"))
+        assert len(resume_of(m.on_event("root", Await(("a", "a")))).conclusions) == 1
+        assert resume_of(m.on_event("root", Await(("a",)))).notes == ("Child a was awaited before.",)
+
+    def test_beyond_max_awaits_the_node_is_told_to_answer_and_then_left_to_its_budget(self) -> None:
+        m = started(max_awaits=1)
+        m.on_event("root", child("a"))
+        m.on_event("root.a", Atomic("A"))
+        m.on_event("root", Await())
+        last = resume_of(m.on_event("root", Await()))
+        assert last.notes == ("You cannot await any more. Answer now with what you have.",)
+        assert m.on_event("root", Await()) == []
+        assert m.repairs["over_awaits"] == 2
+
+    @pytest.mark.parametrize("reason", [EndReason.EOS, EndReason.LENGTH])
+    def test_a_sequence_that_ends_with_children_running_awaits_them(self, reason: EndReason) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        assert m.on_end("root", reason, "FINAL: hasty") == []  # ended by itself: there is nothing to pause
+        assert m.nodes["root"].state is NodeState.AWAITING
+        assert brief(m.on_event("root.a", Atomic("A"))) == ["stop root.a", "resume root"]
+        assert m.repairs == {"implicit_await": 1}
+
+    def test_done_with_children_running_awaits_them(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        assert m.on_event("root", Done(), text="") == [Pause("root")]
+
+    def test_what_a_paused_node_had_in_flight_is_ignored(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        m.on_event("root", Await())
+        assert m.on_event("root", Atomic("hasty")) == m.on_end("root", EndReason.EOS, "") == []
+        assert m.on_malformed("root", Malformed("{", "unclosed", 0, 1)) == []
+        assert not m.repairs
+
+
+class TestConclusions:
+    def test_atomic_without_an_answer_turns_to_solving(self) -> None:
+        m = started()
+        assert m.on_event("root", Atomic()) == [Pause("root"), Resume("root", Phase.SOLVER)]
+        assert brief(m.on_end("root", EndReason.EOS, "So it is 7.")) == ["stop root", "finish atomic"]
+
+    def test_an_answer_abandons_the_children_still_running(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        m.on_event("root.a", child("deep"))
+        m.on_event("root", child("late", "a"))
+        commands = m.on_event("root", Atomic("FINAL: 1"))
+        assert brief(commands) == ["stop root", "cancel root.a", "cancel root.a.deep", "finish graph"]
+        assert m.nodes["root.late"].state is NodeState.CANCELLED, (
+            "never started, so there is nothing to cancel"
+        )
+
+    def test_done_concludes_with_the_text_before_it(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        assert m.on_event("root.a", Done(), text="It is 4.\n") == [
+            Stop("root.a", Conclusion("a", "It is 4."))
+        ]
+
+    def test_done_without_text_leaves_the_decision_to_the_end(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        assert m.on_event("root.a", Done()) == []
+        assert brief(m.on_end("root.a", EndReason.EOS, "It is 4.")) == ["stop root.a"]
+
+    def test_text_cut_off_behind_its_final_counts_by_its_final(self) -> None:
+        m = started(max_depth=0)
+        commands = m.on_end("root", EndReason.LENGTH, "FINAL: 4\nWait, let me check again and again and")
+        assert commands[-1] == Finish(Status.ATOMIC, "FINAL: 4")
+
+    def test_a_child_that_wrote_nothing_fails(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        (stop,) = m.on_end("root.a", EndReason.EOS, " \n")
+        assert stop == Stop("root.a", Conclusion("a", "failed: it ended without an answer", ok=False))
+
+
+class TestFallback:
+    def test_prose_instead_of_a_graph_falls_back_to_a_direct_solve(self) -> None:
+        m = started()
+        commands = m.on_end("root", EndReason.EOS, "I would first look at x.")
+        assert brief(commands) == ["stop root", "start root!direct"]
+        assert commands[-1] == Start("root!direct", Phase.DIRECT, "the task")
+        assert m.on_event("root!direct", child("a")) == []
+        commands = m.on_end("root!direct", EndReason.EOS, "FINAL: 9")
+        assert commands[-1] == Finish(Status.FALLBACK, "FINAL: 9")
+
+    def test_prose_with_a_final_is_an_answer(self) -> None:
+        assert brief(started().on_end("root", EndReason.EOS, "Easy. FINAL: 9"))[-1] == "finish atomic"
+
+    def test_a_failing_root_takes_its_children_along(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        commands = m.on_end("root", EndReason.CONTEXT, "")
+        assert brief(commands) == ["stop root", "cancel root.a", "start root!direct"]
+
+    @pytest.mark.parametrize(
+        ("reason", "status"), [(EndReason.LENGTH, Status.INVALID), (EndReason.ERROR, Status.FAILED)]
+    )
+    @pytest.mark.parametrize("fallback", [True, False])
+    def test_when_nothing_helps(self, reason: EndReason, status: Status, fallback: bool) -> None:
+        m = started(fallback=fallback)
+        commands = m.on_end("root", EndReason.LENGTH if fallback else reason, "")
+        if fallback:
+            commands = m.on_end("root!direct", reason, "")
+        finish = commands[-1]
+        assert isinstance(finish, Finish)
+        assert (finish.status, finish.answer) == (status, "")
+        assert finish.error
+
+
+class TestTurns:
+    def test_children_wait_for_a_place_which_a_pause_makes(self) -> None:
+        m = started(max_concurrency=1)
+        assert m.on_event("root", child("a")) == m.on_event("root", child("b")) == []
+        assert brief(m.on_event("root", Await())) == ["pause root", "start root.a"]
+        assert brief(m.on_event("root.a", Atomic("A"))) == ["stop root.a", "start root.b"]
+        assert brief(m.on_event("root.b", Atomic("B"))) == ["stop root.b", "resume root"]
+
+    def test_resumes_go_before_starts_and_deeper_nodes_before_older_ones(self) -> None:
+        m = started(max_concurrency=2)
+        m.on_event("root", child("a"))
+        m.on_event("root", child("late"))
+        m.on_event("root.a", child("x"))
+        m.on_event("root.a", child("y"))
+        assert brief(m.on_event("root.a", Await(("x",)))) == ["pause root.a", "start root.a.x"]
+        assert brief(m.on_event("root.a.x", Atomic("X"))) == ["stop root.a.x", "resume root.a"]
+        assert brief(m.on_event("root", Await())) == ["pause root", "start root.a.y"]
+
+    def test_no_concurrency_at_all_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="at least 1"):
+            GraphMachine("t", Limits(max_concurrency=0))
+
+
+def test_cancel_ends_everything_once() -> None:
+    m = started()
+    m.on_event("root", child("a"))
+    m.on_event("root", Await())
+    commands = m.cancel("the user left")
+    assert commands == [
+        Cancel("root", "the user left"),
+        Cancel("root.a", "the user left"),
+        Finish(Status.FAILED, "", error="the user left"),
+    ]
+    assert m.cancel("again") == m.on_end("root.a", EndReason.EOS, "x") == []
+
+
+def test_a_fork_starts_from_its_parents_context() -> None:
+    m = GraphMachine("t", Limits(), child_context="parent", root="aime/3")
+    assert m.start() == [Start("aime/3", Phase.GRAPH, "t")]
+    (start,) = m.on_event("aime/3", Child("a", "ta"))
+    assert start == Start("aime/3.a", Phase.GRAPH, "ta", parent="aime/3", depth=1, fork=True)
+
+
+def test_malformed_events_are_counted_and_told() -> None:
+    m = started()
+    m.on_malformed("root", Malformed('{"type":"chid"}', "unknown type chid", 0, 15))
+    assert (
+        resume_of(m.on_event("root", Await())).notes[0] == "An event was not understood: unknown type chid."
+    )
+    assert m.repairs["malformed"] == 1
+
+
+def test_a_path_that_was_never_declared_is_the_drivers_mistake() -> None:
+    with pytest.raises(KeyError):
+        started().on_event("root.nobody", Done())
+
+
+def test_a_graph_thousands_of_levels_deep_unwinds_without_recursion() -> None:
+    depth = 3000
+    m = started(max_depth=depth, max_nodes=depth + 1)
+    path = "root"
+    for _ in range(depth):
+        m.on_event(path, child("c"))
+        m.on_event(path, Await())
+        path += ".c"
+    while m.finished is None:
+        commands = m.on_event(path, Atomic("FINAL: 1"))
+        path = path.rpartition(".")[0]
+        assert len(commands) == 2
+    assert m.finished.status is Status.GRAPH

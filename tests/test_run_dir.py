@@ -1,0 +1,229 @@
+"""The run directory: nothing finished is lost or doubled, whatever ends the process and wherever."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from rrm_engine.bench.run import interrupts_held, plan
+from rrm_engine.bench.tasks import Task
+from rrm_engine.config import RunConfig
+from rrm_engine.trace.record import Row, RunDir, RunDirError, mend_tail, row_key
+
+TASKS = [Task(str(i), f"problem {i}") for i in range(4)]
+
+
+def row(task: int, mode: str = "direct", text: str = "") -> Row:
+    return {"id": str(task), "mode": mode, "sample": 0, "answer": text or "Größe\u2028x\nFINAL: 7"}
+
+
+def filled(path: Path, rows: int = 3) -> RunDir:
+    directory = RunDir.create(path)
+    directory.write_manifest({"resumed": []})
+    for number in range(rows):
+        directory.event({"t": 0.5, "job": f"{number}/direct/0", "event": "start"})
+        directory.add(row(number))
+    return directory
+
+
+def test_rows_and_events_come_back(tmp_path: Path) -> None:
+    filled(tmp_path / "run").close()
+    directory = RunDir.resume(tmp_path / "run")
+    assert directory.rows == [row(0), row(1), row(2)]
+    assert (directory.session, directory.cut) == (1, 0)
+    directory.event({"event": "again"})
+    directory.close()
+    events = [json.loads(line) for line in (tmp_path / "run/trace.jsonl").read_text().splitlines()]
+    assert [event["session"] for event in events] == [0, 0, 0, 1]
+
+
+def test_a_row_and_its_events_are_on_disk_at_once(tmp_path: Path) -> None:
+    directory = filled(tmp_path / "run", rows=1)
+    assert json.loads((tmp_path / "run/rows.jsonl").read_text(encoding="utf-8")) == row(0)
+    assert (tmp_path / "run/trace.jsonl").read_text().count("\n") == 1
+    directory.close()
+
+
+def test_every_cut_of_the_last_line_is_mended(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    filled(path).close()
+    whole = (path / "rows.jsonl").read_bytes()
+    last = whole[:-1].rfind(b"\n") + 1
+    for end in range(last, len(whole) + 1):
+        (path / "rows.jsonl").write_bytes(whole[:end])
+        directory = RunDir.resume(path)
+        complete = end >= len(whole) - 1  # with or without the line break, the row is finished
+        assert [row_key(r) for r in directory.rows] == ["0/direct/0", "1/direct/0", "2/direct/0"][: 2 + complete]
+        assert directory.cut == (last < end < len(whole) - 1)
+        if not complete:
+            directory.add(row(2))
+        directory.close()
+        assert (path / "rows.jsonl").read_bytes() == whole
+
+
+def test_a_last_line_of_zeros_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n\0\0\0\0\n')
+    assert mend_tail(path) is True
+    assert path.read_bytes() == b'{"a": 1}\n'
+
+
+def test_a_last_line_longer_than_one_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 1_000_000)
+    assert mend_tail(path) is True
+    assert path.read_bytes() == b'{"a": 1}\n'
+    path.write_bytes(b"x" * 1_000_000)
+    assert mend_tail(path) is True
+    assert path.read_bytes() == b""
+    assert mend_tail(path) is False
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    filled(path).close()
+    lines = (path / "rows.jsonl").read_bytes().split(b"\n")
+    (path / "rows.jsonl").write_bytes(b"\n".join([lines[0], b"oops", lines[2], b""]))
+    with pytest.raises(RunDirError, match="line 2"):
+        RunDir.resume(path)
+
+
+def test_doubled_rows_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    directory = filled(path)
+    directory.add(row(1))
+    directory.close()
+    with pytest.raises(RunDirError, match="lines 2 and 4 are both 1/direct/0"):
+        RunDir.resume(path)
+
+
+def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
+    directory = filled(tmp_path / "run")
+    with pytest.raises(RunDirError, match="Another process"):
+        RunDir.resume(tmp_path / "run")
+    directory.close()
+    RunDir.resume(tmp_path / "run").close()
+
+
+def test_a_directory_in_use_or_unwritable_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    with pytest.raises(RunDirError, match="not empty"):
+        RunDir.create(tmp_path / "full")
+    with pytest.raises(RunDirError, match="is a file"):
+        RunDir.create(tmp_path / "full/x")
+    with pytest.raises(RunDirError, match="cannot be written"):
+        RunDir.create(tmp_path / "full/x/y")
+    with pytest.raises(RunDirError, match=r"no run\.json"):
+        RunDir.resume(tmp_path / "full")
+
+
+def test_discard_removes_only_what_create_made(tmp_path: Path) -> None:
+    RunDir.create(tmp_path / "new").discard()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    RunDir.create(tmp_path / "old").discard()
+    assert list((tmp_path / "old").iterdir()) == []
+    filled(tmp_path / "used").discard()
+    assert (tmp_path / "used/rows.jsonl").stat().st_size > 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX limits")
+def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
+    script = """
+        import resource, sys
+        from pathlib import Path
+        from rrm_engine.trace.record import RunDir, RunDirError
+        directory = RunDir.create(Path(sys.argv[1]))
+        directory.write_manifest({"resumed": []})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            for number in range(100):
+                directory.add({"id": str(number), "mode": "rrm", "sample": 0, "answer": "x" * 100})
+        except RunDirError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "run")], capture_output=True, text=True
+    )
+    assert "rows.jsonl cannot be written: File too large" in done.stdout, done.stderr
+    directory = RunDir.resume(tmp_path / "run")
+    assert 0 < len(directory.rows) < 10 and directory.cut == 0
+    directory.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_killed_over_and_over_every_row_comes_once(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        from rrm_engine.trace.record import RunDir
+        path = Path(sys.argv[1])
+        directory = RunDir.resume(path)
+        for number in range(len(directory.rows), 400):
+            directory.event({"t": number, "event": "x" * 500})
+            directory.add({"id": str(number), "mode": "rrm", "sample": 0, "answer": "x" * 20000})
+    """
+    path = tmp_path / "run"
+    filled(path, rows=0).close()
+    for attempt in range(30):
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(path)])
+        time.sleep(0.05 + 0.01 * attempt)
+        process.kill()
+        process.wait()
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(path)], check=True)
+    directory = RunDir.resume(path)
+    assert [r["id"] for r in directory.rows] == [str(number) for number in range(400)]
+    directory.close()
+    assert all(json.loads(line) for line in (path / "trace.jsonl").read_text().splitlines())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_an_interrupt_waits_for_the_row() -> None:
+    def raise_interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, raise_interrupt)
+    written = []
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            written.append("row")
+        with interrupts_held():
+            written.append("row")
+        assert signal.getsignal(signal.SIGINT) is raise_interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert written == ["row", "row"]
+
+
+def test_modes_alternate_pair_by_pair() -> None:
+    jobs = plan(TASKS, RunConfig())
+    assert [(job.id, job.mode) for job in jobs[:6]] == [
+        ("0", "direct"),
+        ("0", "rrm"),
+        ("1", "rrm"),
+        ("1", "direct"),
+        ("2", "direct"),
+        ("2", "rrm"),
+    ]
+
+
+def test_samples_of_a_task_alternate_too() -> None:
+    jobs = plan(TASKS[:1], RunConfig(samples=2))
+    assert [(job.sample, job.mode) for job in jobs] == [(0, "direct"), (0, "rrm"), (1, "rrm"), (1, "direct")]
+
+
+def test_the_plan_leaves_out_what_is_done() -> None:
+    config = RunConfig(samples=3)
+    everything = plan(TASKS, config)
+    done = [{"id": job.id, "mode": job.mode, "sample": job.sample} for job in everything[::3]]
+    missing = plan(TASKS, config, done)
+    assert len(missing) + len(done) == len(everything) == len({job.key for job in everything}) == 24
+    assert {job.key for job in missing}.isdisjoint(map(row_key, done))
