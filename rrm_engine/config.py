@@ -65,9 +65,7 @@ class RunConfig:
     continuation_thinking: bool | None = setting(None, "phases", "thinking in continuations")
 
     # sampling
-    temperature: float | None = setting(
-        None, "sampling", "0 is greedy; default: the style, else the model's own"
-    )
+    temperature: float | None = setting(None, "sampling", "0 is greedy; default: the style, else the model's own")
     top_p: float | None = setting(None, "sampling", "nucleus probability")
     top_k: int | None = setting(None, "sampling", "0 is off")
     min_p: float | None = setting(None, "sampling", "least probability relative to the likeliest token")
@@ -78,9 +76,7 @@ class RunConfig:
     max_sequence_tokens: int | None = setting(
         None, "memory", "longest sequence; default: longest prompt and budgets, up to the model's own limit"
     )
-    step_tokens: int | None = setting(
-        None, "memory", "token budget of one step (chunked prefill); default by device"
-    )
+    step_tokens: int | None = setting(None, "memory", "token budget of one step (chunked prefill); default by device")
     prefix_cache: bool = setting(True, "memory", "reuse equal prompt prefixes across sequences")
 
     def __post_init__(self) -> None:

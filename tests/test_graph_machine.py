@@ -30,10 +30,7 @@ def started(**limits: int | bool | None) -> GraphMachine:
 
 def brief(commands: list[Command]) -> list[str]:
     """``["pause root", "start root.a"]``"""
-    return [
-        f"finish {c.status}" if isinstance(c, Finish) else f"{type(c).__name__.lower()} {c.node}"
-        for c in commands
-    ]
+    return [f"finish {c.status}" if isinstance(c, Finish) else f"{type(c).__name__.lower()} {c.node}" for c in commands]
 
 
 def child(id: str, *depends_on: str) -> Child:
@@ -97,9 +94,7 @@ class TestDependencies:
         m.on_event("root", child("a", "ghost"))
         assert brief(m.on_event("root", Await(("a",)))) == ["pause root", "start root.a"]
         assert m.repairs["unknown_dependency"] == 1
-        assert resume_of(m.on_event("root.a", Atomic("A"))).notes == (
-            "Child a starts without unknown ghost.",
-        )
+        assert resume_of(m.on_event("root.a", Atomic("A"))).notes == ("Child a starts without unknown ghost.",)
 
     def test_the_child_that_closes_a_cycle_is_refused(self) -> None:
         m = started()
@@ -107,9 +102,7 @@ class TestDependencies:
         m.on_event("root", child("b", "a"))
         commands = m.on_event("root", child("c", "b"))  # a waits for c waits for b waits for a
         assert brief(commands) == ["start root.a"]
-        assert m.nodes["root.a"].given == (
-            Conclusion("c", "failed: not started, it would wait for itself", ok=False),
-        )
+        assert m.nodes["root.a"].given == (Conclusion("c", "failed: not started, it would wait for itself", ok=False),)
         assert brief(m.on_event("root", child("c"))) == ["start root.c"], "the id is free for a better try"
 
     def test_a_child_cannot_wait_for_itself(self) -> None:
@@ -143,6 +136,45 @@ class TestIds:
         m.on_event("root", child("a"))
         assert m.on_event("root", child("a")) == []
         assert m.repairs == {"repeated_child": 1}
+
+    def test_a_child_may_be_tried_again_once_its_conclusion_was_read(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        m.on_end("root.a", EndReason.LENGTH, "")
+        m.on_event("root", Await())
+        assert brief(m.on_event("root", child("a"))) == ["start root.a_2"]
+
+    def test_a_namesake_may_depend_on_the_first(self) -> None:
+        m = started()
+        m.on_event("root", Child("a", "draft"))
+        assert m.on_event("root", Child("a", "refine the draft", ("a",))) == []
+        assert brief(m.on_event("root.a", Atomic("A"))) == ["stop root.a", "start root.a_2"]
+
+    def test_two_names_of_one_dependency_are_given_once(self) -> None:
+        m = started()
+        m.on_event("root", Child("a", "first"))
+        m.on_event("root", Child("a", "second"))
+        m.on_event("root.a_2", Atomic("two"))
+        m.on_event("root", child("b", "a", "a_2"))
+        assert m.nodes["root.b"].given == (Conclusion("a_2", "two"),), "a dependency means the latest"
+
+    def test_refused_namesakes_are_not_meant(self) -> None:
+        m = started(max_width=1)
+        m.on_event("root", Child("a", "first"))
+        m.on_event("root", Child("a", "second"))
+        m.on_event("root", Await(("a",)))
+        assert [c.id for c in resume_of(m.on_event("root.a", Atomic("A"))).conclusions] == ["a"]
+
+    def test_a_child_accepted_at_the_second_try_counts_from_then(self) -> None:
+        m = started()
+        m.on_event("root", Child("late", ""))
+        m.on_event("root", child("early"))
+        m.on_event("root", child("late"))
+        m.on_event("root.early", Atomic("E"))
+        m.on_event("root", Await())
+        resume = resume_of(m.on_event("root.late", Atomic("L")))
+        assert [c.answer for c in resume.conclusions] == ["E", "L"]
+        assert resume.notes == ("Child late was not started: it has no task.",)
 
     def test_ids_cannot_break_paths(self) -> None:
         m = started()
@@ -187,6 +219,13 @@ class TestLimits:
         assert resume == Resume(
             "root", Phase.CONTINUATION, notes=("Child a was not started: the graph has all its 1 nodes.",)
         )
+
+    def test_what_a_node_has_read_of_neither_keeps_it_from_ending_nor_comes_again(self) -> None:
+        m = started(max_nodes=1)
+        m.on_event("root", child("a"))
+        assert resume_of(m.on_event("root", Await())).notes
+        assert resume_of(m.on_event("root", Await())).notes == ("There was no child to await.",)
+        assert brief(m.on_event("root", Done(), text="It is 4.")) == ["stop root", "finish atomic"]
 
     def test_notes_of_one_resume_are_few(self) -> None:
         m = started(max_width=0)
@@ -239,6 +278,13 @@ class TestAwait:
         assert m.on_event("root", Await()) == []
         assert m.repairs["over_awaits"] == 2
 
+    def test_beyond_max_awaits_the_end_is_the_end(self) -> None:
+        m = started(max_awaits=1)
+        m.on_event("root", Await())
+        m.on_event("root", child("a"))
+        commands = m.on_event("root", Done(), text="It is 4.")
+        assert brief(commands) == ["stop root", "cancel root.a", "finish graph"]
+
     @pytest.mark.parametrize("reason", [EndReason.EOS, EndReason.LENGTH])
     def test_a_sequence_that_ends_with_children_running_awaits_them(self, reason: EndReason) -> None:
         m = started()
@@ -268,23 +314,35 @@ class TestConclusions:
         assert m.on_event("root", Atomic()) == [Pause("root"), Resume("root", Phase.SOLVER)]
         assert brief(m.on_end("root", EndReason.EOS, "So it is 7.")) == ["stop root", "finish atomic"]
 
+    def test_a_node_that_chose_to_solve_does_not_split(self) -> None:
+        m = started()
+        m.on_event("root", Atomic())
+        assert m.on_event("root", child("a")) == []
+        assert m.repairs == {"over_depth": 1}
+        assert brief(m.on_event("root", Atomic(), text="It is 4.")) == ["stop root", "finish atomic"]
+
+    def test_atomic_without_an_answer_is_done_where_there_are_children(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        assert m.on_event("root", Atomic()) == [Pause("root")]
+        assert m.repairs == {"implicit_await": 1}
+
     def test_an_answer_abandons_the_children_still_running(self) -> None:
         m = started()
+        m.on_event("root", child("quick"))
+        m.on_event("root.quick", Atomic("q"))
         m.on_event("root", child("a"))
         m.on_event("root.a", child("deep"))
         m.on_event("root", child("late", "a"))
         commands = m.on_event("root", Atomic("FINAL: 1"))
         assert brief(commands) == ["stop root", "cancel root.a", "cancel root.a.deep", "finish graph"]
-        assert m.nodes["root.late"].state is NodeState.CANCELLED, (
-            "never started, so there is nothing to cancel"
-        )
+        assert m.nodes["root.late"].state is NodeState.CANCELLED  # never started: nothing to cancel
+        assert m.nodes["root.quick"].state is NodeState.CONCLUDED
 
     def test_done_concludes_with_the_text_before_it(self) -> None:
         m = started()
         m.on_event("root", child("a"))
-        assert m.on_event("root.a", Done(), text="It is 4.\n") == [
-            Stop("root.a", Conclusion("a", "It is 4."))
-        ]
+        assert m.on_event("root.a", Done(), text="It is 4.\n") == [Stop("root.a", Conclusion("a", "It is 4."))]
 
     def test_done_without_text_leaves_the_decision_to_the_end(self) -> None:
         m = started()
@@ -337,6 +395,12 @@ class TestFallback:
         assert (finish.status, finish.answer) == (status, "")
         assert finish.error
 
+    def test_an_error_of_the_root_is_remembered_when_the_fallback_does_not_help(self) -> None:
+        m = started()
+        m.on_end("root", EndReason.ERROR, "")
+        commands = m.on_end("root!direct", EndReason.LENGTH, "")
+        assert brief(commands) == ["stop root!direct", "finish failed"]
+
 
 class TestTurns:
     def test_children_wait_for_a_place_which_a_pause_makes(self) -> None:
@@ -384,9 +448,7 @@ def test_a_fork_starts_from_its_parents_context() -> None:
 def test_malformed_events_are_counted_and_told() -> None:
     m = started()
     m.on_malformed("root", Malformed('{"type":"chid"}', "unknown type chid", 0, 15))
-    assert (
-        resume_of(m.on_event("root", Await())).notes[0] == "An event was not understood: unknown type chid."
-    )
+    assert resume_of(m.on_event("root", Await())).notes[0] == "An event was not understood: unknown type chid."
     assert m.repairs["malformed"] == 1
 
 

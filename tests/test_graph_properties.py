@@ -296,9 +296,7 @@ def test_the_contract_holds_on_many_seeds_and_the_runs_are_worth_it() -> None:
         statuses[contract.finish.status] += 1
         nodes += len(contract.state)
         resumes += contract.rounds.total()
-        given_to += sum(
-            bool(d.path and set(d.event.depends_on) - d.dropped) for d in contract.declared.values()
-        )
+        given_to += sum(bool(d.path and set(d.event.depends_on) - d.dropped) for d in contract.declared.values())
     assert set(statuses) == set(Status)
     assert min(nodes, resumes, given_to) > 1000
 
@@ -417,7 +415,7 @@ def run_plan(plan: Plan, rng: Random, limits: Limits, new: Machine = GraphMachin
             commands = machine.on_event(path, event, "")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from([None, 1, 2, 5]))
 def test_a_well_formed_graph_comes_to_the_same_in_any_order(rng: Random, room: int | None) -> None:
     plan = random_plan(rng, 3, itertools.count())
@@ -475,9 +473,7 @@ def test_the_machine_itself_is_not_caught() -> None:
         ("free_id", lambda self, name: name),
     ],
 )
-def test_a_node_without_one_rule_is_caught(
-    rule: str, broken: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_without_one_rule_is_caught(rule: str, broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Node, rule, broken)
     assert caught()
 

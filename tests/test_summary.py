@@ -12,7 +12,7 @@ from rich.console import Console
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.bench.run import make_row
 from rrm_engine.bench.summary import mcnemar, median_interval, pairs, summarise, wilson
-from rrm_engine.bench.table import print_closing
+from rrm_engine.bench.table import print_closing, speedup
 from rrm_engine.graph.types import Status
 from rrm_engine.trace.record import Row
 
@@ -158,6 +158,23 @@ def test_one_mode_alone_has_no_speedups() -> None:
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_closing(console, summarise(rows), rows, concurrency=1)
     assert "Headline" not in console.export_text()
+
+
+def test_speedups_in_words() -> None:
+    figures = {"latency_speedup_median": 1.5, "latency_speedup_ci95": [1.25, 2.0]}
+    assert speedup(figures, "latency") == "1.50x faster (95 % interval 1.25-2.00)"
+    figures = {"latency_speedup_median": 0.8, "latency_speedup_ci95": [0.5, 1.25]}
+    assert speedup(figures, "latency") == "1.25x slower (95 % interval 0.80-2.00)"
+    figures = {"latency_speedup_median": 0.5, "latency_speedup_ci95": None}
+    assert speedup(figures, "latency") == "2.00x slower"
+
+
+def test_a_graph_that_came_to_nothing_took_its_time() -> None:
+    rows = both("a", status=Status.INVALID, error="no answer", right=False, latency_s=4.0)
+    summary = summarise(rows)
+    assert summary["modes"]["rrm"]["errors"] == 1
+    assert summary["modes"]["rrm"]["latency_median"] == 4.0
+    assert summary["all_pairs"]["latency_speedup_median"] == 0.5
 
 
 def test_rows_are_plain_json() -> None:

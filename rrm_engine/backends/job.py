@@ -32,7 +32,7 @@ from rrm_engine.graph.types import (
 )
 from rrm_engine.graph.types import Stop as StopNode
 from rrm_engine.protocol.chat import ChatFormat
-from rrm_engine.protocol.events import Done, Malformed, ParsedEvent
+from rrm_engine.protocol.events import Atomic, Done, Malformed, ParsedEvent
 from rrm_engine.protocol.parser import EventParser, visible
 from rrm_engine.protocol.style import Style
 
@@ -174,8 +174,9 @@ class JobRun:
             self._repairs.update(item.repairs)
             self._boundary = item.end
             known = len(self.machine.nodes)
-            done = isinstance(item.event, Done)  # the only event whose meaning depends on the text before it
-            text = visible(node.text(item.start), self._thinking(node.phase)) if done else None
+            # The text before it matters only where the node may be done with it.
+            needed = isinstance(item.event, (Atomic, Done))
+            text = visible(node.text(item.start), self._thinking(node.phase)) if needed else None
             commands = self.machine.on_event(node.path, item.event, text)
             if len(self.machine.nodes) > known:
                 self._remember_fork(node, list(self.machine.nodes)[-1])
@@ -229,7 +230,7 @@ class JobRun:
             parent = self.nodes[command.parent]
             keep, cut, depth = parent.forks[command.node]
             after.append(depth)
-        values = {
+        values: dict[str, Any] = {
             "task": command.task,
             "given": command.given,
             "depth_left": runtime.limits.max_depth - command.depth,
@@ -394,7 +395,7 @@ class JobRun:
             return None
         node, limits = self.machine.nodes[path], self.runtime.limits
         room = limits.max_nodes - len(self.machine.nodes)
-        splits = node.depth < limits.max_depth and node.awaits + 1 < limits.max_awaits and room >= limits.max_width
+        splits = node.depth < limits.max_depth and node.awaits < limits.max_awaits and room >= limits.max_width
         return plan.matcher(len(node.children), splits)
 
     def _dependencies(self, path: str) -> list[str]:

@@ -119,7 +119,7 @@ def sampling_params(config: RunConfig, style: Style, model: LoadedModel, thinkin
 
 def phase_plans(config: RunConfig, style: Style, model: LoadedModel, limits: Limits) -> Mapping[Phase, PhasePlan]:
     """How each phase decodes under a resolved config."""
-    grammars = EventGrammars(model.tokenizer) if config.constrain == "on" else None
+    grammars = EventGrammars(model.tokenizer, eos_ids=model.eos_ids) if config.constrain == "on" else None
     plans = {}
     for phase, flag in BUDGETS.items():
         thinking = bool(getattr(config, f"{phase}_thinking"))

@@ -23,7 +23,7 @@ from rrm_engine.bench.flags import (
 )
 from rrm_engine.bench.readers import TaskError
 from rrm_engine.bench.summary import summarise
-from rrm_engine.bench.table import model_line, print_closing
+from rrm_engine.bench.table import model_line, plural, print_closing
 from rrm_engine.bench.tasks import TaskSet, load_tasks
 from rrm_engine.config import RunConfig
 from rrm_engine.trace.record import RunDir, RunDirError
@@ -230,15 +230,13 @@ def _manifest(config: RunConfig, tasks: TaskSet, solver: "Solver") -> dict[str, 
     }
 
 
-def _print_header(
-    console: "Console", solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir
-) -> None:
+def _print_header(console: "Console", solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir) -> None:
     """What runs, on what, and where to."""
     chosen, done = len(tasks.tasks[: config.limit]), len(directory.rows)
     rows = chosen * config.samples * len(config.modes)
-    what = f"{tasks.name}: {chosen} tasks x {config.samples} samples x {' + '.join(config.modes)} = {rows} rows"
+    what = f"{tasks.name}: {plural(chosen, 'task')} x {plural(config.samples, 'sample')} x {' + '.join(config.modes)}"
     console.print(
-        f"rrm-engine {package_version()}   {what}" + (f", {done} of them done" if done else ""),
+        f"rrm-engine {package_version()}   {what}: {plural(rows, 'row')}" + (f", {done} of them done" if done else ""),
         model_line(solver.describe()),
         f"to {directory.path}",
         sep="\n",

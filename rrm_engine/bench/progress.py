@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 REFRESH_PER_SECOND = 4
+ERROR_LENGTH = 160
 Live = Callable[[], dict[str, Any]]
 
 
@@ -198,4 +199,10 @@ def describe_row(row: Row) -> str:
         f"{row_key(row)}: {row['status']}, {verdict}, {row['latency_s']:.2f} s, "
         f"{row['total_tokens']:,} tokens, critical path {row['critical_path_tokens']:,}"
     )
-    return text if row["error"] is None else f"{row_key(row)}: error: {row['error']}"
+    return text if row["error"] is None else f"{row_key(row)}: error: {first_line(row['error'])}"
+
+
+def first_line(text: str) -> str:
+    """The first line of an error, cut to a readable length; rows.jsonl has all of it."""
+    line = (text.splitlines() or [""])[0]
+    return line if len(line) <= ERROR_LENGTH else line[: ERROR_LENGTH - 3] + "..."

@@ -39,9 +39,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def mode_figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """One mode's rows. Accuracy is over graded rows, an error counting as wrong; times are of rows without error."""
+    """One mode's rows. Accuracy is over graded rows, an error counting as wrong; times are of whole runs."""
     graded = [row["correct"] for row in rows if row["correct"] is not None]
-    timed = [row for row in rows if row["error"] is None]
+    timed = [row for row in rows if ran_to_end(row)]
     latencies = [row["latency_s"] for row in timed]
     seconds = math.fsum(latencies)  # exact, so that the order of the rows does not show
     return {
@@ -59,7 +59,7 @@ def mode_figures(rows: Sequence[Row]) -> dict[str, Any]:
         "tokens_per_s": sum(row["total_tokens"] for row in timed) / seconds if seconds > 0 else None,
         "parallel_s_median": median(row["parallel_s"] for row in timed),
         "overlap_s_median": median(row["overlap_s"] for row in timed),
-        "errors": len(rows) - len(timed),
+        "errors": sum(row["error"] is not None for row in rows),
         "status": dict(sorted(Counter(str(row["status"]) for row in rows).items())),
         "kv": kv_figures(rows),
     }
@@ -93,10 +93,15 @@ def pairs(rows: Iterable[Row]) -> list[Pair]:
 
 
 def is_timed(direct: Row, recursive: Row) -> bool:
-    """Both ran to their end and took measurable, finite time."""
+    """Both are whole runs that took measurable, finite time."""
     return all(
-        row["error"] is None and math.isfinite(row["latency_s"]) and row["latency_s"] > 0 for row in (direct, recursive)
+        ran_to_end(row) and math.isfinite(row["latency_s"]) and row["latency_s"] > 0 for row in (direct, recursive)
     )
+
+
+def ran_to_end(row: Row) -> bool:
+    """Whether the row's time is that of a whole run. A graph that came to nothing (``invalid``) is one."""
+    return bool(row["status"] != "failed")
 
 
 def is_headline(direct: Row, recursive: Row) -> bool:

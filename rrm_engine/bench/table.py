@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from rrm_engine.bench.progress import first_line
 from rrm_engine.bench.summary import RECURSIVE
 from rrm_engine.trace.record import Row, row_key
 
@@ -92,8 +93,8 @@ def headline_line(figures: Figures) -> str:
     if not figures["n"]:
         return "Headline: no pair yet where both modes are right and the recursive one a graph that overlaps."
     return (
-        f"Headline, {plural(figures['n'], 'pair')} right in both modes with an overlapping graph: recursive answers "
-        f"come {speedup(figures, 'latency')}; critical path {speedup(figures, 'critical_path', 'shorter', 'longer')}."
+        f"Headline, {plural(figures['n'], 'pair')} right in both modes with an overlapping graph: recursive runs "
+        f"are {speedup(figures, 'latency')}; critical path {speedup(figures, 'critical_path', 'shorter', 'longer')}."
     )
 
 
@@ -101,7 +102,7 @@ def all_pairs_line(figures: Figures) -> str:
     """The same over every pair, right or wrong."""
     if not figures["n"]:
         return "All pairs: none is complete yet."
-    line = f"All {figures['n']:,} pairs: {speedup(figures, 'latency')}"
+    line = f"All pairs ({figures['n']:,}): {speedup(figures, 'latency')}"
     if figures["only_direct_correct"] or figures["only_recursive_correct"]:
         line += (
             f"; only direct right {figures['only_direct_correct']}x, "
@@ -128,16 +129,20 @@ def error_line(rows: list[Row]) -> str:
     failed = [row for row in rows if row["error"] is not None]
     if not failed:
         return ""
-    first = str(failed[0]["error"]).splitlines() or [""]
-    return f"{plural(len(failed), 'row')} with an error (counted as wrong); {row_key(failed[0])}: {first[0][:160]}"
+    what = f"{plural(len(failed), 'row')} with an error (counted as wrong)"
+    return f"{what}; {row_key(failed[0])}: {first_line(failed[0]['error'])}"
 
 
-def speedup(figures: Figures, name: str, more: str = "sooner", less: str = "later") -> str:
-    """``1.31x sooner (95 % interval 1.10-1.52)``; below 1 it stays the ratio that its interval is of."""
+def speedup(figures: Figures, name: str, more: str = "faster", less: str = "slower") -> str:
+    """``1.31x faster (95 % interval 1.10-1.52)``; a speed-up of 0.5 is ``2.00x slower``."""
     ratio, interval = figures[f"{name}_speedup_median"], figures[f"{name}_speedup_ci95"]
     if ratio is None:
         return "not measured"
-    words = f"{ratio:.2f}x {more}" if ratio >= 1 else f"{ratio:.2f}x, that is {less}"
+    word = more
+    if ratio < 1:
+        word, ratio = less, 1 / ratio
+        interval = interval and [1 / bound for bound in reversed(interval)]
+    words = f"{ratio:.2f}x {word}"
     return words if interval is None else f"{words} (95 % interval {interval[0]:.2f}-{interval[1]:.2f})"
 
 

@@ -50,6 +50,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, sequences: Seq["Sequence"]) -> list[int]:
     """One token for each row of ``logits`` ``[rows, vocabulary]``; row i belongs to ``sequences[i]``."""
     _apply_grammars(logits, sequences)

@@ -11,8 +11,8 @@ What the driver owes the machine
     * A sequence that ended by itself is kept until its node's Stop or Cancel: the node may be resumed. Each
       started node gets exactly one of the two.
     * ``text`` is the visible text of the phase up to that point, with thinking *and events* cut out: a node
-      that wrote nothing but events has written no answer. ``on_event`` needs it for ``done`` only; without
-      it the decision waits for the node's end.
+      that wrote nothing but events has written no answer. ``on_event`` needs it for ``done`` and an
+      ``atomic`` without an answer; without it the decision waits for the node's end.
     * Events and ends of nodes that are not decoding are ignored: their tokens were in flight. A path that
       was never declared is a KeyError.
 
@@ -111,17 +111,15 @@ class GraphMachine:
         self.max_sibling_width = 0  # most children accepted in one round of one node
         self._fork = child_context == "parent"
         self._nodes: dict[str, Node] = {}
-        self._accepted = 0
         self._serial = 0
         self._running = 0
         self._turns: list[tuple[bool, int, int, Node]] = []
         self._out: list[Command] = []
-        self._root = self._new_node(root, root, task)
-        self._accepted += 1
+        self._root = self._register(self._new_node(root, root, task))
 
     @property
     def nodes(self) -> Mapping[str, Node]:
-        """Every node declared, by path: also refused children and the fallback."""
+        """The nodes by path, in order of declaration: also those not started yet, and the fallback."""
         return MappingProxyType(self._nodes)
 
     @property
@@ -139,7 +137,7 @@ class GraphMachine:
         return self._commands()
 
     def on_event(self, node: str, event: Event, text: str | None = None) -> list[Command]:
-        """The node wrote an event. ``text``: the phase's visible text before it, for ``done``."""
+        """The node wrote an event. ``text``: the phase's visible text before it, for those that may end the node."""
         subject = self._nodes[node]
         if self._heeded(subject):
             self._handle(subject, event, text)
@@ -224,7 +222,7 @@ class GraphMachine:
             return "over_depth", "this node cannot start children and solves its task itself"
         if parent.width >= limits.max_width:
             return "over_width", f"a node starts at most {limits.max_width} children at a time"
-        if self._accepted >= limits.max_nodes:
+        if len(self._nodes) >= limits.max_nodes:
             return "over_nodes", f"the graph has all its {limits.max_nodes} nodes"
         if not event.task.strip():
             return "empty_task", "it has no task"
@@ -244,7 +242,7 @@ class GraphMachine:
             self._note(parent, repair, f"This child {event.id:.64} is called {child.id}.")
         parent.link(child, event.depends_on)
         parent.width += 1
-        self._accepted += 1
+        self._register(child)
         self.max_sibling_width = max(self.max_sibling_width, parent.width)
 
     def _start_if_unblocked(self, node: Node) -> None:
@@ -342,7 +340,7 @@ class GraphMachine:
         if conclusion.ok:
             self._finish(self._status(node), conclusion.answer)
         elif self.limits.fallback and node is self._root:
-            direct = self._new_node(f"{node.path}!direct", f"{node.id}!direct", node.task)
+            direct = self._register(self._new_node(f"{node.path}!direct", f"{node.id}!direct", node.task))
             direct.phase = Phase.DIRECT
             self._enqueue(direct, NodeState.READY)
         else:
@@ -416,7 +414,10 @@ class GraphMachine:
         phase = Phase.GRAPH if depth < self.limits.max_depth else Phase.SOLVER
         node = Node(path, node_id, task, phase, self._serial, parent, depth)
         self._serial += 1
-        self._nodes[path] = node
+        return node
+
+    def _register(self, node: Node) -> Node:
+        self._nodes[node.path] = node
         return node
 
     def _set_state(self, node: Node, state: NodeState) -> None:

@@ -81,9 +81,7 @@ class Node:
 
     def repeats(self, name: str, task: str) -> bool:
         """Whether the node has already declared this very child and not awaited it."""
-        return any(
-            c.task == task and not c.awaited and c.state is not NodeState.REFUSED for c in self.find(name)
-        )
+        return any(c.task == task and not c.awaited and c.state is not NodeState.REFUSED for c in self.find(name))
 
     def free_id(self, name: str) -> str:
         """``name`` made fit for a path and unlike every sibling's id; refused children hold no id."""

@@ -42,6 +42,7 @@ def load_pretrained(name: str, dtype: str, device: torch.device) -> tuple[Any, P
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=wanted, attn_implementation=ATTENTION_NAME, **_placement(device), **extra
         )
+        extra.pop("quantization_config", None)
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise ValueError(_load_failure(name, e)) from e
@@ -56,7 +57,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ValueError(f"--model {name}: there is no such GGUF file")
-        return str(path.parent), {"gguf_file": path.name}
+        return str(path.parent), {"gguf_file": path.name, **_dense_gguf()}
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"--model {name}: the directory has no config.json, so it is not a saved model")
@@ -64,6 +65,15 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ValueError(f"--model {name}: there is no such directory or GGUF file")
     return name, {}
+
+
+def _dense_gguf() -> dict[str, Any]:
+    """Unpack every weight at load: newer transformers would otherwise keep them packed, in layers of their own."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _placement(device: torch.device) -> dict[str, Any]:

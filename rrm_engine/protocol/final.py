@@ -7,7 +7,7 @@ _BOXED = "\\boxed{"
 _MAX_BOXED_CHARS = 2000
 _LEADING = re.compile(r"(?:[\s*_$`\"']|\\[(\[])*")
 _MARKUP = " \t\r\n*_$`\"'.,;:"
-_PAIRS = {"}": "{", ")": "(", "]": "["}
+_CLOSED_BY = {"}": "{}", ")": "([)]", "]": "([)]"}  # with their openers; "[1, 2)" is balanced
 
 
 def extract_final(text: str) -> str | None:
@@ -18,7 +18,7 @@ def extract_final(text: str) -> str | None:
     best, at = None, -1
     for head in reversed(list(_FINAL.finditer(text))):
         line_end = text.find("\n", head.end())
-        if value := _strip(text[head.end() : line_end if line_end >= 0 else None]):
+        if value := _unopened(text[head.end() : line_end if line_end >= 0 else None]):
             best, at = value, head.start()
             break
     start = text.rfind(_BOXED)
@@ -46,14 +46,20 @@ def _braced(text: str, start: int) -> str:
 
 
 def _strip(value: str) -> str:
-    """``value`` without the markup around it; closing brackets go only if nothing opened them."""
+    """``value`` without the markup around it."""
     if leading := _LEADING.match(value):
         value = value[leading.end() :]
-    while True:
-        shorter = value.rstrip(_MARKUP).removesuffix("\\)").removesuffix("\\]")
-        closer = shorter[-1:]
-        if closer in _PAIRS and shorter.count(closer) > shorter.count(_PAIRS[closer]):
-            shorter = shorter[:-1]
-        if shorter == value:
-            return value
+    while (shorter := value.rstrip(_MARKUP).removesuffix("\\)").removesuffix("\\]")) != value:
         value = shorter
+    return value
+
+
+def _unopened(value: str) -> str:
+    """`_strip`, and without closing brackets at the end that nothing in ``value`` opened."""
+    value = _strip(value)
+    while kinds := _CLOSED_BY.get(value[-1:]):
+        openers, closers = kinds[: len(kinds) // 2], kinds[len(kinds) // 2 :]
+        if sum(map(value.count, openers)) >= sum(map(value.count, closers)):
+            break
+        value = _strip(value[:-1])
+    return value

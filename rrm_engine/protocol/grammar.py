@@ -58,7 +58,7 @@ def event_grammar(
         body = "answer"
         rules += [
             'answer: "{\\"type\\":\\"atomic\\",\\"answer\\":" ANSWER "}" ("\\n{\\"type\\":\\"done\\"}")?',
-            f'ANSWER: /"{_CHAR}{{0,{max_answer_chars}}}FINAL: {_ANSWER_START}{_ANSWER_CHAR}{{0,120}}"/',
+            f'ANSWER: /"({_CHAR}{{0,{max_answer_chars}}}( |\\\\n))?FINAL: {_ANSWER_START}{_ANSWER_CHAR}{{0,120}}"/',
             f"WORK: /{_WORK_CHAR}{{0,300}}\\n/",
         ]
     if splits:

@@ -27,6 +27,7 @@ from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import jinja2
+from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rrm_engine.protocol.final import extract_final
@@ -250,6 +251,10 @@ class _Loader:
         compiled = {}
         for key, source in self.table(table, keys, str).items():
             try:
+                unknown = meta.find_undeclared_variables(self.jinja.parse(source)) - set(sample)
+                if unknown:
+                    names = ", ".join(sample) or "nothing"
+                    raise self.complaint(f"{table}.{key} uses {', '.join(sorted(unknown))}; it may use {names}")
                 compiled[f"{table}.{key}"] = self.jinja.from_string(source)
                 compiled[f"{table}.{key}"].render(sample)
             except (jinja2.TemplateError, TypeError) as error:

@@ -77,9 +77,7 @@ def collate(rows: list[tuple[list[int], list[bool]]], pad: int) -> Batch:
     return Batch(ids, learn)
 
 
-def cut_batches(
-    rows: list[tuple[list[int], list[bool]]], batch_tokens: int, pad: int
-) -> list[Batch]:
+def cut_batches(rows: list[tuple[list[int], list[bool]]], batch_tokens: int, pad: int) -> list[Batch]:
     """Batches of at most ``batch_tokens`` padded tokens from rows of similar length."""
     batches, current = [], []
     for row in sorted(rows, key=lambda row: len(row[0])):

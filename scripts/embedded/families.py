@@ -192,9 +192,7 @@ def random_number(rng: random.Random) -> int:
     return rng.randrange(rng.choice((10, 100, MODULUS, MODULUS, MODULUS)))
 
 
-def random_leaf(
-    rng: random.Random, family: str, tokens: float, *, held_out: bool, start: str | None = None
-) -> Leaf:
+def random_leaf(rng: random.Random, family: str, tokens: float, *, held_out: bool, start: str | None = None) -> Leaf:
     """A leaf of ``family`` whose scratchpad has about ``tokens`` tokens (between 65 % and 100 % of that)."""
     tokens *= rng.uniform(0.65, 1.0)
     while True:
