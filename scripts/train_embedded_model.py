@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--mlp", type=int, default=512)
+    parser.add_argument("--init", type=Path, help="model folder to continue from")
+    parser.add_argument("--decay-from", type=float, default=0.35, help="share of the run at the peak learning rate")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = Settings(
@@ -39,6 +41,8 @@ def main() -> None:
         layers=args.layers,
         hidden=args.hidden,
         mlp=args.mlp,
+        init=args.init,
+        decay_from=args.decay_from,
     )
     Trainer(settings).run()
 

@@ -62,6 +62,7 @@ class Runtime:
     plans: Mapping[Phase, PhasePlan]
     limits: Limits
     child_context: Literal["task", "parent"]
+    queue: "list[NodeRun]" = field(default_factory=list)  # those of all jobs that were not admitted yet
 
 
 @dataclass(slots=True)
@@ -88,6 +89,8 @@ class NodeRun:
     forks: dict[str, tuple[int, list[int], int]] = field(default_factory=dict)
     sampled: list[tuple[int, int]] = field(default_factory=list)  # token ranges that the model wrote
     reasons: list[str] = field(default_factory=list)
+    ready: tuple[float, int] = (0.0, 0)  # when the phase was handed to the engine: time and step
+    queued_s: float = 0.0  # from then to the end of the last step that did not admit it
 
     def text(self, end: int | None = None) -> str:
         """What it wrote in this phase up to ``end``, without its events."""
@@ -118,6 +121,8 @@ class JobRun:
         self._errors: list[str] = []
         self._boundary: int | None = None  # end of the event being handled, in its node's text
         self._prompt = ""
+        self._events = 0
+        self._watched = 0
         self.machine: GraphMachine | None = None
         if job.mode == "rrm":
             self.machine = GraphMachine(job.task, runtime.limits, child_context=runtime.child_context)
@@ -132,6 +137,9 @@ class JobRun:
     def on_token(self, sampled: Sampled) -> None:
         node = self._by_key[sampled.sequence.key]
         self._meter.token(node.path, monotonic(), is_child="." in node.path)
+        self._watch_queue()
+        if not node.ends and node.running:
+            self._emit("first_token", node.path, queued_s=node.queued_s)
         piece = ""
         if sampled.stop is not Stop.EOS:
             piece = node.stream.step(self.runtime.tokenizer.backend_tokenizer, sampled.token) or ""
@@ -170,7 +178,6 @@ class JobRun:
                 self._carry_out(self.machine.on_malformed(node.path, item))
                 continue
             kind = type(item.event).__name__.lower()
-            self._emit("event", node.path, kind=kind, **asdict(item.event), repairs=item.repairs)
             self._repairs.update(item.repairs)
             self._boundary = item.end
             known = len(self.machine.nodes)
@@ -178,8 +185,12 @@ class JobRun:
             needed = isinstance(item.event, (Atomic, Done))
             text = visible(node.text(item.start), self._thinking(node.phase)) if needed else None
             commands = self.machine.on_event(node.path, item.event, text)
+            child = None
             if len(self.machine.nodes) > known:
-                self._remember_fork(node, list(self.machine.nodes)[-1])
+                child = list(self.machine.nodes)[-1]
+                self._remember_fork(node, child)
+            made = {"child": child} if kind == "child" else {}  # None: refused
+            self._emit("event", node.path, kind=kind, **asdict(item.event), **made, repairs=item.repairs)
             self._carry_out(commands)
             self._boundary = None
 
@@ -225,7 +236,8 @@ class JobRun:
     def _start(self, command: Start) -> None:
         runtime, plan = self.runtime, self.runtime.plans[command.phase]
         fork = None
-        after = [self._meter.clocks[path].depth for path in self._dependencies(command.node)]
+        given = self._dependencies(command.node)
+        after = [self._meter.clocks[path].depth for path in given]
         if command.parent is not None:
             parent = self.nodes[command.parent]
             keep, cut, depth = parent.forks[command.node]
@@ -263,7 +275,8 @@ class JobRun:
         node = NodeRun(command.node, sequence, command.phase, parser, first=len(tokens))
         self.nodes[node.path] = self._by_key[key] = node
         self._meter.start(node.path, monotonic(), after)
-        self._emit("start", node.path, phase=command.phase, prompt_tokens=len(tokens), task=command.task)
+        self._enqueue(node)
+        self._emit("start", node.path, phase=command.phase, after=given, prompt_tokens=len(tokens), task=command.task)
 
     def _resume(self, command: Resume) -> None:
         runtime, plan = self.runtime, self.runtime.plans[command.phase]
@@ -289,8 +302,11 @@ class JobRun:
         node.parser = EventParser(self._opens_thinking(plan))
         node.first = len(node.sequence.tokens)
         node.stream, node.pieces, node.ends, node.events, node.cut = DecodeStream(), [], [], [], []
-        self._meter.resume(node.path, monotonic(), [f"{node.path}.{c.id}" for c in command.conclusions])
-        self._emit("resume", node.path, phase=command.phase, appended_tokens=len(tokens), notes=command.notes)
+        after = [f"{node.path}.{c.id}" for c in command.conclusions]
+        self._meter.resume(node.path, monotonic(), after)
+        self._enqueue(node)
+        about = {"phase": command.phase, "after": after, "appended_tokens": len(tokens), "notes": command.notes}
+        self._emit("resume", node.path, **about)
 
     def _pause(self, node: NodeRun) -> None:
         """Stop right behind the event just read; a token that goes on behind it is replaced by its kept part."""
@@ -307,7 +323,7 @@ class JobRun:
         node.reasons.append(reason)
         node.sampled.append((node.first, len(node.sequence.tokens)))
         self._meter.pause(node.path, monotonic())
-        self._emit("pause", node.path, reason=reason, tokens=len(node.sequence.tokens))
+        self._emit("pause", node.path, reason=reason)
 
     def _close(self, path: str, how: str, **fields: Any) -> None:
         """A node is over, by conclusion or cancellation: give its blocks back."""
@@ -370,9 +386,25 @@ class JobRun:
             repairs=dict(self._repairs),
             error="; ".join(self._errors) or command.error if failed else None,
         )
-        self._emit("finish", "root", status=command.status, answer=command.answer)
+        self._emit("finish", "root", status=command.status, answer=command.answer, events=self._events + 1)
 
     # small things
+
+    def _enqueue(self, node: NodeRun) -> None:
+        node.ready, node.queued_s = (monotonic(), self.runtime.engine.steps), 0.0
+        self.runtime.queue.append(node)
+
+    def _watch_queue(self) -> None:
+        """Once a step: who was not admitted in it, whoever's node it is."""
+        queue, step = self.runtime.queue, self.runtime.engine.steps
+        if not queue or self._watched == step:
+            return
+        self._watched, now = step, monotonic()
+        queue[:] = [node for node in queue if node.sequence.state is State.WAITING]
+        for node in queue:
+            since, ready_step = node.ready
+            if step > ready_step:
+                node.queued_s = now - since
 
     def _split(self, node: NodeRun) -> tuple[int, list[int]]:
         """(tokens, rest): the sequence's tokens up to the event just read, and the kept part of a token cut in two.
@@ -411,7 +443,8 @@ class JobRun:
         return self.runtime.chat.opens_thinking(plan.thinking)
 
     def _emit(self, event: str, node: str, **fields: Any) -> None:
-        engine = self.runtime.engine
+        self._events += 1
+        engine, run = self.runtime.engine, self.nodes.get(node)
         self._emit_to(
             {
                 "t": monotonic(),
@@ -419,6 +452,7 @@ class JobRun:
                 "node": node,
                 "step": engine.steps,
                 "event": event,
+                "tokens": len(run.sequence.tokens) if run else 0,
                 "blocks": engine.pool.num_used,
                 **fields,
             }

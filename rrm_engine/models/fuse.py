@@ -1,4 +1,4 @@
-"""Fewer and faster matrix products: projections of one input merged, weights prepacked for oneDNN on CPU."""
+"""Fewer and faster operations: projections of one input merged, weights prepacked on CPU, norms in one kernel."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,8 @@ from torch import nn
 
 # Projections that read the same input, by the names transformers gives them.
 MERGES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+PREPACK_FP32_WEIGHTS = 1 << 20
 
 
 class PackedLinear(nn.Module):
@@ -20,9 +22,10 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        # Plain attributes, not parameters: nn.Module looks those up the slow way, and these are read in every step.
+        self.bias = None if bias is None else bias.detach()
         self._packed = _prepack(weight)
-        self.weight = None if self._packed is not None else nn.Parameter(weight, requires_grad=False)
+        self.weight = None if self._packed is not None else weight.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed is None:
@@ -32,8 +35,12 @@ class PackedLinear(nn.Module):
 
 
 def _prepack(weight: torch.Tensor) -> torch.Tensor | None:
-    """The weight in oneDNN's own layout, or None where that is not to be had (not on CPU, other torch, fp16)."""
-    supported = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    """The weight in oneDNN's own layout, or None where that is not to be had or does not pay.
+
+    In fp32 it gains from about a million weights on; below, ``F.linear`` has less to do around the product.
+    """
+    pays = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and weight.numel() >= PREPACK_FP32_WEIGHTS)
+    supported = weight.device.type == "cpu" and pays
     if not (supported and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return None
     try:
@@ -77,12 +84,31 @@ class MergedPart(nn.Module):
         return self._merged.take(self._index, x)
 
 
-def fuse(model: nn.Module) -> None:
-    """Merge and prepack the linear layers of ``model`` in place.
+class FusedRMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight``, normalised in fp32 (Zhang, Sennrich 2019, as transformers computes it)."""
 
-    Only exact ``nn.Linear`` modules are touched; hooks placed by accelerate mark modules that are left alone.
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = weight.detach()
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+
+
+def fuse(model: nn.Module) -> None:
+    """Merge and prepack the linear layers of ``model`` and fuse its RMS norms, in place.
+
+    Only exact ``nn.Linear`` modules and norms that compute the same are touched; hooks placed by accelerate mark
+    modules that are left alone.
     """
     with torch.no_grad():
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if (fused := _fused_norm(child)) is not None:
+                    setattr(module, name, fused)
         for module in list(model.modules()):
             for names in MERGES:
                 parts = [getattr(module, name, None) for name in names]
@@ -92,6 +118,26 @@ def fuse(model: nn.Module) -> None:
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear) and _plain_linear(child) and child.weight.device.type == "cpu":
                     setattr(module, name, PackedLinear(child.weight, child.bias))
+
+
+def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
+    """A fused stand-in for an RMS norm, if there is one that gives the same on a random input."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None or hasattr(module, "_hf_hook"):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, *weight.shape, generator=generator).to(weight.device, weight.dtype)
+    expected = module(x)
+    for scale in (weight, 1 + weight):  # some families store the weight's distance from one
+        candidate = FusedRMSNorm(scale.clone(), float(eps))
+        if expected.dtype == x.dtype and torch.allclose(candidate(x), expected, rtol=_ulps(x.dtype), atol=1e-6):
+            return candidate
+    return None
+
+
+def _ulps(dtype: torch.dtype) -> float:
+    """A relative difference of about two units in the last place."""
+    return 2 * torch.finfo(dtype).eps
 
 
 def _plain_linear(module: nn.Module | None) -> bool:

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from embedded.families import FAMILIES, Kind, leaf_tokens, random_leaf
+from embedded.families import FAMILIES, IDS, Kind, leaf_tokens, random_leaf
 from embedded.transcripts import (
     Transcript,
     direct_transcript,
@@ -21,8 +21,8 @@ from embedded.wording import random_task
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KIND_WEIGHTS = {"flat": 0.35, "depends": 0.3, "nested": 0.25, "atomic": 0.1}
-NODE_WEIGHTS = {"leaf": 0.5, "root": 0.24, "direct": 0.17, "group": 0.09}
-LEAF_FAMILY_WEIGHTS = {"grow": 0.3, "pair": 0.3, "mult": 0.4}
+NODE_WEIGHTS = {"leaf": 0.42, "root": 0.29, "direct": 0.2, "group": 0.09}
+LEAF_FAMILY_WEIGHTS = {"grow": 0.4, "pair": 0.25, "mult": 0.35}
 GIVEN_SHARE = 0.3  # leaves that start from another child's result
 POOL_BATCHES = 48  # batches' worth of transcripts that are sorted by length together
 
@@ -44,7 +44,7 @@ def sample_transcript(rng: random.Random, scale: float) -> Transcript:
     node = rng.choices(list(NODE_WEIGHTS), list(NODE_WEIGHTS.values()))[0]
     if node == "leaf":
         (family,) = rng.choices(list(LEAF_FAMILY_WEIGHTS), list(LEAF_FAMILY_WEIGHTS.values()))
-        start = chr(ord("A") + rng.randrange(26)) if rng.random() < GIVEN_SHARE else None
+        start = rng.choice(IDS[:-1]) if rng.random() < GIVEN_SHARE else None
         tokens = leaf_tokens(rng.randint(2, 8)) * scale
         leaf = random_leaf(rng, family, tokens, held_out=False, start=start)
         return leaf_transcript(leaf, {} if start is None else {start: rng.randrange(1000)})

@@ -21,7 +21,7 @@ MODULUS = 1000
 FAMILIES = ("grow", "pair", "mult")
 FACTORS = tuple(f for f in range(11, 100) if f % 2 and f % 5)  # units modulo 1000: a power never collapses to 0
 RESERVED_CLASSES = 8  # one residue class in so many is kept out of training
-INNER_IDS = "abc"
+IDS = "abcdefgh"  # of the parts of a task, and of the leaves of a group
 
 Kind = Literal["flat", "depends", "nested", "atomic"]
 
@@ -134,13 +134,9 @@ class Leaf:
 class Part:
     """A named summand: one leaf, or a group of two or three leaves that are added up."""
 
+    id: str
     name: str
     leaves: tuple[Leaf, ...]
-
-    @property
-    def id(self) -> str:
-        """The initial: the names of one task begin with different letters."""
-        return self.name[0]
 
     @property
     def depends_on(self) -> str | None:

@@ -33,9 +33,10 @@ class Settings:
     layers: int
     hidden: int
     mlp: int
+    init: Path | None = None  # a model folder to continue from; the leaves have full length at once
+    decay_from: float = 0.35  # share of the run after which the learning rate falls linearly to zero
     warmup_steps: int = 40
     growth_share: float = 0.25  # share of the run in which the leaves grow to full length
-    decay_from: float = 0.35  # share of the run after which the learning rate falls linearly to zero
     checks: int = 16
     check_tasks: int = 12  # tasks per kind and check
 
@@ -128,7 +129,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.tokenizer = build_tokenizer()
-        self.model = build_model(settings, self.tokenizer).to(settings.device)
+        self.model = self._first_model().to(settings.device)
         self.stream = TrainingStream(self.tokenizer, settings.seed, settings.batch_tokens)
         self.held_out = held_out_transcripts(CHECK_SEED, settings.check_tasks)
         embedding = self.model.model.embed_tokens.weight
@@ -141,6 +142,15 @@ class Trainer:
         self.started = time.monotonic()
         self.tokens = 0
         self.steps = 0
+
+    def _first_model(self) -> Qwen3ForCausalLM:
+        if self.settings.init is None:
+            return build_model(self.settings, self.tokenizer)
+        model = Qwen3ForCausalLM.from_pretrained(self.settings.init, dtype=torch.float32)
+        known = PreTrainedTokenizerFast.from_pretrained(self.settings.init)
+        if known.get_vocab() != self.tokenizer.get_vocab():
+            raise ValueError(f"{self.settings.init} has another vocabulary")
+        return model.train()
 
     def progress(self) -> float:
         """0..1 of the run, by tokens or by time, whichever is further."""
@@ -176,7 +186,7 @@ class Trainer:
         checks_done = 0
         batches = iter(self.stream)
         while (progress := self.progress()) < 1:
-            grown = min(1.0, progress / self.settings.growth_share)
+            grown = 1.0 if self.settings.init else min(1.0, progress / self.settings.growth_share)
             self.stream.scale = FIRST_SCALE + (1 - FIRST_SCALE) * grown
             losses.append(self.step(next(batches), self.learning_rate(progress)))
             if self.steps % 25 == 0:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from embedded.families import INNER_IDS, MODULUS, Leaf, Part, Task, add_digits, reversed_digits
+from embedded.families import IDS, MODULUS, Leaf, Part, Task, add_digits, reversed_digits
 
 STYLE_PATH = Path(__file__).parents[2] / "rrm_engine" / "protocol" / "styles" / "embedded.toml"
 STYLE: dict[str, Any] = tomllib.loads(STYLE_PATH.read_text())
@@ -79,7 +79,7 @@ def direct_transcript(task: Task) -> Transcript:
     """All leaves one after another with a running sum, in one assistant turn."""
     out, total, results = [], 0, task.results()
     for part in task.parts:
-        for inner, leaf in zip(INNER_IDS, part.leaves, strict=False):
+        for inner, leaf in zip(IDS, part.leaves, strict=False):
             label = part.id if len(part.leaves) == 1 else part.id + inner
             given = {} if leaf.depends_on is None else {leaf.depends_on: results[leaf.depends_on]}
             start = leaf.start if isinstance(leaf.start, int) else results[leaf.start]
@@ -105,8 +105,8 @@ def root_transcript(task: Task) -> Transcript:
 
 def group_transcript(part: Part) -> Transcript:
     """A child that splits again."""
-    results = {inner: leaf.result(int(leaf.start)) for inner, leaf in zip(INNER_IDS, part.leaves, strict=False)}
-    children = [(inner, leaf.canonical(), None) for inner, leaf in zip(INNER_IDS, part.leaves, strict=False)]
+    results = {inner: leaf.result(int(leaf.start)) for inner, leaf in zip(IDS, part.leaves, strict=False)}
+    children = [(inner, leaf.canonical(), None) for inner, leaf in zip(IDS, part.leaves, strict=False)]
     return Transcript("group", "sum", _split(graph_prompt(part.canonical(), {}), children, results))
 
 

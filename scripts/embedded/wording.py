@@ -2,7 +2,7 @@
 
 import random
 
-from embedded.families import FAMILIES, INNER_IDS, Kind, Leaf, Part, Task, leaf_tokens, random_leaf
+from embedded.families import FAMILIES, IDS, Kind, Leaf, Part, Task, leaf_tokens, random_leaf
 
 # {s} subject, {q} a quantity with its noun, {v} a bare quantity, {o} noun, {n} rounds; the rest are leaf numbers.
 SENTENCES = {
@@ -67,15 +67,13 @@ def word_list() -> list[str]:
 
 
 def random_names(rng: random.Random, count: int, *, invented: float) -> list[str]:
-    """``count`` names with different initials, a share ``invented`` of them random letters."""
-    names = []
-    for initial in rng.sample(LOWER.upper(), count):
-        listed = [name for name in NAMES if name[0] == initial]
-        if rng.random() < invented or not listed:
-            name = initial + "".join(rng.choices(LOWER, k=rng.randint(2, 4)))
-        else:
-            name = rng.choice(listed)
-        names.append(name)
+    """``count`` different names, a share ``invented`` of them random letters."""
+    names: list[str] = []
+    while len(names) < count:
+        made_up = "".join(rng.choices(LOWER, k=rng.randint(3, 5))).capitalize()
+        name = made_up if rng.random() < invented else rng.choice(NAMES)
+        if name not in names:
+            names.append(name)
     return names
 
 
@@ -88,7 +86,8 @@ def random_noun(rng: random.Random, *, invented: float) -> str:
 def leaf_sentence(rng: random.Random, leaf: Leaf, subject: str, noun: str, names: dict[str, str]) -> str:
     """One sentence that states ``leaf``; ``names`` maps the ids of the parts to their names."""
     if isinstance(leaf.start, str):
-        slots = {"o": noun, "r": names[leaf.start]}
+        label = f"({leaf.start})"
+        slots = {"o": noun, "r": label if rng.random() < 0.5 else f"{names[leaf.start]} {label}"}
         quantity = rng.choice(QUANTITY_REFERENCES).format(**slots)
         value = rng.choice(VALUE_REFERENCES).format(**slots)
     else:
@@ -100,18 +99,18 @@ def leaf_sentence(rng: random.Random, leaf: Leaf, subject: str, noun: str, names
 
 
 def problem_text(rng: random.Random, parts: tuple[Part, ...], noun: str) -> str:
-    """The task in words: rule, one sentence or paragraph per part, question."""
+    """The task in words: rule, the parts with their ids as labels such as ``(a)``, question."""
     names = {part.id: part.name for part in parts}
     sentences = []
     for part in parts:
+        subject = part.name if len(parts) == 1 else f"({part.id}) {part.name}"
         if len(part.leaves) == 1:
-            sentences.append(leaf_sentence(rng, part.leaves[0], part.name, noun, names))
+            sentences.append(leaf_sentence(rng, part.leaves[0], subject, noun, names))
             continue
-        sentences.append(rng.choice(GROUPS).format(s=part.name, k=len(part.leaves)))
+        sentences.append(rng.choice(GROUPS).format(s=subject, k=len(part.leaves)))
         for ordinal, leaf in zip(ORDINALS, part.leaves, strict=False):
             sentences.append(leaf_sentence(rng, leaf, ordinal, noun, names))
-    single = len(parts) == 1 and len(parts[0].leaves) == 1
-    question = rng.choice(SINGLE_QUESTIONS if single else TOTAL_QUESTIONS)
+    question = rng.choice(SINGLE_QUESTIONS if len(parts) == 1 else TOTAL_QUESTIONS)
     rule = rng.choice(RULES)
     return " ".join([rule, *sentences, question] if rng.random() < 0.7 else [*sentences, rule, question])
 
@@ -142,11 +141,11 @@ def random_task(
 
     def leaf(index: int) -> Leaf:
         chosen = rng.choice(FAMILIES) if family == "mixed" else family
-        start = names[targets[index]][0] if index in targets else None
+        start = IDS[targets[index]] if index in targets else None
         return random_leaf(rng, chosen, tokens, held_out=held_out, start=start)
 
     parts = tuple(
-        Part(name, tuple(leaf(index) for _ in range(size)))
+        Part(IDS[index], name, tuple(leaf(index) for _ in range(size)))
         for index, (name, size) in enumerate(zip(names, sizes, strict=True))
     )
     return Task(problem_text(rng, parts, random_noun(rng, invented=invented)), kind, parts)
@@ -155,7 +154,7 @@ def random_task(
 def group_sizes(rng: random.Random, width: int) -> list[int]:
     """Leaves per part of a nested task: at least one group, at most eight leaves in all."""
     while True:
-        sizes = [rng.choice((1, 2, 2, len(INNER_IDS))) for _ in range(width)]
+        sizes = [rng.choice((1, 2, 2, len(ORDINALS))) for _ in range(width)]
         if max(sizes) > 1 and 4 <= sum(sizes) <= 8:
             return sizes
 

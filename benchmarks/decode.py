@@ -1,0 +1,193 @@
+"""Decode speed: output tokens per second at several batch sizes, ours and others on the same weights.
+
+    python benchmarks/decode.py --model DIR_OR_GGUF --batch 1,4,16,32 --compare hf,hf-batch --json OUT
+
+Every contender decodes the same random prompts greedily for the same number of tokens, ends nowhere earlier, and all
+take turns (ours, theirs, ours, ...), so that a drift of the machine hits all. What is quoted is the median over the
+rounds of the time of the whole call, prefill included, and the ratio to ours round by round.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.prepare import load_model
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.pool import BlockPool
+from rrm_engine.models.load import load_pretrained, resolve_device
+
+Run = Callable[[list[list[int]], int], None]
+
+
+def ours(model_name: str, dtype: str, device: str, longest: int, most: int) -> Run:
+    model = load_model(model_name, dtype, device)
+    blocks = most * -(-longest // 16) + 1
+    cache = KVCache(blocks, 16, model.shapes)
+    runner = ModelRunner(model.model, cache, model.device)
+
+    def run(prompts: list[list[int]], count: int) -> None:
+        pool = BlockPool(blocks, 16, prefix_cache=False)
+        engine = Engine(
+            runner,
+            pool,
+            max_sequences=len(prompts),
+            step_tokens=4096,
+            max_sequence_tokens=longest,
+            eos_ids=frozenset(),
+        )
+        sequences = [engine.submit(f"s{i}", list(p), count, SamplingParams(), root=i) for i, p in enumerate(prompts)]
+        while engine.has_work:
+            engine.step()
+        assert all(len(s.tokens) == len(p) + count for s, p in zip(sequences, prompts, strict=True))
+
+    return run
+
+
+def hf_generate(model_name: str, dtype: str, device: str) -> Run:
+    """Plain ``generate`` with SDPA attention and a static batch."""
+    model, _ = load_pretrained(model_name, dtype, resolve_device(device))
+    model.set_attn_implementation("sdpa")
+    model.eval()
+
+    @torch.inference_mode()
+    def run(prompts: list[list[int]], count: int) -> None:
+        ids = torch.tensor(prompts, device=model.device)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            pad_token_id=0,
+        )
+        assert out.shape[1] == len(prompts[0]) + count
+
+    return run
+
+
+def hf_generate_batch(model_name: str, dtype: str, device: str) -> Run:
+    """transformers' own continuous batching."""
+    from transformers import GenerationConfig
+
+    model, _ = load_pretrained(model_name, dtype, resolve_device(device))
+    model.set_attn_implementation("sdpa")
+    model.eval()
+
+    def run(prompts: list[list[int]], count: int) -> None:
+        config = GenerationConfig(
+            max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=True
+        )
+        with contextlib.redirect_stdout(sys.stderr):
+            out = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        assert len(out) == len(prompts)
+        assert all(len(o.generated_tokens) == count for o in out.values())
+
+    return run
+
+
+def vllm_engine(model_name: str, dtype: str, device: str, longest: int, most: int) -> Run:
+    """vLLM in process, where it is installed."""
+    from vllm import LLM, SamplingParams as VllmSampling
+
+    engine: Any = LLM(
+        model=model_name,
+        dtype="auto" if dtype == "auto" else dtype,
+        max_model_len=longest,
+        max_num_seqs=most,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        seed=0,
+    )
+
+    def run(prompts: list[list[int]], count: int) -> None:
+        params = VllmSampling(temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)
+        out = engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        assert all(len(o.outputs[0].token_ids) == count for o in out)
+
+    return run
+
+
+def measure(contenders: dict[str, Run], batch: int, prompt: int, count: int, rounds: int) -> dict[str, Any]:
+    """Seconds of each contender in each round, after one round that does not count."""
+    generator = torch.Generator().manual_seed(batch)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        prompts = torch.randint(10, 400, (batch, prompt), generator=generator).tolist()
+        for name, run in contenders.items():
+            gc.collect()
+            start = time.perf_counter()
+            run(prompts, count)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    row: dict[str, Any] = {"batch": batch}
+    for name, times in seconds.items():
+        ratios = [theirs / mine for theirs, mine in zip(times, seconds["ours"], strict=True)]
+        row[name] = {
+            "tokens_per_s": batch * count / statistics.median(times),
+            "seconds": times,
+            "ours_is_faster_by": statistics.median(ratios),
+        }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="directory, GGUF file, hub id, or embedded")
+    parser.add_argument("--batch", default="1,4,16,32", help="batch sizes")
+    parser.add_argument("--compare", default="hf", help="any of hf, hf-batch, vllm; empty for ours alone")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens decoded for each prompt")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    batches = [int(b) for b in args.batch.split(",")]
+    longest, most = args.prompt + args.tokens + 1, max(batches)
+    model = (args.model, args.dtype, args.device)
+    makers: dict[str, Callable[[], Run]] = {
+        "hf": lambda: hf_generate(*model),
+        "hf-batch": lambda: hf_generate_batch(*model),
+        "vllm": lambda: vllm_engine(*model, longest, most),
+    }
+    contenders = {"ours": ours(*model, longest, most)}
+    contenders |= {name: makers[name]() for name in args.compare.split(",") if name}
+    rows = []
+    for batch in batches:
+        rows.append(measure(contenders, batch, args.prompt, args.tokens, args.rounds))
+        parts = [
+            f"{name} {rows[-1][name]['tokens_per_s']:.0f} tok/s"
+            + ("" if name == "ours" else f" (ours x{rows[-1][name]['ours_is_faster_by']:.2f})")
+            for name in contenders
+        ]
+        print(f"batch {batch:3}: " + ", ".join(parts), flush=True)
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": args.threads},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "settings": {k: str(v) for k, v in vars(args).items()},
+        "rows": rows,
+    }
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,532 @@
+"""Random lives on the bookkeeping: nothing wedges, nothing leaks, and every query attends to its own history.
+
+The engine is the real one; its model is a memory in which a slot holds the whole token history its KV would have
+been made from. Each step is packed as for a model, and every packed query must find, over the block table it is
+given, exactly the tokens of its own sequence. That covers copies, preemption and reuse of blocks within one step.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
+
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.runner import pack
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, Work
+from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.kv.pool import BlockPool
+from rrm_engine.kv.table import BlockTable
+
+GREEDY = SamplingParams()
+CPU = torch.device("cpu")
+EOS = 2
+VOCABULARY = 3  # few tokens, so that prefixes meet
+History = tuple[int, ...]
+
+
+class Memory:
+    """Stands where the model runner is: stores histories instead of KV, and checks what attention would read."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        self.size = size
+        self.slots: list[History | None] = [None] * ((blocks + 1) * size)
+        self.copied = 0
+
+    def run(self, step: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
+        self.copy(step.copies)
+        packed = pack(step.work, self.size, CPU)
+        owners = self.rows(step)
+        assert packed.positions.tolist() == [position for _, position in owners]
+        for slot, (sequence, position) in zip(packed.batch.slots.tolist(), owners, strict=True):
+            assert slot >= self.size, "the null block is written"
+            self.slots[slot] = tuple(sequence.tokens[: position + 1])
+        assert packed.token_ids.tolist() == [sequence.tokens[position] for sequence, position in owners]
+        for group in packed.batch.groups:
+            for row, table, length in zip(
+                range(group.start, group.stop), group.tables.tolist(), group.lengths.tolist(), strict=True
+            ):
+                self.attend(table, length, *owners[row])
+        for chunk in packed.batch.chunks:
+            for row in range(chunk.start, chunk.stop):
+                self.attend(chunk.table.tolist(), chunk.length - (chunk.stop - 1 - row), *owners[row])
+        logits = torch.zeros(len(packed.order), VOCABULARY)
+        for row, work in enumerate(packed.order):
+            logits[row, made_up(work.sequence.tokens)] = 1
+        return logits, packed.order
+
+    def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """As the KV cache does: every source is read before any destination is written."""
+        size = self.size
+        assert len({destination for _, destination in copies}) == len(copies), "one block is copied to twice"
+        read = [self.slots[source * size : (source + 1) * size] for source, _ in copies]
+        for content, (_, destination) in zip(read, copies, strict=True):
+            self.slots[destination * size : (destination + 1) * size] = content
+        self.copied += len(copies)
+
+    @staticmethod
+    def rows(step: SchedulerOutput) -> list[tuple[Sequence, int]]:
+        """Whose token at which position each packed row is."""
+        decodes = sorted((w for w in step.work if w.count == 1), key=lambda w: len(w.sequence.table.blocks))
+        ordered = [*decodes, *(w for w in step.work if w.count > 1)]
+        return [(w.sequence, position) for w in ordered for position in range(w.start, w.start + w.count)]
+
+    def attend(self, table: list[int], length: int, sequence: Sequence, position: int) -> None:
+        """A query at ``position`` attends to ``length`` tokens over ``table``: they must be its own."""
+        assert length == position + 1
+        read = [self.slots[table[i // self.size] * self.size + i % self.size] for i in range(length)]
+        assert read == history(sequence.tokens, length), f"{sequence.key} reads what is not its own"
+
+
+def history(tokens: list[int], length: int) -> list[History]:
+    return [tuple(tokens[: i + 1]) for i in range(length)]
+
+
+def made_up(tokens: list[int]) -> int:
+    """The "model": a token that depends on everything before it."""
+    return (sum(tokens) * 7 + len(tokens) * 3 + tokens[-1] * 5) % 11 % VOCABULARY
+
+
+class Life:
+    """An engine over a memory, and the checks of every step."""
+
+    def __init__(
+        self,
+        blocks: int,
+        size: int,
+        longest: int,
+        *,
+        max_sequences: int = 64,
+        step_tokens: int = 8,
+        prefix_cache: bool = True,
+        eos: bool = False,
+    ) -> None:
+        self.memory = Memory(blocks, size)
+        self.engine = Engine(
+            self.memory,  # type: ignore[arg-type]
+            BlockPool(blocks, size, prefix_cache),
+            max_sequences=max_sequences,
+            step_tokens=step_tokens,
+            max_sequence_tokens=longest,
+            eos_ids=frozenset({EOS}) if eos else frozenset(),
+        )
+        self.scheduler = self.engine.scheduler
+        self.longest = longest
+        self.sequences: list[Sequence] = []
+        self.finished: list[Sequence] = []
+        self.reclaimed: list[Sequence] = []
+        self._for: Sequence | None = None
+        self._plan: SchedulerOutput | None = None
+        self._watch()
+
+    def _watch(self) -> None:
+        """Note for whom memory is made, from whom it is taken, and what was planned."""
+        scheduler, memory = self.scheduler, self.memory
+        make_room, reclaim, run = scheduler._make_room, scheduler._reclaim, memory.run
+
+        def watched_make_room(sequence: Sequence, *args: Any, **kwargs: Any) -> bool:
+            self._for = sequence
+            return make_room(sequence, *args, **kwargs)
+
+        def watched_reclaim(victim: Sequence) -> None:
+            assert self._for is not None and victim is not self._for
+            assert victim.state is State.PAUSED or victim.priority > self._for.priority
+            self.reclaimed.append(victim)
+            reclaim(victim)
+
+        def watched_run(plan: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
+            self._plan = plan
+            return run(plan)
+
+        scheduler._make_room = watched_make_room  # type: ignore[method-assign]
+        scheduler._reclaim = watched_reclaim  # type: ignore[method-assign]
+        memory.run = watched_run  # type: ignore[method-assign]
+
+    # what a driver may do between steps
+
+    def submit(self, tokens: list[int], budget: int, **options: Any) -> Sequence | None:
+        key = f"s{len(self.sequences) + len(self.finished)}"
+        if len(tokens) >= self.longest:
+            with pytest.raises(ValueError, match=f"{len(tokens)} tokens"):
+                self.engine.submit(key, tokens, budget, GREEDY, **options)
+            return None
+        self.sequences.append(self.engine.submit(key, tokens, budget, GREEDY, **options))
+        return self.sequences[-1]
+
+    def resume(self, sequence: Sequence, tokens: list[int], budget: int) -> None:
+        if len(sequence.tokens) + len(tokens) >= self.longest:
+            with pytest.raises(ValueError, match=f"{len(sequence.tokens) + len(tokens)} tokens"):
+                self.engine.resume(sequence, tokens, budget)
+        else:
+            self.engine.resume(sequence, tokens, budget)
+
+    def finish(self, sequence: Sequence) -> None:
+        self.engine.finish(sequence)
+        self.sequences.remove(sequence)
+        self.finished.append(sequence)
+
+    # steps and their checks
+
+    def step(self) -> None:
+        if not self.engine.has_work:
+            return
+        live = list(self.scheduler.live)
+        assert live == sorted(live, key=lambda s: s.priority)
+        decodes = [s for s in live if s.state is State.RUNNING and s.pending == 1]
+        before = {id(s): s.table.length for s in live}
+        self.reclaimed.clear()
+        self._plan = None
+        sampled = self.engine.step()
+        assert self._plan is not None
+        self.check_plan(self._plan, live, decodes, before)
+        assert [s.sequence.key for s in sampled] == list(dict.fromkeys(s.sequence.key for s in sampled))
+        assert {s.sequence.key for s in sampled} == {w.sequence.key for w in self._plan.work if w.samples}
+        self.check()
+
+    def check_plan(
+        self, plan: SchedulerOutput, live: list[Sequence], decodes: list[Sequence], before: dict[int, int]
+    ) -> None:
+        scheduled = [w.sequence for w in plan.work]
+        assert len({id(s) for s in scheduled}) == len(scheduled), "a sequence is run twice in one step"
+        assert scheduled == sorted(scheduled, key=lambda s: s.priority)
+        assert scheduled[0] is live[0], "the first sequence runs in every step"
+        assert not {id(s) for s in scheduled} & {id(s) for s in self.reclaimed}, "a scheduled sequence lost its blocks"
+        assert sum(w.count for w in plan.work) <= max(self.scheduler.step_tokens, len(decodes) + 1)
+        for work in plan.work:
+            assert work.count >= 1
+            assert work.start >= before[id(work.sequence)] or work.sequence.counters.preemptions
+            assert work.start + work.count == work.sequence.table.length
+        if not self.reclaimed and self.engine.pool.num_free:
+            assert {id(s) for s in decodes} <= {id(s) for s in scheduled}, "a running sequence was passed over"
+
+    def check(self) -> None:
+        """Every reference counted anew, every table readable, no more sequences running than allowed."""
+        self.engine.check()
+        assert not {s.key for s in self.scheduler.live} & self.scheduler.paused.keys()
+        running = [s for s in self.scheduler.live if s.state is State.RUNNING]
+        assert self.scheduler.running == len(running) <= self.scheduler.max_sequences
+        size = self.memory.size
+        for sequence in self.sequences:
+            table = sequence.table
+            assert len(table.blocks) == -(-table.length // size)
+            read = [self.memory.slots[slot] for slot in table.slots(0, table.length)]
+            assert read == history(sequence.tokens, table.length)
+
+    def drain(self) -> None:
+        """Run what is live to its end. While nobody joins, the first sequence only ever gains tokens: a bound."""
+        steps = sum(len(s.tokens) + s.budget for s in self.scheduler.live)
+        while self.engine.has_work:
+            assert steps > 0, "not finished in the steps it may take"
+            steps -= 1
+            self.step()
+
+    def end(self) -> None:
+        self.drain()
+        for sequence in list(self.sequences):
+            assert sequence.state is State.PAUSED
+            self.finish(sequence)
+        self.engine.pool.check([])
+        assert self.engine.pool.num_used == 0
+        assert not self.scheduler.paused
+        assert self.scheduler.running == 0
+
+
+# random lives
+
+TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+MORE = st.lists(st.integers(0, 1), max_size=5)
+WHO = st.integers(0, 50)
+SHARE = st.floats(0, 1)
+BUDGET = st.integers(1, 9)
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), TOKENS, BUDGET, st.integers(0, 4)),
+        st.tuples(st.just("child"), WHO, TOKENS, BUDGET),
+        st.tuples(st.just("fork"), WHO, SHARE, MORE, BUDGET),
+        st.tuples(st.just("pause"), WHO),
+        st.tuples(st.just("resume"), WHO, MORE, BUDGET),
+        st.tuples(st.just("resume"), WHO, MORE, BUDGET),
+        st.tuples(st.just("truncate"), WHO, SHARE),
+        st.tuples(st.just("finish"), WHO),
+        st.tuples(st.just("step"), st.integers(1, 6)),
+        st.tuples(st.just("step"), st.integers(1, 6)),
+    ),
+    max_size=25,
+)
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> Life:
+    """Pools from the smallest that holds one longest sequence up to a comfortable one."""
+    size, longest = draw(st.integers(1, 5)), draw(st.integers(4, 24))
+    return Life(
+        -(-longest // size) + draw(st.sampled_from([0, 0, 0, 1, 2, 5, 30])),
+        size,
+        longest,
+        max_sequences=draw(st.sampled_from([1, 1, 2, 3, 64])),
+        step_tokens=draw(st.sampled_from([1, 2, 5, 16, 100])),
+        prefix_cache=draw(st.booleans()),
+        eos=draw(st.booleans()),
+    )
+
+
+def act(life: Life, action: tuple[Any, ...]) -> None:
+    engine, name, args = life.engine, action[0], action[1:]
+    if name == "submit":
+        tokens, budget, root = args
+        life.submit(list(tokens), budget, root=root)
+    elif name == "step":
+        for _ in range(args[0]):
+            life.step()
+    elif life.sequences:
+        sequence = life.sequences[args[0] % len(life.sequences)]
+        paused = sequence.state is State.PAUSED
+        where: dict[str, int] = {"root": sequence.root, "depth": sequence.depth + 1}
+        if name == "child":
+            life.submit(list(args[1]), args[2], **where)
+        elif name == "fork":
+            length = round(args[1] * len(sequence.tokens))
+            if tokens := [*sequence.tokens[:length], *args[2]]:
+                life.submit(tokens, args[3], fork_of=(sequence, length), **where)
+        elif name == "pause":
+            engine.pause(sequence)
+        elif name == "resume" and paused:
+            life.resume(sequence, list(args[1]), args[2])
+        elif name == "truncate" and paused:
+            engine.truncate(sequence, max(1, round(args[1] * len(sequence.tokens))))
+        elif name == "finish":
+            life.finish(sequence)
+    life.check()
+
+
+def live_through(life: Life, actions: list[tuple[Any, ...]]) -> None:
+    for action in actions:
+        act(life, action)
+    life.end()
+
+
+SETTINGS = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@SETTINGS
+@given(lives(), ACTIONS)
+def test_any_life_ends_and_every_query_reads_its_own_history(life: Life, actions: list[tuple[Any, ...]]) -> None:
+    live_through(life, actions)
+
+
+def assert_noticed() -> None:
+    """The property fails somewhere in a thousand lives."""
+    only_search = settings(SETTINGS, database=None, phases=[Phase.generate], max_examples=1000, print_blob=False)
+    with pytest.raises((AssertionError, RuntimeError, ValueError, KeyError, FlakyFailure, ExceptionGroup)):
+        only_search(given(lives(), ACTIONS)(live_through))()
+
+
+def test_reclaiming_a_scheduled_sequence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: victims are taken from everybody, also from those already in this step."""
+
+    def anybody(self: Scheduler, sequence: Sequence, behind: list[Sequence], siblings: bool) -> Iterator[Sequence]:
+        yield from (s for s in [*self.live, *self.paused.values()] if s.table.blocks and s is not sequence)
+
+    monkeypatch.setattr(Scheduler, "_victims", anybody)
+    assert_noticed()
+
+
+def test_skipping_the_copies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a shared tail is replaced by a block of its own, but nobody copies what it held."""
+    monkeypatch.setattr(Memory, "copy", lambda self, copies: None)
+    assert_noticed()
+
+
+def test_copying_after_the_writes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a copy's source may belong to somebody else by the time the step writes."""
+    copy, late = Memory.copy, []
+
+    def later(self: Memory, copies: tuple[tuple[int, int], ...]) -> None:
+        for waiting in late:
+            copy(self, waiting)
+        late[:] = [copies] if copies else []
+
+    monkeypatch.setattr(Memory, "copy", later)
+    assert_noticed()
+
+
+def test_parents_that_keep_their_blocks_at_any_price_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: without reclaiming from paused sequences, waiting parents starve their children."""
+    victims = Scheduler._victims
+
+    def sparing(self: Scheduler, *args: Any, **kwargs: Any) -> Iterator[Sequence]:
+        return (s for s in victims(self, *args, **kwargs) if s.state is not State.PAUSED)
+
+    monkeypatch.setattr(Scheduler, "_victims", sparing)
+    assert_noticed()
+
+
+def test_a_prefix_hit_without_a_query_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a fully cached prompt that leaves no token to run."""
+    match = BlockPool.match
+    monkeypatch.setattr(BlockPool, "match", lambda self, tokens: match(self, [*tokens, 0]))
+    assert_noticed()
+
+
+def test_blocks_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a sequence that ends while it is paused keeps its blocks."""
+    finish = Scheduler.finish
+
+    def forgetful(self: Scheduler, sequence: Sequence) -> None:
+        if sequence.state is State.PAUSED and len(sequence.table.blocks) > 1:
+            sequence.table = BlockTable(self.pool)
+        finish(self, sequence)
+
+    monkeypatch.setattr(Scheduler, "finish", forgetful)
+    assert_noticed()
+
+
+# named regressions
+
+
+def prompt(length: int, salt: int = 0) -> list[int]:
+    return [(i * i + salt * i + salt) % 5 % 2 for i in range(length)]
+
+
+def submitted(sequence: Sequence | None) -> Sequence:
+    assert sequence is not None
+    return sequence
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_two_waiting_parents_that_fill_the_pool_do_not_starve_their_children(prefix_cache: bool) -> None:
+    """Hold and wait: both parents hold half the pool and wait for children that need blocks."""
+    life = Life(8, 2, 16, prefix_cache=prefix_cache)
+    parents = [submitted(life.submit(prompt(7, i), 1, root=i)) for i in range(2)]
+    life.drain()
+    assert life.engine.pool.num_free == 0
+    children = [submitted(life.submit(prompt(9, 5 + i), 5, root=i, depth=1)) for i in range(2)]
+    life.drain()
+    assert all(len(c.tokens) == 14 for c in children)
+    assert sum(p.counters.dropped for p in parents) > 0
+    for child, parent in zip(children, parents, strict=True):
+        life.finish(child)
+        life.resume(parent, prompt(3), 4)
+    life.drain()
+    assert all(len(p.tokens) == 8 + 3 + 4 for p in parents)
+    life.end()
+
+
+def test_a_victim_that_shares_everything_frees_nothing_and_the_next_one_is_taken() -> None:
+    """A child's fork holds only blocks that its paused parent holds too; taking them gives no block back."""
+    life = Life(4, 2, 8, prefix_cache=False)
+    first = submitted(life.submit(prompt(4), 3, root=0))
+    parent = submitted(life.submit(prompt(4, 1), 1, root=1))
+    life.step()
+    assert parent.state is State.PAUSED
+    assert life.engine.pool.num_free == 0
+    child = submitted(life.submit([*parent.tokens, 1], 2, root=1, depth=1, fork_of=(parent, 4)))
+    assert child.table.blocks == parent.table.blocks
+    life.step()
+    assert (child.counters.preemptions, parent.counters.dropped) == (1, 1)
+    assert first.table.length == 5
+    life.end()
+    assert (len(first.tokens), len(child.tokens)) == (7, 7)
+
+
+def test_a_fork_whose_parent_is_the_only_victim_takes_the_shared_block_over() -> None:
+    """No block is free for the copy of the shared tail, but without the parent it is not shared any more."""
+    life = Life(2, 4, 8, prefix_cache=False)
+    parent = submitted(life.submit(prompt(5), 1))
+    life.drain()
+    child = submitted(life.submit([*parent.tokens, 1], 1, depth=1, fork_of=(parent, 6)))
+    assert child.table.blocks == parent.table.blocks
+    life.drain()
+    assert life.memory.copied == 0
+    assert (parent.counters.dropped, len(child.tokens)) == (1, 8)
+    life.end()
+
+
+def test_one_free_block_goes_to_the_first_of_two_that_need_one() -> None:
+    """Both running sequences stand at a block's end and one block is left."""
+    life = Life(5, 2, 10, prefix_cache=False)
+    older = submitted(life.submit(prompt(4), 4, root=0))
+    younger = submitted(life.submit(prompt(4, 1), 4, root=1))
+    life.step()
+    assert life.engine.pool.num_free == 1
+    life.step()
+    assert (older.table.length, younger.table.length) == (5, 4)
+    life.step()
+    assert (older.table.length, younger.table.length) == (6, 4)  # waits with its blocks until somebody needs them
+    life.drain()
+    assert (len(older.tokens), len(younger.tokens)) == (8, 8)
+    life.end()
+
+
+@pytest.mark.parametrize("max_sequences", [1, 64])
+def test_depth_three_width_eight_in_the_smallest_pool(max_sequences: int) -> None:
+    """Two children of eight split again on every level; each node waits for all of its children and goes on."""
+    life = Life(6, 4, 24, max_sequences=max_sequences, step_tokens=6)
+    waiting: dict[str, int] = {}
+    parent_of: dict[str, Sequence] = {}
+    splits: dict[str, bool] = {}
+
+    def node(parent: Sequence | None, index: int) -> None:
+        depth = parent.depth + 1 if parent else 0
+        tokens = [*(parent.tokens if parent and index % 2 else prompt(4, depth)), *prompt(2, index)][-12:]
+        fork = (parent, len(parent.tokens)) if parent and tokens[: len(parent.tokens)] == parent.tokens else None
+        sequence = submitted(life.submit(tokens, 3, depth=depth, fork_of=fork))
+        splits[sequence.key] = depth < 3 and index < 2
+        if parent:
+            parent_of[sequence.key] = parent
+
+    node(None, 0)
+    steps = 0
+    while life.sequences:
+        life.step()
+        steps += 1
+        assert steps < 4000
+        for sequence in [s for s in life.sequences if s.state is State.PAUSED and not waiting.get(s.key)]:
+            if splits.pop(sequence.key, False):
+                waiting[sequence.key] = 8
+                for index in range(8):
+                    node(sequence, index)
+                continue
+            life.finish(sequence)
+            if parent := parent_of.get(sequence.key):
+                waiting[parent.key] -= 1
+                if not waiting[parent.key]:
+                    life.resume(parent, prompt(3), 3)
+    assert len(life.finished) == 1 + 8 + 16 + 32
+    life.end()
+
+
+def test_the_last_place_goes_to_the_first_sequence() -> None:
+    """A resumed older sequence holds most of the pool while a younger one has the only place in the batch."""
+    life = Life(6, 2, 12, max_sequences=1, prefix_cache=False)
+    older = submitted(life.submit(prompt(7), 1, root=0))
+    life.drain()
+    younger = submitted(life.submit(prompt(3, 1), 8, root=1))
+    life.step()
+    life.resume(older, prompt(1), 2)
+    life.drain()
+    assert (len(older.tokens), len(younger.tokens)) == (11, 11)
+    life.end()
+
+
+@pytest.mark.parametrize("prepare", ["fork", "truncate"])
+def test_nothing_to_run_but_a_token_to_sample(prepare: str) -> None:
+    """KV may be there for every token; the last one is run again, for its logits are needed."""
+    life = Life(8, 2, 16, prefix_cache=False)
+    root = submitted(life.submit(prompt(5), 4))
+    life.drain()
+    if prepare == "fork":
+        other = submitted(life.submit(root.tokens[:6], 3, depth=1, fork_of=(root, 6)))
+        assert other.counters.reused == 5
+    else:
+        life.engine.truncate(root, 6)
+        life.resume(root, [], 3)
+        other = root
+    life.drain()
+    assert len(other.tokens) == 9
+    assert other.tokens == root.tokens
+    life.end()
