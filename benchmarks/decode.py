@@ -37,7 +37,7 @@ def ours(model_name: str, dtype: str, device: str, longest: int, most: int) -> R
     model = load_model(model_name, dtype, device)
     blocks = most * -(-longest // 16) + 1
     cache = KVCache(blocks, 16, model.shapes)
-    runner = ModelRunner(model.model, cache, model.device)
+    runner = ModelRunner(model.model, cache, model.device, model.attend)
 
     def run(prompts: list[list[int]], count: int) -> None:
         pool = BlockPool(blocks, 16, prefix_cache=False)
@@ -100,9 +100,24 @@ def hf_generate_batch(model_name: str, dtype: str, device: str) -> Run:
 
 
 def vllm_engine(model_name: str, dtype: str, device: str, longest: int, most: int) -> Run:
-    """vLLM in process, where it is installed."""
-    from vllm import LLM, SamplingParams as VllmSampling
+    """vLLM in process, where it is installed: in this process's threads, with no cache of prefixes.
 
+    vLLM chooses and pins threads only for worker processes; in process its kernels run in torch's own OpenMP pool, as
+    many threads as all the other contenders have. It replaces ``torch.set_num_threads`` by a no-op for good.
+    """
+    import os
+
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if device == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without it vLLM takes 92% of the memory
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from vllm import LLM
+    from vllm import SamplingParams as VllmSampling
+
+    threads = torch.get_num_threads()
     engine: Any = LLM(
         model=model_name,
         dtype="auto" if dtype == "auto" else dtype,
@@ -112,6 +127,7 @@ def vllm_engine(model_name: str, dtype: str, device: str, longest: int, most: in
         disable_log_stats=True,
         seed=0,
     )
+    assert torch.get_num_threads() == threads, "vLLM changed the number of threads"
 
     def run(prompts: list[list[int]], count: int) -> None:
         params = VllmSampling(temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)

@@ -27,6 +27,12 @@ class RunConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting("auto", "model", "auto, cpu, cuda, cuda:0 ...")
+    attention: str = setting(
+        "auto",
+        "model",
+        "native: compiled CPU kernel; sdpa: torch reference, any device; auto: native where it can be had",
+        choices=("auto", "native", "sdpa"),
+    )
     prompt_style: str = setting("auto", "model", "a packaged style's name or a TOML file; auto: by model")
 
     # what to run

@@ -71,10 +71,10 @@ def plain_model(family: str, **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
 
 
-def prepared(plain: Any) -> LoadedModel:
+def prepared(plain: Any, attention: str = "auto") -> LoadedModel:
     """A copy of ``plain`` made ready for the engine."""
     tokenizer: Any = SimpleNamespace(eos_token_id=1)
-    return prepare_model(copy.deepcopy(plain), tokenizer, plain.config.model_type)
+    return prepare_model(copy.deepcopy(plain), tokenizer, plain.config.model_type, attention=attention)
 
 
 def engine_for(model: LoadedModel, blocks: int = 200, block_size: int = 4, **changes: Any) -> Engine:
@@ -87,7 +87,11 @@ def engine_for(model: LoadedModel, blocks: int = 200, block_size: int = 4, **cha
     }
     prefix_cache = settings.pop("prefix_cache", True)
     pool = BlockPool(blocks, block_size, prefix_cache)
-    return Engine(ModelRunner(model.model, KVCache(blocks, block_size, model.shapes), model.device), pool, **settings)
+    return Engine(
+        ModelRunner(model.model, KVCache(blocks, block_size, model.shapes), model.device, model.attend),
+        pool,
+        **settings,
+    )
 
 
 def prompt(seed: int, length: int) -> list[int]:

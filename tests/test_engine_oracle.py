@@ -69,10 +69,11 @@ def mistakes(plain: Any, script: Script) -> dict[str, list[int]]:
     }
 
 
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_fork_pause_and_resume_equal_plain_transformers(family: str) -> None:
+def test_fork_pause_and_resume_equal_plain_transformers(family: str, attention: str) -> None:
     plain = plain_model(family)
-    model = prepared(plain)
+    model = prepared(plain, attention)
     engine = engine_for(model)
     script = live_graph(engine)
     assert mistakes(plain, script) == {}

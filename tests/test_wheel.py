@@ -21,7 +21,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source / name)
     for name in ("rrm_engine", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        ".",
+    ]
     subprocess.run(command, cwd=source, check=True, timeout=300)
     (built,) = out.glob("*.whl")
     return built
@@ -33,7 +44,9 @@ def test_the_wheel_holds_code_model_tasks_and_styles(wheel: Path) -> None:
         str(path.relative_to(ROOT)) for path in (ROOT / "rrm_engine").rglob("*.py") if "__pycache__" not in path.parts
     }
     data = {str(p.relative_to(ROOT)) for p in (ROOT / "rrm_engine").rglob("*") if p.suffix in {".toml", ".jsonl"}}
-    model = {f"rrm_engine/data/embedded_model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")}
+    model = {
+        f"rrm_engine/data/embedded_model/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json")
+    }
     kernels = {
         f"rrm_kernels/{path.relative_to(ROOT / 'kernels' / 'rrm_kernels')}"
         for path in (ROOT / "kernels" / "rrm_kernels").rglob("*.py")

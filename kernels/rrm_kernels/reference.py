@@ -5,6 +5,7 @@ first one query token for each decoding sequence, then the prefill chunks one af
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,22 @@ class PagedBatch:
     chunks: list[PrefillChunk]
 
 
+class PagedAttention(Protocol):
+    """What every attention backend is: see ``paged_attention``, the reference."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: PagedBatch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+
 def store_kv(cache: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> None:
     """Write ``new`` ``[tokens, heads, width]`` to the token slots of ``cache``."""
     cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
@@ -83,16 +100,33 @@ def paged_attention(
         k, v = (_gather(cache, group.tables) for cache in (key_cache, value_cache))
         result = _attend(q, k, v, _decode_mask(group, k.shape[2], window, query), scale, softcap, sinks)
         out[group.start : group.stop] = result.reshape(rows, heads, value_width)
-    for chunk in batch.chunks:
+    attend_chunks(out, query, key_cache, value_cache, batch.chunks, scale, window, softcap, sinks)
+    return out
+
+
+def attend_chunks(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    chunks: list[PrefillChunk],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """The prefill chunks' part of ``paged_attention``, written to their rows of ``out``."""
+    _, heads, width = query.shape
+    kv_heads, value_width = value_cache.shape[2], value_cache.shape[3]
+    per_kv = heads // kv_heads
+    for chunk in chunks:
         count = chunk.stop - chunk.start
         q = query[chunk.start : chunk.stop].view(count, kv_heads, per_kv, width)
         q = q.permute(1, 2, 0, 3).reshape(1, kv_heads, per_kv * count, width)
         k, v = (_gather(cache, chunk.table[None])[:, :, : chunk.length] for cache in (key_cache, value_cache))
         mask = _chunk_mask(chunk, window, query).repeat(per_kv, 1)
         result = _attend(q, k, v, mask, scale, softcap, sinks)
-        result = result.view(heads, count, value_width).transpose(0, 1)
-        out[chunk.start : chunk.stop] = result
-    return out
+        out[chunk.start : chunk.stop] = result.view(heads, count, value_width).transpose(0, 1)
 
 
 def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,7 @@ class NodeRun:
     reasons: list[str] = field(default_factory=list)
     ready: tuple[float, int] = (0.0, 0)  # when the phase was handed to the engine: time and step
     queued_s: float = 0.0  # from then to the end of the last step that did not admit it
+    last: tuple[float, int] = (0.0, 0)  # when its last token came
 
     def text(self, end: int | None = None) -> str:
         """What it wrote in this phase up to ``end``, without its events."""
@@ -122,7 +123,8 @@ class JobRun:
         self._boundary: int | None = None  # end of the event being handled, in its node's text
         self._prompt = ""
         self._events = 0
-        self._watched = 0
+        self._step = (monotonic(), 0)  # the last one that brought a token: when it ended
+        self._step_began = 0.0
         self.machine: GraphMachine | None = None
         if job.mode == "rrm":
             self.machine = GraphMachine(job.task, runtime.limits, child_context=runtime.child_context)
@@ -136,10 +138,14 @@ class JobRun:
 
     def on_token(self, sampled: Sampled) -> None:
         node = self._by_key[sampled.sequence.key]
-        self._meter.token(node.path, monotonic(), is_child="." in node.path)
-        self._watch_queue()
-        if not node.ends and node.running:
+        now, step = monotonic(), self.runtime.engine.steps
+        self._meter.token(node.path, now, is_child="." in node.path)
+        self._watch_queue(now, step)
+        if node.running and not node.ends:
             self._emit("first_token", node.path, queued_s=node.queued_s)
+        elif node.running and step - node.last[1] > 1:  # others had its place or its memory
+            self._emit("readmitted", node.path, queued_s=max(0.0, self._step_began - node.last[0]))
+        node.last = (now, step)
         piece = ""
         if sampled.stop is not Stop.EOS:
             piece = node.stream.step(self.runtime.tokenizer.backend_tokenizer, sampled.token) or ""
@@ -394,12 +400,13 @@ class JobRun:
         node.ready, node.queued_s = (monotonic(), self.runtime.engine.steps), 0.0
         self.runtime.queue.append(node)
 
-    def _watch_queue(self) -> None:
-        """Once a step: who was not admitted in it, whoever's node it is."""
-        queue, step = self.runtime.queue, self.runtime.engine.steps
-        if not queue or self._watched == step:
+    def _watch_queue(self, now: float, step: int) -> None:
+        """Once a step: when it began, and who was not admitted in it, whoever's node it is."""
+        if step == self._step[1]:
             return
-        self._watched, now = step, monotonic()
+        self._step_began = self._step[0] if self._step[1] == step - 1 else now
+        self._step = (now, step)
+        queue = self.runtime.queue
         queue[:] = [node for node in queue if node.sequence.state is State.WAITING]
         for node in queue:
             since, ready_step = node.ready

@@ -42,7 +42,7 @@ class Solver:
         pool = BlockPool(config.kv_blocks, config.block_size, config.prefix_cache)
         cache = KVCache(config.kv_blocks, config.block_size, model.shapes)
         self.engine = Engine(
-            ModelRunner(model.model, cache, model.device),
+            ModelRunner(model.model, cache, model.device, model.attend),
             pool,
             max_sequences=config.max_concurrency,
             step_tokens=config.step_tokens,
@@ -69,7 +69,7 @@ class Solver:
         Raises ValueError (UnsupportedModel among them) with one sentence that says what to do.
         """
         config = config or RunConfig()
-        return cls(load_model(config.model, config.dtype, config.device), config, tasks)
+        return cls(load_model(config.model, config.dtype, config.device, config.attention), config, tasks)
 
     def solve(self, task: str, mode: str = "rrm", on_event: Emit | None = None) -> JobResult:
         """Solve one task; ``mode`` is ``rrm`` or ``direct``."""
@@ -122,7 +122,7 @@ class Solver:
             "parameters": model.parameters,
             "dtype": config.dtype,
             "device": config.device,
-            "attention": "torch paged reference",
+            "attention": model.attention,
             "load_check_error": model.probe_error,
             "kv_blocks": pool.num_blocks,
             "block_size": pool.block_size,

@@ -92,7 +92,8 @@ class Engine:
         )
         if fork_of is not None:
             parent, length = fork_of
-            sequence.table = parent.table.fork(min(length, parent.table.length))
+            # The last token is run again even where its KV is there, for its logits are needed.
+            sequence.table = parent.table.fork(min(length, parent.table.length, len(tokens) - 1))
             sequence.counters.reused = sequence.table.length
             sequence.counters.forked_blocks = len(sequence.table.blocks)
         self.scheduler.add(sequence)
@@ -123,6 +124,7 @@ class Engine:
         """
         self._check_room(sequence.key, len(sequence.tokens) + len(tokens))
         sequence.tokens += tokens
+        sequence.table.truncate(min(sequence.table.length, len(sequence.tokens) - 1))  # its logits are needed
         sequence.budget = budget
         sequence.sampling = sampling or sequence.sampling
         sequence.matcher = matcher
@@ -173,6 +175,8 @@ class Engine:
         return Sampled(sequence, token, stop)
 
     def _check_room(self, key: str, length: int) -> None:
+        if length < 1:
+            raise ValueError(f"{key} has no tokens to start from")
         if length >= self.max_sequence_tokens:
             raise ValueError(
                 f"{key} has {length} tokens and a sequence may have {self.max_sequence_tokens}: "

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rrm_kernels.reference import PagedAttention
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.engine.probe import probe, refuse_known_mismatches
 from rrm_engine.kv.cache import LayerShape
-from rrm_engine.models.attention import register_attention
+from rrm_engine.models.attention import choose_attention, register_attention
 from rrm_engine.models.fuse import fuse
 from rrm_engine.models.load import load_pretrained, resolve_device
 
@@ -29,6 +30,8 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     shapes: dict[int, LayerShape]
+    attention: str  # the attention backend, in words
+    attend: PagedAttention
     max_position: int
     eos_ids: frozenset[int]
     generation: dict[str, Any]  # the checkpoint's own sampling settings
@@ -39,18 +42,22 @@ class LoadedModel:
         return self.model.config.model_type  # type: ignore[union-attr, return-value]
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(name: str, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> LoadedModel:
     """Load ``name`` (``embedded``, a hub id, a directory or a GGUF file) and prepare it.
 
     Raises ValueError, or its subclass UnsupportedModel, with one sentence that says what to do.
     """
     target = resolve_device(device)
     model, tokenizer = load_pretrained(name, dtype, target)
-    return prepare_model(model, tokenizer, name, target)
+    return prepare_model(model, tokenizer, name, target, attention)
 
 
 def prepare_model(
-    model: Any, tokenizer: PreTrainedTokenizerFast, name: str, device: torch.device | None = None
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    device: torch.device | None = None,
+    attention: str = "auto",
 ) -> LoadedModel:
     """Fuse and probe a transformers causal LM that was built with our attention (or can be switched to it).
 
@@ -65,7 +72,8 @@ def prepare_model(
     dtype = model.dtype
     if reason := refuse_known_mismatches(config):
         raise UnsupportedModel(f"{name}: {reason}")
-    result = probe(model, device, fuse)
+    attention_name, attend = choose_attention(attention, device)
+    result = probe(model, device, fuse, attend)
     if result.reason:
         raise UnsupportedModel(f"{name}: {result.reason}")
     return LoadedModel(
@@ -76,6 +84,8 @@ def prepare_model(
         dtype=dtype,
         device=device,
         shapes=result.shapes,
+        attention=attention_name,
+        attend=attend,
         max_position=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         eos_ids=_eos_ids(model, tokenizer),
         generation=_generation(model),

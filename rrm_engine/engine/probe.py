@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rrm_kernels.reference import PagedAttention
 
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
@@ -52,7 +53,7 @@ def refuse_known_mismatches(config: Any) -> str | None:
 
 
 @torch.inference_mode()
-def probe(model: Any, device: torch.device, fuse: Callable[[Any], None]) -> ProbeResult:
+def probe(model: Any, device: torch.device, fuse: Callable[[Any], None], attend: PagedAttention) -> ProbeResult:
     """Run two sequences plainly, then fuse the model and run them packed, in chunks and decodes; compare logits.
 
     Leaves the model fused and switched to our attention. The plain run uses transformers' eager attention.
@@ -66,7 +67,7 @@ def probe(model: Any, device: torch.device, fuse: Callable[[Any], None]) -> Prob
     fuse(model)
     cache = KVCache(sum(-(-n // BLOCK_SIZE) for n in LENGTHS), BLOCK_SIZE)
     try:
-        packed = _run_packed(model, cache, prompts, device)
+        packed = _run_packed(ModelRunner(model, cache, device, attend), prompts)
     except TypeError as e:
         return ProbeResult(f"its forward pass does not hand our arguments to its attention ({e})")
     layers = set(range(config.num_hidden_layers))
@@ -81,9 +82,8 @@ def probe(model: Any, device: torch.device, fuse: Callable[[Any], None]) -> Prob
     return ProbeResult(None, error, dict(cache.shapes))
 
 
-def _run_packed(model: Any, cache: KVCache, prompts: list[list[int]], device: torch.device) -> list[torch.Tensor]:
-    pool = BlockPool(cache.num_blocks, cache.block_size, prefix_cache=False)
-    runner = ModelRunner(model, cache, device)
+def _run_packed(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tensor]:
+    pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size, prefix_cache=False)
     sequences = [
         Sequence(f"probe{i}", tokens, BlockTable(pool), SamplingParams(), 0, 1) for i, tokens in enumerate(prompts)
     ]

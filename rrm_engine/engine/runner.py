@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rrm_kernels.reference import DecodeGroup, PagedBatch, PrefillChunk
+from rrm_kernels.reference import DecodeGroup, PagedAttention, PagedBatch, PrefillChunk, paged_attention
 from torch import nn
 
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
@@ -27,7 +27,10 @@ class PackedStep:
 class ModelRunner:
     """Runs a transformers causal LM whose attention is ours on one device."""
 
-    def __init__(self, model: nn.Module, cache: KVCache, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, cache: KVCache, device: torch.device, attend: PagedAttention = paged_attention
+    ) -> None:
+        self.attend = attend
         self.model = model
         self.cache = cache
         self.device = device
@@ -43,7 +46,7 @@ class ModelRunner:
             position_ids=packed.positions[None],
             use_cache=False,
             logits_to_keep=packed.sampled,
-            rrm_forward=PagedForward(self.cache, packed.batch),
+            rrm_forward=PagedForward(self.cache, packed.batch, self.attend),
         )
         return out.logits[0], packed.order
 

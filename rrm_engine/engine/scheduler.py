@@ -108,8 +108,11 @@ class Scheduler:
 
         When nothing else runs in this step it is let in on what one chunk takes: somebody must make progress.
         Otherwise a step that had to preempt admits nobody, or the preempted would come straight back.
+        Where all places are taken, it gets that of the last one running behind it, who waits and keeps its KV.
         """
-        if self._running >= self.max_sequences or (self._pressed and not alone):
+        full = self._running >= self.max_sequences
+        last = next((s for s in reversed(behind) if s.state is State.RUNNING), None) if full else None
+        if (full and last is None) or (self._pressed and not alone):
             return False
         table = sequence.table
         reused = table.reuse(sequence.tokens) if not table.blocks else 0
@@ -119,6 +122,9 @@ class Scheduler:
                 if reused:
                     table.release()
                 return False
+        if last is not None and last.state is State.RUNNING:  # else its blocks were taken just now
+            self._running -= 1
+            last.state = State.WAITING
         sequence.counters.reused += reused
         sequence.state = State.RUNNING
         self._running += 1

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rrm_kernels.reference import PagedBatch, paged_attention, store_kv
+from rrm_kernels.native import NativeUnavailable, load_native
+from rrm_kernels.reference import PagedAttention, PagedBatch, paged_attention, store_kv
 from transformers import AttentionInterface
 
 from rrm_engine.kv.cache import KVCache
@@ -18,6 +19,7 @@ class PagedForward:
 
     cache: KVCache
     batch: PagedBatch
+    attend: PagedAttention
 
 
 def paged_attention_forward(
@@ -45,7 +47,7 @@ def paged_attention_forward(
     store_kv(key_pool, new_key, rrm_forward.batch.slots)
     store_kv(value_pool, new_value, rrm_forward.batch.slots)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = paged_attention(
+    out = rrm_forward.attend(
         query[0].transpose(0, 1),
         key_pool,
         value_pool,
@@ -56,6 +58,23 @@ def paged_attention_forward(
         s_aux,
     )
     return out[None], None
+
+
+def choose_attention(name: str, device: torch.device) -> tuple[str, PagedAttention]:
+    """The attention backend ``auto``, ``native`` or ``sdpa``, and what it turned out to be, in words.
+
+    ``auto`` is the compiled kernel on CPU where it can be had, else the torch reference. Raises ValueError if
+    ``native`` is asked for and cannot be had.
+    """
+    why = f"it runs on CPU only, not on {device}"
+    if name != "sdpa" and device.type == "cpu":
+        try:
+            return "compiled CPU kernel", load_native()
+        except NativeUnavailable as error:
+            why = str(error)
+    if name == "native":
+        raise ValueError(f"--attention native: {why}; --attention sdpa works everywhere")
+    return "torch reference", paged_attention
 
 
 def register_attention() -> None:

@@ -85,7 +85,7 @@ class MergedPart(nn.Module):
 
 
 class FusedRMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight``, normalised in fp32 (Zhang, Sennrich 2019, as transformers computes it)."""
+    """``x / sqrt(mean(x^2) + eps) * weight``, normalised in fp32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()

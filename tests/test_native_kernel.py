@@ -1,0 +1,112 @@
+"""The compiled CPU kernel against the torch reference, and both against plain attention written out."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from rrm_kernels.native import NativeUnavailable, load_native
+from rrm_kernels.reference import DecodeGroup, PagedBatch, PrefillChunk, paged_attention
+
+BLOCKS, BLOCK_SIZE = 40, 4
+
+
+@pytest.fixture(scope="module")
+def native() -> Any:
+    try:
+        return load_native()
+    except NativeUnavailable as error:
+        pytest.skip(f"no compiled kernel here: {error}")
+
+
+class Case:
+    """Random caches, three decoding sequences of different length, and two chunks that follow them."""
+
+    def __init__(self, heads: int, kv_heads: int, key_width: int, value_width: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(heads * 1000 + key_width)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        self.key = random(BLOCKS, BLOCK_SIZE, kv_heads, key_width)
+        self.value = random(BLOCKS, BLOCK_SIZE, kv_heads, value_width)
+        self.query = random(3 + 5 + 2, heads, key_width)
+        self.sinks = random(heads)
+        order = torch.randperm(BLOCKS - 1, generator=generator) + 1
+        lengths = torch.tensor([1, 6, 27])
+        tables = torch.zeros(3, 7, dtype=torch.int64)
+        tables[0, :1], tables[1, :2], tables[2] = order[:1], order[1:3], order[3:10]
+        chunks = [PrefillChunk(3, 8, order[10:13], 11), PrefillChunk(8, 10, order[13:14], 2)]
+        self.batch = PagedBatch(torch.empty(0), [DecodeGroup(0, 3, tables, lengths)], chunks)
+        self.places = [(tables[0], 0, 1), (tables[1], 5, 6), (tables[2], 26, 27)]  # (table, position, length) a row
+        self.places += [(order[10:13], 6 + i, 7 + i) for i in range(5)] + [(order[13:14], i, i + 1) for i in range(2)]
+
+    def written_out(self, scale: float, window: int | None, softcap: float | None, sinks: bool) -> torch.Tensor:
+        """Row by row and head by head, in float64."""
+        out = torch.zeros(*self.query.shape[:2], self.value.shape[3], dtype=torch.float64)
+        per_kv = self.query.shape[1] // self.key.shape[2]
+        for row, (table, position, length) in enumerate(self.places):
+            first = max(0, position + 1 - window) if window else 0
+            slots = [int(table[i // BLOCK_SIZE]) * BLOCK_SIZE + i % BLOCK_SIZE for i in range(first, length)]
+            for head in range(self.query.shape[1]):
+                k = self.key.flatten(0, 1)[slots, head // per_kv].double()
+                v = self.value.flatten(0, 1)[slots, head // per_kv].double()
+                scores = k @ self.query[row, head].double() * scale
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                extra = self.sinks[head : head + 1].double() if sinks else scores[:0]
+                out[row, head] = torch.cat([scores, extra]).softmax(0)[: len(slots)] @ v
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "key_width", "value_width"), [(6, 2, 16, 16), (4, 4, 24, 12), (5, 1, 7, 7)]
+)
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"), [(None, None, False), (5, None, False), (None, 3.0, True), (9, None, True)]
+)
+def test_both_equal_attention_written_out(
+    native: Any,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    key_width: int,
+    value_width: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+) -> None:
+    case = Case(heads, kv_heads, key_width, value_width, dtype)
+    scale = 1 / math.sqrt(key_width)
+    expected = case.written_out(scale, window, softcap, sinks)
+    given = (case.query, case.key, case.value, case.batch, scale, window, softcap, case.sinks if sinks else None)
+    for attention in (paged_attention, native):
+        result = attention(*given)
+        bound = 2e-6 if dtype == torch.float32 else 0.03
+        assert (result.double() - expected).abs().max() < bound * expected.abs().max(), attention
+
+
+def test_a_wrong_table_is_noticed(native: Any) -> None:
+    """Negative control: the comparison above depends on the blocks' order."""
+    case = Case(6, 2, 16, 16, torch.float32)
+    expected = case.written_out(0.25, None, None, False)
+    case.batch.groups[0].tables[2] = case.batch.groups[0].tables[2].flip(0)
+    for attention in (paged_attention, native):
+        result = attention(case.query, case.key, case.value, case.batch, 0.25)
+        assert (result.double() - expected)[2].abs().max() > 0.01
+
+
+def test_scores_far_apart_do_not_overflow(native: Any) -> None:
+    case = Case(6, 2, 16, 16, torch.float32)
+    case.query *= 100
+    result = native(case.query, case.key, case.value, case.batch, 1.0)
+    expected = case.written_out(1.0, None, None, False)
+    assert torch.isfinite(result).all()
+    assert (result.double() - expected).abs().max() < 1e-3
+
+
+def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(NativeUnavailable, match="/no/such/compiler"):
+        load_native.__wrapped__()
