@@ -144,7 +144,8 @@ class JobRun:
         if node.running and not node.ends:
             self._emit("first_token", node.path, queued_s=node.queued_s)
         elif node.running and step - node.last[1] > 1:  # others had its place or its memory
-            self._emit("readmitted", node.path, queued_s=max(0.0, self._step_began - node.last[0]))
+            began = max(self._step_began, node.last[0])
+            self._emit("readmitted", node.path, queued_s=began - node.last[0], ran_s=now - began)
         node.last = (now, step)
         piece = ""
         if sampled.stop is not Stop.EOS:
@@ -263,6 +264,7 @@ class JobRun:
             tokens = runtime.chat.opening(system, user, plan.thinking)
         self._prompt = self._prompt or system + "\n" + user
         key = f"{self.job.key}:{command.node}"
+        grammar = self._grammar(plan, command.node)
         try:
             sequence = runtime.engine.submit(
                 key,
@@ -271,7 +273,7 @@ class JobRun:
                 plan.sampling,
                 root=self.index,
                 depth=command.depth,
-                matcher=self._matcher(plan, command.node),
+                matcher=_matcher(plan, grammar),
                 fork_of=fork,
             )
         except ValueError as error:
@@ -282,7 +284,8 @@ class JobRun:
         self.nodes[node.path] = self._by_key[key] = node
         self._meter.start(node.path, monotonic(), after)
         self._enqueue(node)
-        self._emit("start", node.path, phase=command.phase, after=given, prompt_tokens=len(tokens), task=command.task)
+        about = {"phase": command.phase, "after": given, "prompt_tokens": len(tokens), "task": command.task}
+        self._emit("start", node.path, **about, **_decoding(plan, grammar))
 
     def _resume(self, command: Resume) -> None:
         runtime, plan = self.runtime, self.runtime.plans[command.phase]
@@ -298,9 +301,9 @@ class JobRun:
         )
         after_eos = node.sequence.tokens[-1] in runtime.engine.eos_ids and not node.cut
         tokens = [*node.cut, *runtime.chat.turn(user, plan.thinking, after_eos=after_eos)]
-        matcher = self._matcher(plan, node.path)
+        grammar = self._grammar(plan, node.path)
         try:
-            runtime.engine.resume(node.sequence, tokens, plan.budget, plan.sampling, matcher)
+            runtime.engine.resume(node.sequence, tokens, plan.budget, plan.sampling, _matcher(plan, grammar))
         except ValueError as error:
             self._no_room(node.path, error)
             return
@@ -312,7 +315,7 @@ class JobRun:
         self._meter.resume(node.path, monotonic(), after)
         self._enqueue(node)
         about = {"phase": command.phase, "after": after, "appended_tokens": len(tokens), "notes": command.notes}
-        self._emit("resume", node.path, **about)
+        self._emit("resume", node.path, **about, **_decoding(plan, grammar))
 
     def _pause(self, node: NodeRun) -> None:
         """Stop right behind the event just read; a token that goes on behind it is replaced by its kept part."""
@@ -358,7 +361,6 @@ class JobRun:
         def total(name: str) -> int:
             return sum(getattr(c, name) for c in counters)
 
-        failed = command.status in (Status.FAILED, Status.INVALID)
         answering = [n for n in ("root", "root!direct") if n in meter.clocks]
         if machine is not None:
             self._repairs.update(machine.repairs)
@@ -390,11 +392,17 @@ class JobRun:
             prompt_preview=self.job.task[:PREVIEW],
             finish_reasons={n.path: "+".join(n.reasons) for n in self.nodes.values()},
             repairs=dict(self._repairs),
-            error="; ".join(self._errors) or command.error if failed else None,
+            error=self._error(command),
         )
         self._emit("finish", "root", status=command.status, answer=command.answer, events=self._events + 1)
 
     # small things
+
+    def _error(self, finish: Finish) -> str | None:
+        """What went wrong, if the run failed. A model that finds no answer is no error; a task that has no room is."""
+        if finish.status in (Status.FAILED, Status.INVALID) and self._errors:
+            return "; ".join(self._errors)
+        return finish.error if finish.status is Status.FAILED else None
 
     def _enqueue(self, node: NodeRun) -> None:
         node.ready, node.queued_s = (monotonic(), self.runtime.engine.steps), 0.0
@@ -428,14 +436,14 @@ class JobRun:
         rest = self.runtime.tokenizer.encode(text[begin : self._boundary], add_special_tokens=False)
         return keep - 1, rest
 
-    def _matcher(self, plan: PhasePlan, path: str) -> Matcher | None:
-        """The grammar of a node's next phase; it allows to split only where the machine would accept it."""
+    def _grammar(self, plan: PhasePlan, path: str) -> tuple[int, bool] | None:
+        """What ``plan.matcher`` takes for a node's next phase; it may split only where the machine would accept it."""
         if plan.matcher is None or self.machine is None:
             return None
         node, limits = self.machine.nodes[path], self.runtime.limits
         room = limits.max_nodes - len(self.machine.nodes)
         splits = node.depth < limits.max_depth and node.awaits < limits.max_awaits and room >= limits.max_width
-        return plan.matcher(len(node.children), splits)
+        return len(node.children), splits
 
     def _dependencies(self, path: str) -> list[str]:
         if self.machine is None:
@@ -464,3 +472,13 @@ class JobRun:
                 **fields,
             }
         )
+
+
+def _matcher(plan: PhasePlan, grammar: tuple[int, bool] | None) -> Matcher | None:
+    return None if plan.matcher is None or grammar is None else plan.matcher(*grammar)
+
+
+def _decoding(plan: PhasePlan, grammar: tuple[int, bool] | None) -> dict[str, Any]:
+    """How a phase decodes, recorded so that its tokens can be drawn again."""
+    constrained = grammar and {"children": grammar[0], "may_split": grammar[1]}
+    return {"sampling": asdict(plan.sampling), "grammar": constrained}

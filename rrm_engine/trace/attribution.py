@@ -36,6 +36,7 @@ from typing import Any
 
 from rrm_engine.trace.timeline import FALLBACK, ROOT, Interval, JobTrace, Stretch
 
+RECURSIVE = "rrm"
 PARTS = ("root", "children", "straggler", "prefill", "queued", "gaps")
 
 
@@ -76,7 +77,7 @@ class Attribution:
 
 def is_attributed(trace: JobTrace) -> bool:
     """Recursive rows that ran to their end."""
-    return bool(trace.row["mode"] == "rrm" and trace.row["status"] != "failed")
+    return bool(trace.row["mode"] == RECURSIVE and trace.row["status"] != "failed")
 
 
 def attribute(trace: JobTrace) -> Attribution:

@@ -4,6 +4,8 @@ The events are counted, every node goes through its life in order (see timeline.
 (nodes, resumes, latency, critical path) follows from the events.
 """
 
+from itertools import pairwise
+
 from rrm_engine.trace.record import Row
 from rrm_engine.trace.timeline import FALLBACK, NO_ROOM, ROOT, Event, Incomplete, JobTrace, follow_nodes
 
@@ -34,7 +36,7 @@ def check_whole(events: list[Event]) -> None:
         raise Incomplete("its events are not counted: another version recorded them")
     if events[-1]["events"] != len(events):
         raise Incomplete(f"it had {events[-1]['events']} events and trace.jsonl has {len(events)} of them")
-    if any(a["t"] > b["t"] for a, b in zip(events, events[1:], strict=False)):
+    if any(a["t"] > b["t"] for a, b in pairwise(events)):
         raise Incomplete("its events are not in the order of time")
 
 

@@ -12,7 +12,7 @@ from rrm_engine.trace.timeline import Event, Incomplete, JobTrace
 
 BULKY = ("token_ids",)  # not needed here
 OF_ROWS = {"id", "mode", "sample", "status", "latency_s"}
-OF_EVENTS = {"t", "job", "node", "step", "event", "tokens", "blocks"}
+OF_EVENTS = {"t", "job", "node", "step", "event"}
 SHOWN_KEYS = 6
 
 

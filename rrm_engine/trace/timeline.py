@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from rrm_engine.trace.record import Row
@@ -80,7 +81,7 @@ class JobTrace:
     def waits(self, node: str) -> Iterator[tuple[int, int]]:
         """Pairs of events between which the node was paused, and neither ready nor over."""
         stretches = self.nodes[node]
-        for stretch, following in zip(stretches, stretches[1:], strict=False):
+        for stretch, following in pairwise(stretches):
             yield stretch.end, following.begin
         last, over = stretches[-1], self.over[node]
         abandoned = self.events[over]["event"] == "cancelled" and last.phase != NO_ROOM
@@ -144,7 +145,10 @@ def _stretch(events: list[Event], begin: int, end: int) -> Stretch:
         admitted_t=token if first is None else min(token, ready + events[first]["queued_s"]),
         first_t=token,
         end_t=stop,
-        put_back=tuple(
-            (max(token, e["t"] - e["queued_s"]), float(e["t"])) for _, e in own if e["event"] == "readmitted"
-        ),
+        put_back=tuple(_put_back(e, token) for _, e in own if e["event"] == "readmitted"),
     )
+
+
+def _put_back(event: Event, first_t: float) -> Interval:
+    end = max(first_t, event["t"] - event["ran_s"])
+    return max(first_t, end - event["queued_s"]), end

@@ -20,8 +20,8 @@ from embedded.transcripts import (
 from embedded.wording import random_task
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-KIND_WEIGHTS = {"flat": 0.35, "depends": 0.3, "nested": 0.25, "atomic": 0.1}
-NODE_WEIGHTS = {"leaf": 0.42, "root": 0.29, "direct": 0.2, "group": 0.09}
+KIND_WEIGHTS = {"flat": 0.4, "depends": 0.3, "nested": 0.25, "atomic": 0.05}
+NODE_WEIGHTS = {"leaf": 0.27, "root": 0.4, "direct": 0.25, "group": 0.08}
 LEAF_FAMILY_WEIGHTS = {"grow": 0.4, "pair": 0.25, "mult": 0.35}
 GIVEN_SHARE = 0.3  # leaves that start from another child's result
 POOL_BATCHES = 48  # batches' worth of transcripts that are sorted by length together

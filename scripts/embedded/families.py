@@ -132,7 +132,7 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A named summand: one leaf, or a group of two or three leaves that are added up."""
+    """A named summand: one leaf, or a group of two leaves that are added up."""
 
     id: str
     name: str

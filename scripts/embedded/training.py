@@ -86,6 +86,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     )
     copy.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh, save_jinja_files=False)
+    for file in fresh.iterdir():
+        file.chmod(0o644)
     if out.exists():
         stale = out.with_name(f".{out.name}.old")
         shutil.rmtree(stale, ignore_errors=True)

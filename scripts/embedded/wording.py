@@ -152,10 +152,10 @@ def random_task(
 
 
 def group_sizes(rng: random.Random, width: int) -> list[int]:
-    """Leaves per part of a nested task: at least one group, at most eight leaves in all."""
+    """Leaves per part of a nested task: one or two, at least one group, three to six leaves in all."""
     while True:
-        sizes = [rng.choice((1, 2, 2, len(ORDINALS))) for _ in range(width)]
-        if max(sizes) > 1 and 4 <= sum(sizes) <= 8:
+        sizes = [rng.choice((1, 2, 2)) for _ in range(width)]
+        if max(sizes) > 1 and 3 <= sum(sizes) <= 6:
             return sizes
 
 

@@ -1,0 +1,120 @@
+"""The command: a run directory in; a table, a JSON file or a Perfetto trace out."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rrm_engine.trace.attribution import PARTS, RECURSIVE, Attribution, as_json, attribute, is_attributed, medians
+from rrm_engine.trace.reader import SHOWN_KEYS, RunTrace, TraceError, read_run
+
+PROGRAM = "python -m rrm_engine.trace"
+OK, INCOMPLETE, REFUSED = 0, 1, 2
+DESCRIPTION = """\
+Show where the time of a recorded run went, or export it for ui.perfetto.dev.
+
+Without --perfetto: a table that splits the latency of every recursive row along
+its critical path."""
+EPILOG = f"""\
+examples:
+  {PROGRAM} runs/aime
+  {PROGRAM} runs/aime --perfetto aime.pftrace --jobs aime-2024-i-01/rrm/0
+
+exit code: 0 done, 1 done but for jobs whose trace is incomplete, 2 refused"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        run = read_run(options.run, options.jobs)
+        if options.perfetto:
+            _export(run, options.perfetto)
+        else:
+            run.incomplete = {key: why for key, why in run.incomplete.items() if mode_of(key) == RECURSIVE}
+        found = [attribute(trace) for trace in run.jobs if is_attributed(trace)]
+        if options.json:
+            _write_json(options.json, found, run)
+        if not options.perfetto:
+            _show(found)
+        _say_incomplete(run)
+        return INCOMPLETE if run.incomplete else OK
+    except TraceError as error:
+        _say(f"error: {error}")
+        return REFUSED
+    except BrokenPipeError:  # the reader of our output is gone; keep the exit from complaining about it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INCOMPLETE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory that a bench run has written")
+    parser.add_argument("--perfetto", type=Path, metavar="OUT", help="write a Perfetto trace instead of the table")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the attribution with its critical paths")
+    parser.add_argument(
+        "--jobs",
+        type=lambda text: [key for key in text.split(",") if key],
+        default=[],
+        metavar="KEY,...",
+        help="only these jobs: id/mode/sample, id/mode or id (default: all)",
+    )
+    return parser
+
+
+def _export(run: RunTrace, path: Path) -> None:
+    from rrm_engine.trace.perfetto import export
+
+    if not run.jobs:
+        _say_incomplete(run)
+        raise TraceError("there is no job with a complete trace to export")
+    export(run.jobs, path)
+    nodes = sum(len(trace.nodes) for trace in run.jobs)
+    print(f"Written to {path}: jobs {len(run.jobs):,}, nodes {nodes:,}; open it at https://ui.perfetto.dev")
+
+
+def _show(found: Sequence[Attribution]) -> None:
+    from rich.console import Console
+
+    from rrm_engine.trace.report import print_attribution
+
+    print_attribution(Console(), found)
+
+
+def _write_json(path: Path, found: Sequence[Attribution], run: RunTrace) -> None:
+    document: dict[str, Any] = {
+        "parts": PARTS,
+        "medians": medians(found),
+        "rows": as_json(found),
+        "incomplete": run.incomplete,
+    }
+    try:
+        path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TraceError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def mode_of(key: str) -> str:
+    """The mode in a job's key."""
+    return key.rsplit("/", 2)[-2] if key.count("/") >= 2 else ""
+
+
+def _say_incomplete(run: RunTrace) -> None:
+    reasons = list(run.incomplete.items())
+    for key, reason in reasons[:SHOWN_KEYS]:
+        _say(f"left out: {key}: {reason}")
+    if len(reasons) > SHOWN_KEYS:
+        _say(f"left out: {len(reasons) - SHOWN_KEYS:,} more with an incomplete trace")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

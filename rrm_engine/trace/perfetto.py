@@ -1,0 +1,187 @@
+"""A run as a native Perfetto trace (protobuf), for ui.perfetto.dev and trace_processor.
+
+A process track for each job holds a track for each node, nested as the nodes are. On a node's track
+    slices     plan, solve, continue: a stretch of decoding from admission to pause, by its phase; in it prefill, up to
+               the first token, and queued, where the sequence was put back; queued before it; wait, while paused
+    instants   the events it wrote (child, await, atomic, done, malformed), each repair, and how it ended
+    arrows     from the event that declares a child to the child's first slice; from a conclusion to the first slice
+               of every stretch that was given it: the parent's, or that of a sibling that depends on it
+The process track "engine" holds counters over the exported jobs: sequences running, queued and waiting (paused), and
+the KV blocks in use. Timestamps are the events' monotonic ``t``. A later session of the run whose clock is behind that
+of the one before, after a restart of the machine, is moved behind it.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rrm_engine.trace.packets import Packets
+from rrm_engine.trace.reader import TraceError
+from rrm_engine.trace.timeline import NO_ROOM, Event, JobTrace, Stretch
+
+NAMES = {"graph": "plan", "solver": "solve", "direct": "solve", "continuation": "continue"}
+COUNTERS = ("sequences running", "sequences queued", "sequences waiting")
+BLOCKS = "KV blocks used"
+INSTANTS = {"child", "await", "atomic", "done", "malformed", "concluded", "cancelled", NO_ROOM, "finish"}
+SESSION_GAP_S = 1.0
+STANDARD = {"t", "job", "node", "step", "event", "session", "blocks", "kind"}  # fields told otherwise
+
+
+def export(jobs: Sequence[JobTrace], path: Path) -> None:
+    """Write the jobs to ``path``. Raises TraceError without the perfetto package or if it cannot be written."""
+    try:
+        from perfetto.protos.perfetto.trace import perfetto_trace_pb2
+    except ImportError:
+        raise TraceError("The Perfetto export needs one more package: pip install rrm-engine[trace]") from None
+    packets = Packets(perfetto_trace_pb2)
+    shifts = session_shifts(jobs)
+    _counters(packets, jobs, shifts)
+    for trace in jobs:
+        _Job(packets, trace, shifts[trace.session]).write()
+    try:
+        path.write_bytes(packets.serialized())
+    except OSError as error:
+        raise TraceError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def session_shifts(jobs: Iterable[JobTrace]) -> dict[int, float]:
+    """Seconds to add to the times of each session."""
+    spans: dict[int, list[float]] = defaultdict(list)
+    for trace in jobs:
+        spans[trace.session] += [trace.events[0]["t"], trace.events[-1]["t"]]
+    shifts: dict[int, float] = {}
+    reached: float | None = None
+    for session in sorted(spans):
+        begin, end = min(spans[session]), max(spans[session])
+        behind = reached is not None and begin < reached
+        shifts[session] = reached + SESSION_GAP_S - begin if behind and reached is not None else 0.0
+        reached = end + shifts[session]
+    return shifts
+
+
+def counter_changes(trace: JobTrace) -> list[tuple[float, str, int]]:
+    """(time, counter, +1 or -1) for every change of a node's state."""
+    changes: list[tuple[float, str, int]] = []
+
+    def during(name: str, start: float, end: float, sign: int = 1) -> None:
+        changes.extend([(start, name, sign), (end, name, -sign)])
+
+    running, queued, waiting = COUNTERS
+    for path in trace.nodes:
+        for stretch in trace.real(path):
+            during(queued, stretch.ready_t, stretch.admitted_t)
+            during(running, stretch.admitted_t, stretch.end_t)
+            for start, end in stretch.put_back:
+                during(queued, start, end)
+                during(running, start, end, -1)
+        for begin, end in trace.waits(path):
+            during(waiting, trace.events[begin]["t"], trace.events[end]["t"])
+    return changes
+
+
+def _counters(packets: Packets, jobs: Sequence[JobTrace], shifts: Mapping[int, float]) -> None:
+    engine = packets.process("engine")
+    tracks = {name: packets.counter(name, engine) for name in (*COUNTERS, BLOCKS)}
+    changes = [(t + shifts[job.session], name, by) for job in jobs for t, name, by in counter_changes(job)]
+    values: Counter[str] = Counter()
+    began = min(job.events[0]["t"] + shifts[job.session] for job in jobs)
+    moments = {(began, name): 0 for name in COUNTERS}  # the value behind all changes of a moment
+    for t, name, by in sorted(changes):
+        values[name] += by
+        moments[t, name] = values[name]
+    for (t, name), value in moments.items():
+        packets.count(t, tracks[name], value)
+    for job in jobs:
+        for event in job.events:
+            packets.count(event["t"] + shifts[job.session], tracks[BLOCKS], event["blocks"])
+
+
+class _Job:
+    """Writes one job's tracks, slices, instants and flows."""
+
+    def __init__(self, packets: Packets, trace: JobTrace, shift: float) -> None:
+        self.packets = packets
+        self.trace = trace
+        self.shift = shift
+        self.tracks = {"": packets.process(trace.key)}
+        self.leaving: dict[int, list[int]] = defaultdict(list)  # event -> flows that begin there
+        self.arriving: dict[int, list[int]] = defaultdict(list)  # begin of a stretch -> flows that end there
+
+    def write(self) -> None:
+        self._tie()
+        for rank, path in enumerate(self.trace.nodes):
+            parent, _, name = path.rpartition(".")
+            self.tracks[path] = self.packets.track(name, self.tracks[parent], rank)
+            waits = dict(self.trace.waits(path))
+            for stretch in self.trace.nodes[path]:
+                if stretch.phase != NO_ROOM:
+                    self._stretch(stretch)
+                if over := waits.get(stretch.end):
+                    self._slice(path, "wait", "wait", stretch.end_t, self._t(over))
+        for index, event in enumerate(self.trace.events):
+            if event["node"] in self.tracks:
+                self._instants(index, event)
+
+    def _tie(self) -> None:
+        """Number the arrows."""
+        declared = {e["child"]: i for i, e in enumerate(self.trace.events) if e.get("child")}
+        for path in self.trace.nodes:
+            for stretch in self.trace.real(path):
+                sources = [self.trace.over[p] for p in stretch.after if p in self.trace.nodes]
+                if self.trace.events[stretch.begin]["event"] == "start" and path in declared:
+                    sources.append(declared[path])
+                for source in sources:
+                    flow = self.packets.new_id()
+                    self.leaving[source].append(flow)
+                    self.arriving[stretch.begin].append(flow)
+
+    def _stretch(self, stretch: Stretch) -> None:
+        flows = self.arriving[stretch.begin]
+        if stretch.admitted_t > stretch.ready_t:
+            self._slice(stretch.node, "queued", "queue", stretch.ready_t, stretch.admitted_t, arriving=flows)
+            flows = []
+        if stretch.first is None and not flows:
+            return  # it was queued until it was over
+        begin, end = self.trace.events[stretch.begin], self.trace.events[stretch.end]
+        notes = {
+            "tokens": self.trace.tokens_to(stretch, stretch.end),
+            "phase": stretch.phase,
+            "reason": end["reason"],
+            "steps": end["step"] - begin["step"],
+            **_annotations(begin, {"tokens", "phase"}),
+        }
+        track = self.tracks[stretch.node]
+        name = NAMES.get(stretch.phase, stretch.phase)
+        self.packets.begin(stretch.admitted_t + self.shift, track, name, "phase", notes, arriving=flows)
+        if stretch.first is not None:
+            self._slice(stretch.node, "prefill", "prefill", stretch.admitted_t, stretch.first_t)
+        for start, stop in stretch.put_back:
+            if stop > start:
+                self._slice(stretch.node, "queued", "queue", start, stop)
+        self.packets.end(stretch.end_t + self.shift, track)
+
+    def _instants(self, index: int, event: Event) -> None:
+        name = event["kind"] if event["event"] == "event" else event["event"]
+        if name not in INSTANTS:
+            return
+        track, t = self.tracks[event["node"]], self._t(index) + self.shift
+        title = f"child {event['id']}" if name == "child" else name
+        self.packets.instant(t, track, title, "event", _annotations(event), leaving=self.leaving[index])
+        for repair in event.get("repairs", ()):
+            self.packets.instant(t, track, f"repair {repair}", "repair")
+
+    def _slice(
+        self, path: str, name: str, category: str, start: float, end: float, arriving: Sequence[int] = ()
+    ) -> None:
+        track = self.tracks[path]
+        self.packets.begin(start + self.shift, track, name, category, arriving=arriving)
+        self.packets.end(end + self.shift, track)
+
+    def _t(self, index: int) -> float:
+        return float(self.trace.events[index]["t"])
+
+
+def _annotations(event: Event, without: Iterable[str] = ()) -> dict[str, Any]:
+    """The event's own fields."""
+    return {name: value for name, value in event.items() if name not in STANDARD and name not in without}

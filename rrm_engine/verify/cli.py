@@ -1,0 +1,158 @@
+"""The command: a run directory in, a table and an exit code out."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rrm_engine.verify.check import NodeCheck
+    from rrm_engine.verify.recording import Recording
+
+PROGRAM = "python -m rrm_engine.verify"
+KEPT, BROKEN, REFUSED, INTERRUPTED = 0, 1, 2, 130
+DTYPES = ("run", "float32", "bfloat16", "float16")
+DESCRIPTION = """\
+Check a recorded run against plain transformers.
+
+The model is loaded as it was published. Each node's transcript goes through it
+in one forward, and every token that the model wrote is drawn again from those
+logits: greedily, or with the noise, filters and grammar of the run. Beside it
+the transcript goes through the engine's paged path, and the logits of the two
+are compared. In a float32 run every token must be the same, near ties aside; in
+bfloat16 and float16 log-probabilities must be close."""
+EPILOG = f"""\
+examples:
+  {PROGRAM} runs/aime --limit 5
+  {PROGRAM} runs/aime --jobs aime-2024-i-01/rrm --nodes root,root.c1
+
+exit code: 0 all promises kept, 1 a promise broken, 2 refused"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    options = build_parser().parse_args(argv)
+    try:
+        return _verify(options)
+    except KeyboardInterrupt:
+        _say("Interrupted.")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output is gone; keep the exit from complaining about it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_DIR", help="directory that a bench run has written")
+    add("--jobs", type=_names, default=[], metavar="KEY,...", help="only these: id/mode/sample, id/mode or id")
+    add("--nodes", type=_names, default=[], metavar="PATH,...", help="only these, such as root,root.c1")
+    add("--limit", type=_positive, metavar="N", help="only the first N nodes")
+    add(
+        "--dtype",
+        type=_dtypes,
+        default=["run", "float32"],
+        metavar="TYPE,...",
+        help="what plain transformers computes in: run (the run's own), float32, bfloat16, float16; "
+        "promises are about the run's own (default: run,float32)",
+    )
+    add("--model", metavar="NAME", help="where the model is now, if not where the run found it")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ...")
+    add("--json", type=Path, metavar="OUT", help="write every check with all its figures")
+    add("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from rrm_engine.verify.recording import read_recording
+    from rrm_engine.verify.report import print_report
+
+    try:
+        recording = read_recording(options.run, options.nodes, options.jobs, options.limit)
+        checks = _checks(recording, options)
+    except (ValueError, OSError, MemoryError) as error:  # all that loading a model is known to raise
+        _say(f"error: {str(error) or 'there is not enough memory for this model'}")
+        return REFUSED
+    print_report(_console(), recording, checks)
+    if options.json and not _write_json(options.json, recording, checks):
+        return REFUSED
+    return BROKEN if any(check.verdict == "broken" for check in checks) else KEPT
+
+
+def _checks(recording: "Recording", options: argparse.Namespace) -> "list[NodeCheck]":
+    """The checks, with a bar while they are made."""
+    from rich import progress
+
+    from rrm_engine.verify.run import check_all, passes
+
+    console = _console(stderr=True)
+    total = len(passes(recording, options.dtype)) * sum(len(record.tokens) for record in recording.nodes)
+    bar = progress.Progress(
+        progress.BarColumn(bar_width=24),
+        progress.TaskProgressColumn(),
+        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("{task.description}", markup=False),
+        console=console,
+        transient=True,
+        disable=options.quiet or not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+
+        def report(what: str, tokens: int) -> None:
+            bar.update(task, description=what, advance=tokens)
+
+        return list(check_all(recording, options.dtype, options.model, options.device, report))
+
+
+def _write_json(path: Path, recording: "Recording", checks: "list[NodeCheck]") -> bool:
+    from rrm_engine.verify.check import as_json
+
+    about = {name: getattr(recording, name) for name in ("model", "dtype", "seed", "unfinished")}
+    document = {"run": str(recording.path), **about, "checks": [as_json(check) for check in checks]}
+    try:
+        path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        _say(f"error: {path} cannot be written: {error.strerror or error}")
+        return False
+    return True
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _dtypes(text: str) -> list[str]:
+    names = _names(text)
+    if not names or set(names) - set(DTYPES):
+        raise argparse.ArgumentTypeError(f"takes {', '.join(DTYPES)}, not {text!r}")
+    return names
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

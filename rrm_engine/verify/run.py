@@ -1,0 +1,103 @@
+"""A whole recorded run verified: read it, load its model twice, check node after node."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from rrm_engine.engine.prepare import LoadedModel, load_model
+from rrm_engine.engine.sequence import Matcher
+from rrm_engine.models.load import resolve_device
+from rrm_engine.protocol.grammar import EventGrammars, event_grammar
+from rrm_engine.verify.check import MatcherOf, NodeCheck, check_node
+from rrm_engine.verify.recompute import Paged, Plain
+from rrm_engine.verify.recording import NodeRecord, Recording, Segment, VerifyError, read_recording
+
+RUN = "run"  # stands for the run's own dtype
+DTYPES = (RUN, "float32")
+Report = Callable[[str, int], None]  # (what is being done, tokens that have just been checked)
+
+
+def verify_run(
+    path: str | Path,
+    *,
+    nodes: Collection[str] = (),
+    jobs: Collection[str] = (),
+    limit: int | None = None,
+    dtypes: Sequence[str] = DTYPES,
+    model: str | None = None,
+    device: str = "auto",
+) -> list[NodeCheck]:
+    """Check the nodes of the run in ``path`` against plain transformers; one NodeCheck per node and dtype.
+
+    ``jobs`` (``id/mode/sample``, ``id/mode`` or ``id``), ``nodes`` (paths such as ``root.c1``) and ``limit`` choose
+    among the nodes; none of them: all. ``dtypes`` are those in which plain transformers computes, ``run`` the
+    run's own: only there something is promised. ``model`` is where the model is now, if it has been moved.
+
+    Raises VerifyError, or ValueError from loading the model, with one sentence that says what to do.
+    """
+    recording = read_recording(Path(path), nodes, jobs, limit)
+    return list(check_all(recording, dtypes, model, device))
+
+
+def passes(recording: Recording, dtypes: Sequence[str]) -> list[str]:
+    """The dtypes of plain transformers, each once."""
+    return list(dict.fromkeys(recording.dtype if dtype == RUN else dtype for dtype in dtypes))
+
+
+def check_all(
+    recording: Recording,
+    dtypes: Sequence[str] = DTYPES,
+    model: str | None = None,
+    device: str = "auto",
+    report: Report = lambda what, tokens: None,
+) -> Iterator[NodeCheck]:
+    """The checks of a recording, one after the other; ``report`` is told before loading and after every node."""
+    name, target = model or recording.model, resolve_device(device)
+    report(f"loading {name} into the engine, {recording.dtype}", 0)
+    loaded = load_model(name, recording.dtype, device)
+    paged = Paged(loaded, recording.block_size, recording.step_tokens)
+    matcher_of = _matchers(recording, loaded)
+    for dtype in passes(recording, dtypes):
+        report(f"loading {name} into plain transformers, {dtype}", 0)
+        plain = Plain(name, dtype, target)
+        for record in recording.nodes:
+            report(f"{record.key}, {dtype}", 0)
+            _check_vocabulary(record, plain.vocabulary, name)
+            yield check_node(
+                record,
+                plain.logits(record),
+                paged.logits(record),
+                seed=recording.seed,
+                dtype=loaded.dtype,
+                reference=getattr(torch, dtype),
+                matcher_of=matcher_of,
+                decode=lambda token: plain.tokenizer.decode([token]),
+            )
+            report(f"{record.key}, {dtype}", len(record.tokens))
+        del plain  # before the next one is loaded
+
+
+def _matchers(recording: Recording, loaded: LoadedModel) -> MatcherOf:
+    """Where segments were constrained, their grammars' states as the engine made them."""
+    if not any(segment.grammar for record in recording.nodes for segment in record.segments):
+        return lambda segment: None
+    grammars = EventGrammars(loaded.tokenizer, eos_ids=loaded.eos_ids)
+
+    def matcher_of(segment: Segment) -> Matcher | None:
+        if segment.grammar is None:
+            return None
+        children, may_split = segment.grammar
+        grammar = event_grammar(recording.max_width, may_split=may_split, first=children + 1, phase=segment.phase)
+        return grammars.matcher(grammar)
+
+    return matcher_of
+
+
+def _check_vocabulary(record: NodeRecord, size: int, model: str) -> None:
+    for position, token in enumerate(record.tokens):
+        if not 0 <= token < size:
+            raise VerifyError(
+                f"{record.key} has token {token} at position {position}, and the vocabulary of {model} ends at "
+                f"{size - 1}: the run was recorded with another model, or its trace was changed"
+            )
