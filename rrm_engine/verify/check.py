@@ -127,8 +127,8 @@ def check_node(
             logits = plain[rows].float()
             _compare(check, logits, paged[rows].float(), tokens)
             errors = (error * logits.std(-1)).tolist()
-            if matcher is not None:
-                apply_grammar(logits, tokens, matcher)
+            if matcher is not None and not apply_grammar(logits, tokens, matcher):
+                matcher = None
             draws = [Draw(*place, segment.sampling, key) for place in zip(logits, part, strict=True)]
             for draw, token, plain_token, slack in zip(draws, tokens, draw_all(draws), errors, strict=True):
                 if token == plain_token:
@@ -168,8 +168,9 @@ def _diverge(check: NodeCheck, draw: Draw, phase: str, tokens: tuple[int, int], 
     check.near_ties += near
     check.beyond += not near
     if check.divergence is None or (check.beyond == 1 and not near):
-        texts = [decode(token) for token in tokens]
-        check.divergence = Divergence(draw.position, phase, *tokens, *texts, draw.gap(tokens[0]), 2 * error)
+        token, plain = tokens
+        gap = draw.gap(token)
+        check.divergence = Divergence(draw.position, phase, token, plain, decode(token), decode(plain), gap, 2 * error)
 
 
 def _judge(check: NodeCheck, exact: bool, logit_bound: float, logprob_bound: float | None) -> None:

@@ -31,6 +31,14 @@ class Plain:
         self.device = device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def text(self, token: int) -> str:
+        """What a token stands for."""
+        return self.tokenizer.decode([token])
+
+    @property
     def vocabulary(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
 

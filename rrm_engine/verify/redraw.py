@@ -17,12 +17,13 @@ from rrm_engine.engine.sequence import Matcher
 
 NEVER = -math.inf
 BISECTIONS = 12
+FARTHEST = 1e6  # logits
 
 
-def apply_grammar(logits: torch.Tensor, tokens: Iterable[int], matcher: Matcher) -> None:
+def apply_grammar(logits: torch.Tensor, tokens: Iterable[int], matcher: Matcher) -> bool:
     """Mask in place what the grammar does not allow in front of each of ``tokens``; row i is the i-th one's.
 
-    Behind a token that the grammar does not allow nothing is masked any more.
+    False if a token is not allowed itself: nothing can be masked behind it.
     """
     for row, token in zip(logits, tokens, strict=True):
         bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[: len(row)].astype(bool)
@@ -32,7 +33,8 @@ def apply_grammar(logits: torch.Tensor, tokens: Iterable[int], matcher: Matcher)
         try:
             matcher.accept(token)
         except ValueError:
-            return
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Draw:
     def gap(self, token: int) -> float:
         """How far ``token`` is behind what comes out, in logits: twice the least error that explains it.
 
-        Infinite where no error does, for the grammar rules it out.
+        Infinite where none does, for the grammar rules the token out.
         """
         if self.params.temperature == 0:
             return float(self.logits.max() - self.logits[token])
@@ -71,6 +73,8 @@ class Draw:
         low, high = 0.0, 1e-6
         while not self.explains(token, high):
             low, high = high, 4 * high
+            if high > FARTHEST:
+                return math.inf
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             low, high = (low, middle) if self.explains(token, middle) else (middle, high)
@@ -90,7 +94,7 @@ def draw_all(draws: Sequence[Draw]) -> list[int]:
     scores = logits
     for warper in _warpers(params):
         scores = warper(None, scores)
-    scores, ids = scores.topk(int(scores.isfinite().sum(-1).max()))
+    scores, ids = scores.topk(max(1, int(scores.isfinite().sum(-1).max())))
     positions = torch.tensor([draw.position for draw in draws], device=ids.device)
     noise = keyed_gumbel(torch.full_like(positions, draws[0].key), positions, ids)
     return ids.gather(-1, (scores.double() + noise).argmax(-1, keepdim=True))[:, 0].tolist()
@@ -120,7 +124,7 @@ def _filtered(scores: torch.Tensor, params: SamplingParams, slack: float) -> tup
         least = _up_to(weights * certain, order, order + slack, inclusive=False) / (weights * possible).sum()
         most = _up_to(weights * possible, order, order - slack, inclusive=True) - weights * possible
         possible &= least * math.exp(-slack) < params.top_p
-        certain &= most * math.exp(slack) < params.top_p * (weights * certain).sum()
+        certain &= most * math.exp(min(slack, 700.0)) < params.top_p * (weights * certain).sum()
     if params.min_p > 0:
         floor = order[0] + math.log(params.min_p)
         possible &= order >= floor - slack

@@ -3,11 +3,8 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.engine.sequence import Matcher
-from rrm_engine.models.load import resolve_device
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.verify.check import MatcherOf, NodeCheck, check_node
 from rrm_engine.verify.recompute import Paged, Plain
@@ -53,29 +50,34 @@ def check_all(
     report: Report = lambda what, tokens: None,
 ) -> Iterator[NodeCheck]:
     """The checks of a recording, one after the other; ``report`` is told before loading and after every node."""
-    name, target = model or recording.model, resolve_device(device)
+    name = model or recording.model
     report(f"loading {name} into the engine, {recording.dtype}", 0)
     loaded = load_model(name, recording.dtype, device)
-    paged = Paged(loaded, recording.block_size, recording.step_tokens)
     matcher_of = _matchers(recording, loaded)
     for dtype in passes(recording, dtypes):
         report(f"loading {name} into plain transformers, {dtype}", 0)
-        plain = Plain(name, dtype, target)
-        for record in recording.nodes:
-            report(f"{record.key}, {dtype}", 0)
-            _check_vocabulary(record, plain.vocabulary, name)
-            yield check_node(
-                record,
-                plain.logits(record),
-                paged.logits(record),
-                seed=recording.seed,
-                dtype=loaded.dtype,
-                reference=getattr(torch, dtype),
-                matcher_of=matcher_of,
-                decode=lambda token: plain.tokenizer.decode([token]),
-            )
-            report(f"{record.key}, {dtype}", len(record.tokens))
-        del plain  # before the next one is loaded
+        yield from _pass(recording, loaded, Plain(name, dtype, loaded.device), matcher_of, report)
+
+
+def _pass(
+    recording: Recording, loaded: LoadedModel, plain: Plain, matcher_of: MatcherOf, report: Report
+) -> Iterator[NodeCheck]:
+    """Every node against ``plain``."""
+    paged = Paged(loaded, recording.block_size, recording.step_tokens)
+    for record in recording.nodes:
+        report(record.key, 0)
+        _check_vocabulary(record, plain.vocabulary, loaded.name)
+        yield check_node(
+            record,
+            plain.logits(record),
+            paged.logits(record),
+            seed=recording.seed,
+            dtype=loaded.dtype,
+            reference=plain.dtype,
+            matcher_of=matcher_of,
+            decode=plain.text,
+        )
+        report(record.key, len(record.tokens))
 
 
 def _matchers(recording: Recording, loaded: LoadedModel) -> MatcherOf:

