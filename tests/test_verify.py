@@ -27,19 +27,9 @@ STYLE = """
 name = "terse"
 description = "For tests: as short as a style can be."
 trained_on_events = false
-[thinking]
-direct = false
-graph = false
-solver = false
-continuation = false
-[budgets]
-direct = 40
-planner = 260
-solver = 24
-continuation = 60
-[system]
-direct = "Solve."
-recursive = "Split or solve."
+thinking = { direct = false, graph = false, solver = false, continuation = false }
+budgets = { direct = 40, planner = 260, solver = 24, continuation = 60 }
+system = { direct = "Solve.", recursive = "Split or solve." }
 [user]
 direct = "{{ task }}"
 graph = "{{ task }} Split?"
@@ -76,7 +66,7 @@ def save_model(path: Path) -> None:
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=2048,
-        initializer_range=0.15,
+        initializer_range=0.3,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
         tie_word_embeddings=False,
@@ -155,14 +145,18 @@ def broken(checks: list[NodeCheck]) -> list[NodeCheck]:
     return [check for check in checks if check.verdict == "broken"]
 
 
-@pytest.mark.parametrize("flags", [SAMPLED, [*SAMPLED, "--child-context", "parent"], ["--temperature", "0"]], ids=str)
+GREEDY = ["--temperature", "0"]
+RUNS = {"sampled": SAMPLED, "forked": [*SAMPLED, "--child-context", "parent"], "greedy": GREEDY}
+
+
+@pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
 def test_what_was_recorded_is_exact(record: Callable[..., Path], flags: list[str]) -> None:
     checks = verify_run(record(*flags))
     assert {check.verdict for check in checks} == {"exact"}
     assert all(check.agreement == 1.0 and check.logit_difference_share < 1e-4 and check.kl < 1e-8 for check in checks)
     assert {check.reference for check in checks} == {"float32"}
-    assert all(check.drawn == (check.written if flags != ["--temperature", "0"] else 0) for check in checks)
-    if flags == ["--temperature", "0"]:
+    assert all(check.drawn == (check.written if flags != GREEDY else 0) for check in checks)
+    if flags == GREEDY:
         assert all(check.greedy_agreement == 1.0 for check in checks)
     else:  # the run tests something: graphs with conclusions, sampled beside the likeliest token
         assert any("." in check.node for check in checks)
@@ -214,7 +208,7 @@ def test_a_token_that_was_changed(copied: Path, place: str, capsys: pytest.Captu
     assert "Broken: 1 of" in out
 
 
-def test_a_token_that_the_grammar_rules_out(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_that_the_grammar_rules_out(copied: Path) -> None:
     def change(event: Event) -> None:
         if event["event"] == "concluded" and (event["job"], event["node"]) == ("line-1/rrm/0", "root"):
             event["token_ids"][event["sampled"][0][0] + 3] = 0
@@ -222,14 +216,12 @@ def test_a_token_that_the_grammar_rules_out(copied: Path, capsys: pytest.Capture
     rewrite(copied, change)
     (found,) = broken(verify_run(copied))
     assert found.key == "line-1/rrm/0:root" and found.divergence and found.divergence.gap == math.inf
-    assert main([str(copied), "--quiet"]) == 1
-    assert "ruled out by the grammar" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_prompt_that_was_changed(copied: Path) -> None:
     def change(event: Event) -> None:
         if event["event"] == "concluded" and (event["job"], event["node"]) == ("line-1/direct/0", "root"):
-            event["token_ids"][event["sampled"][0][0] - 15] ^= 1
+            event["token_ids"][event["sampled"][0][0] - 1] ^= 1
 
     rewrite(copied, change)
     assert [check.key for check in broken(verify_run(copied))] == ["line-1/direct/0:root"]
@@ -275,47 +267,35 @@ def test_refusals(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "--nodes root.x: there is no such node; there are root" in refusal(capsys, run, "--nodes", "root.x")
     assert "--jobs x: there is no such job; there are line-1/" in refusal(capsys, run, "--jobs", "x")
     assert "--model ./nothing: there is no such directory" in refusal(capsys, run, "--model", "./nothing")
+    rewrite(copied, lambda event: event.get("token_ids", [0] * 3).__setitem__(2, 100_000))
+    assert "token 100000 at position 2" in refusal(capsys, run)
     rewrite(copied, lambda event: event.pop("sampling", None))
     assert "does not say how root was sampled" in refusal(capsys, run)
-    rewrite(copied, lambda event: event.update(sampling=None))
     (copied / "rows.jsonl").write_text("")
     with pytest.raises(VerifyError, match="no finished job"):
         verify_run(copied)
 
 
-def test_a_token_beyond_the_vocabulary(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def change(event: Event) -> None:
-        if event["event"] == "concluded":
-            event["token_ids"][2] = 100_000
-
-    rewrite(copied, change)
-    assert "token 100000 at position 2" in refusal(capsys, str(copied))
-
-
 FILTERS = [
     SamplingParams(0.7),
-    SamplingParams(0.7, top_k=5),
-    SamplingParams(1.3, top_p=0.9),
-    SamplingParams(0.6, top_k=20, top_p=0.95, min_p=0.02),
-    SamplingParams(0.0),
+    SamplingParams(0.7, 5),
+    SamplingParams(1.3, 0, 0.9),
+    SamplingParams(0.6, 20, 0.95, 0.02),
 ]
 
 
-@pytest.mark.parametrize("params", FILTERS, ids=str)
+@pytest.mark.parametrize("params", [*FILTERS, SamplingParams(0.0)], ids=str)
 def test_what_an_error_explains(params: SamplingParams) -> None:
     """A draw from disturbed logits is always explained by the disturbance, and its gap is no larger than that."""
     generator = torch.Generator().manual_seed(0)
-    moved = 0
-    for position in range(300):
+    moved, error = 0, 0.05
+    for position in range(200):
         logits = torch.randn(60, generator=generator)
-        error = 0.05
         disturbed = logits + error * (2 * torch.rand(60, generator=generator) - 1)
         draw = Draw(logits, position, params, noise_key(1, "a"))
         (token,) = draw_all([draw])
         (other,) = draw_all([Draw(disturbed, position, params, noise_key(1, "a"))])
-        assert draw.explains(token, 0.0) or draw.explains(token, 1e-6)
-        assert draw.explains(other, error)
-        if other != token:
-            moved += 1
-            assert draw.gap(other) <= 2 * error * 1.001
+        assert draw.explains(token, 1e-6) and draw.explains(other, error)
+        moved += other != token
+        assert draw.gap(other) <= 2 * error * 1.001
     assert moved

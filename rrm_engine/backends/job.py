@@ -160,10 +160,18 @@ class JobRun:
         if sampled.stop is not None and node.running and node.turn == turn:
             self._ended(node, sampled.stop)
 
+    def release(self) -> None:
+        """End every sequence of this job, also one that an interrupted command had not noted down yet."""
+        for sequence in self.runtime.engine.sequences:
+            if sequence.key.rpartition(":")[0] == self.job.key:
+                self.runtime.engine.finish(sequence)
+
     def cancel(self, reason: str) -> None:
         """End the job wherever it is; its blocks are free when this returns."""
         if self.result is not None:
             return
+        self.release()
+        self._commands.clear()  # one that an exception interrupted must not block those that follow
         self._errors.append(reason)
         if self.machine is not None:
             self._carry_out(self.machine.cancel(reason))

@@ -159,6 +159,8 @@ class Solver:
                     yield run.result
                 yield None
         finally:
+            for run in runs:  # all blocks first: writing the events of a cancellation may fail
+                run.release()
             for run in runs:
                 run.cancel("cancelled")
 

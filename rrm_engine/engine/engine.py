@@ -55,6 +55,11 @@ class Engine:
         self._arrivals = 0
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """Every sequence that is not finished."""
+        return [*self.scheduler.live, *self.scheduler.paused.values()]
+
+    @property
     def has_work(self) -> bool:
         return bool(self.scheduler.live)
 
@@ -153,8 +158,7 @@ class Engine:
 
     def check(self) -> None:
         """Recount every block reference from scratch; raises AssertionError on any difference."""
-        holders = [*self.scheduler.live, *self.scheduler.paused.values()]
-        self.pool.check(s.table.blocks for s in holders)
+        self.pool.check(s.table.blocks for s in self.sequences)
 
     def _update(self, sequence: Sequence, token: int) -> Sampled:
         sequence.tokens.append(token)

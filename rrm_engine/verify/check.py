@@ -130,13 +130,8 @@ def check_node(
             if matcher is not None and not apply_grammar(logits, tokens, matcher):
                 matcher = None
             draws = [Draw(*place, segment.sampling, key) for place in zip(logits, part, strict=True)]
-            for draw, token, plain_token, slack in zip(draws, tokens, draw_all(draws), errors, strict=True):
-                if token == plain_token:
-                    check.agree += 1
-                else:
-                    _diverge(check, draw, segment.phase, (token, plain_token), slack, decode)
+            _draw_again(check, segment, draws, tokens, errors, decode)
             check.greedy_agree += sum(map(eq, tokens, logits.argmax(-1).tolist()))
-            check.drawn += len(part) if segment.sampling.temperature > 0 else 0
             row += len(part)
     check.logprob_difference_mean /= written
     if check.promised:
@@ -162,15 +157,21 @@ def _largest(known: float, values: torch.Tensor) -> float:
     return max(known, float(values.nan_to_num(math.inf).max()))
 
 
-def _diverge(check: NodeCheck, draw: Draw, phase: str, tokens: tuple[int, int], error: float, decode: Decode) -> None:
-    """Note that ``draw`` gives another token: ``tokens`` are (recorded, plain), each logit may be off by ``error``."""
-    near = draw.explains(tokens[0], error)
-    check.near_ties += near
-    check.beyond += not near
-    if check.divergence is None or (check.beyond == 1 and not near):
-        token, plain = tokens
-        gap = draw.gap(token)
-        check.divergence = Divergence(draw.position, phase, token, plain, decode(token), decode(plain), gap, 2 * error)
+def _draw_again(
+    check: NodeCheck, segment: Segment, draws: list[Draw], tokens: list[int], errors: list[float], decode: Decode
+) -> None:
+    """Count the ``tokens`` recorded that come out of ``draws``; each logit of a draw may be off by its error."""
+    check.drawn += len(draws) if segment.sampling.temperature > 0 else 0
+    for draw, token, plain, error in zip(draws, tokens, draw_all(draws), errors, strict=True):
+        if token == plain:
+            check.agree += 1
+            continue
+        near = draw.explains(token, error)
+        check.near_ties += near
+        check.beyond += not near
+        if check.divergence is None or (check.beyond == 1 and not near):
+            place = (draw.position, segment.phase, token, plain, decode(token), decode(plain))
+            check.divergence = Divergence(*place, draw.gap(token), 2 * error)
 
 
 def _judge(check: NodeCheck, exact: bool, logit_bound: float, logprob_bound: float | None) -> None:

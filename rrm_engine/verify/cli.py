@@ -86,6 +86,11 @@ def _verify(options: argparse.Namespace) -> int:
     except (ValueError, OSError, MemoryError) as error:  # all that loading a model is known to raise
         _say(f"error: {str(error) or 'there is not enough memory for this model'}")
         return REFUSED
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _say(f"error: {options.device} has not enough memory for the model twice and a transcript: try --device cpu")
+        return REFUSED
     print_report(_console(), recording, checks)
     if options.json and not _write_json(options.json, recording, checks):
         return REFUSED

@@ -59,6 +59,7 @@ class Recording:
     path: Path
     model: str
     dtype: str
+    attention: str
     seed: int
     block_size: int
     step_tokens: int
@@ -111,6 +112,7 @@ def _manifest(path: Path) -> Recording:
             path,
             model=used["model"],
             dtype=used["dtype"],
+            attention="sdpa" if used["attention"] == "sdpa" else "auto",  # the compiled kernel is not on every device
             seed=used["seed"],
             block_size=used["block_size"],
             step_tokens=used["step_tokens"],

@@ -52,7 +52,7 @@ def check_all(
     """The checks of a recording, one after the other; ``report`` is told before loading and after every node."""
     name = model or recording.model
     report(f"loading {name} into the engine, {recording.dtype}", 0)
-    loaded = load_model(name, recording.dtype, device)
+    loaded = load_model(name, recording.dtype, device, recording.attention)
     matcher_of = _matchers(recording, loaded)
     for dtype in passes(recording, dtypes):
         report(f"loading {name} into plain transformers, {dtype}", 0)
