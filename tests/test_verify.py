@@ -203,9 +203,7 @@ def test_a_token_that_was_changed(copied: Path, place: str, capsys: pytest.Captu
     assert main([str(copied)]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "line-2/direct/0:root (fp32): broken" in out and f"position {changed[0]} (direct): recorded" in out
-    (found,) = broken(verify_run(copied))
-    assert found.divergence and found.divergence.position == changed[0]
-    assert "Broken: 1 of" in out
+    assert "Broken: 1 of" in out and "the model or the trace was changed" in out
 
 
 def test_a_token_that_the_grammar_rules_out(copied: Path) -> None:

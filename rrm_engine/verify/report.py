@@ -112,7 +112,7 @@ def _promise(recording: Recording, checks: Sequence[NodeCheck]) -> str:
         broken = next(check for check in checks if check.verdict == BROKEN)
         return (
             f"Broken: {verdicts[BROKEN]:,} of {nodes} recorded in {recording.dtype} are not what plain transformers "
-            f"gives; the first is {broken.key}."
+            f"gives; the first is {broken.key}.{_hint(checks)}"
         )
     if verdicts[CLOSE]:
         return (
@@ -125,6 +125,16 @@ def _promise(recording: Recording, checks: Sequence[NodeCheck]) -> str:
     drawn = sum(check.drawn for check in checks)
     noise = "" if not drawn else f", {drawn:,} of them sampled with the recorded noise"
     return f"Kept: every one of {written:,} tokens in {nodes} {how} that plain transformers gives{noise}."
+
+
+def _hint(checks: Sequence[NodeCheck]) -> str:
+    """Where to look if engine and plain transformers agree with each other and both differ from the trace."""
+    if any(len(check.reasons) > bool(check.beyond) for check in checks):
+        return ""
+    return (
+        " The engine's logits now are those of plain transformers, so the model or the trace was changed, or the "
+        "engine went wrong then."
+    )
 
 
 def _mean_logprob(checks: Sequence[NodeCheck]) -> float:
