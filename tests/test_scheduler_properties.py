@@ -151,7 +151,7 @@ class Life:
 
         scheduler._make_room = watched_make_room  # type: ignore[method-assign]
         scheduler._reclaim = watched_reclaim  # type: ignore[method-assign]
-        memory.run = watched_run  # type: ignore[method-assign]
+        memory.run = watched_run  # type: ignore[method-assign, assignment]
 
     # what a driver may do between steps
 
@@ -329,7 +329,12 @@ def test_any_life_ends_and_every_query_reads_its_own_history(life: Life, actions
 
 def assert_noticed(how: str) -> None:
     """The property fails in one of a thousand lives, with what matches ``how``."""
-    search = {"database": None, "phases": [Phase.generate], "report_multiple_bugs": False, "print_blob": False}
+    search: dict[str, Any] = {
+        "database": None,
+        "phases": [Phase.generate],
+        "report_multiple_bugs": False,
+        "print_blob": False,
+    }
     with pytest.raises((AssertionError, RuntimeError), match=how):
         settings(SETTINGS, max_examples=1000, **search)(given(lives(), ACTIONS)(live_through))()
 

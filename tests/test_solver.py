@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import rrm_engine
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.config import RunConfig
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
+from rrm_engine.engine.prepare import LoadedModel, load_model, prepare_model
 from rrm_engine.engine.sampler import sample
 from rrm_engine.engine.sequence import Sequence
 
@@ -181,7 +182,7 @@ class Recorded:
             resume(sequence, *args)
             note(sequence, sequence.matcher and sequence.matcher.copy())  # type: ignore[attr-defined]
 
-        engine.submit, engine.resume = watched_submit, watched_resume  # type: ignore[method-assign]
+        engine.submit, engine.resume = watched_submit, watched_resume  # type: ignore[method-assign, assignment]
         for result in self.solver.run(jobs, self.events.append, concurrency):
             self.results[result.job.key] = result
         engine.check()
@@ -285,7 +286,7 @@ def test_a_missing_copy_is_noticed(lab: Lab) -> None:
 # nothing about memory or batching changes a token
 
 SMALLEST = 50  # blocks of 16 for one sequence of 800 tokens
-SAME = {
+SAME: dict[str, dict[str, Any]] = {
     "one node at a time": {"max_concurrency": 1},
     "one task at a time": {"concurrency": 1},
     "smallest pool": {"kv_blocks": SMALLEST},
@@ -364,7 +365,7 @@ def test_closing_a_stream_in_the_middle_frees_everything(lab: Lab, reference: Re
         if any(event.get("node", "").count(".") == 2 for event in stream):  # a grandchild has started
             break
     assert solver.engine.pool.num_used > 0
-    stream.close()
+    stream.close()  # type: ignore[attr-defined]
     assert idle(solver)
     again = Recorded(solver).run(JOBS, 4)
     assert again.rows() == reference.rows()
@@ -467,7 +468,7 @@ def test_stream_yields_the_text_while_it_is_written_and_the_result_last(lab: Lab
 
 
 def test_events_are_json_and_complete(reference: Recorded) -> None:
-    kinds = Counter()
+    kinds = Counter[str]()
     for event in reference.events:
         again = json.loads(json.dumps(event))
         kinds[again["event"]] += 1
@@ -516,3 +517,59 @@ def critical_path(events: list[dict[str, Any]]) -> int:
                 declared[parent + event["id"]] = (chain[node], [parent + name for name in event["depends_on"]])
                 round_of[node].append(parent + event["id"])
     return sum(chain.get(name, 0) for name in ("root", "root!direct"))
+
+
+# the embedded model: what it was trained for is not of interest here, only that it is run exactly
+
+FOLDER = Path(rrm_engine.__file__).parent / "data"
+embedded_model = pytest.mark.skipif(
+    not (FOLDER / "embedded_model" / "config.json").is_file(), reason="the embedded model is not packaged yet"
+)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[Any, LoadedModel, list[Job]]:
+    """The packaged model, plain and prepared, and one packaged task of each kind."""
+    plain = AutoModelForCausalLM.from_pretrained(FOLDER / "embedded_model", dtype=torch.float32)
+    tasks: dict[str, str] = {}
+    for line in (FOLDER / "embedded_tasks.jsonl").read_text().splitlines():
+        tasks.setdefault(json.loads(line)["kind"], json.loads(line)["problem"])
+    jobs = [Job(kind, problem) for kind, problem in tasks.items()]
+    return plain.eval(), load_model("embedded"), [*jobs, Job("alone", jobs[0].task, "direct")]
+
+
+def run_embedded(model: LoadedModel, jobs: list[Job], concurrency: int = 5, **changes: Any) -> Recorded:
+    solver = Solver(model, RunConfig(**changes), [job.task for job in jobs])
+    return Recorded(solver).run(jobs, concurrency)
+
+
+HOT = {"temperature": 1.0, "constrain": "on", "planner_max_tokens": 150, "continuation_max_tokens": 60}
+HOT |= {"solver_max_tokens": 60, "direct_max_tokens": 60}
+
+
+@embedded_model
+@pytest.mark.parametrize("changes", [{}, HOT, {"child_context": "parent"}], ids=["as is", "hot", "fork"])
+def test_the_embedded_model_is_run_exactly(
+    embedded: tuple[Any, LoadedModel, list[Job]], changes: dict[str, Any]
+) -> None:
+    plain, model, jobs = embedded
+    run = run_embedded(model, jobs, **changes)
+    assert wrong_tokens(plain, run) == {}
+    assert len(run.results) == 5
+    assert sum(b - a for e in run.ends().values() for a, b in e["sampled"]) > 500
+
+
+@embedded_model
+def test_the_embedded_models_rows_do_not_depend_on_memory_or_batching(
+    embedded: tuple[Any, LoadedModel, list[Job]],
+) -> None:
+    _, model, (*jobs, _) = embedded
+    plenty = run_embedded(model, jobs)
+    longest = max(len(end["token_ids"]) for end in plenty.ends().values()) + 1
+    blocks = -(-longest // 16)
+    tight = run_embedded(model, jobs, max_sequence_tokens=longest, kv_blocks=blocks, step_tokens=24)
+    assert tight.rows() == plenty.rows()
+    assert sum(r.preemptions for r in tight.results.values()) > 0
+    one_by_one = run_embedded(model, jobs[:2], concurrency=1, max_concurrency=1, prefix_cache=False)
+    assert one_by_one.rows().items() <= plenty.rows().items()
+    assert len(one_by_one.rows()) > 6

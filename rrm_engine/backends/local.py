@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from time import monotonic
 from typing import Any, cast
 
+import torch
+
 from rrm_engine.backends.job import Emit, JobRun, Runtime
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.backends.settings import phase_plans, resolve
@@ -18,6 +20,7 @@ from rrm_engine.kv.pool import BlockPool
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
 
+ONE_THREAD_PARAMETERS = 20_000_000
 RATE_WINDOW_S = 2.0  # of the tokens per second shown live
 
 
@@ -69,7 +72,10 @@ class Solver:
         Raises ValueError (UnsupportedModel among them) with one sentence that says what to do.
         """
         config = config or RunConfig()
-        return cls(load_model(config.model, config.dtype, config.device, config.attention), config, tasks)
+        model = load_model(config.model, config.dtype, config.device, config.attention)
+        if model.device.type == "cpu" and model.parameters < ONE_THREAD_PARAMETERS:
+            torch.set_num_threads(1)  # products this small lose more to meeting than they gain from sharing
+        return cls(model, config, tasks)
 
     def solve(self, task: str, mode: str = "rrm", on_event: Emit | None = None) -> JobResult:
         """Solve one task; ``mode`` is ``rrm`` or ``direct``."""
