@@ -155,7 +155,7 @@ class Tally:
 
 
 class Eta:
-    """Time left at the mean pace of this session."""
+    """Time left at the mean pace since the display began."""
 
     def __init__(self, missing: int) -> None:
         self._began = time.monotonic()
