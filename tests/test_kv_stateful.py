@@ -135,7 +135,7 @@ TestKV = KVMachine.TestCase
 
 
 def assert_noticed() -> None:
-    only_search = settings(KVMachine.TestCase.settings, database=None, phases=[Phase.generate], max_examples=1000)
+    only_search = settings(KVMachine.TestCase.settings, database=None, phases=[Phase.generate], max_examples=20_000)
     with pytest.raises((AssertionError, ValueError, FlakyFailure, ExceptionGroup)):
         run_state_machine_as_test(KVMachine, settings=only_search)
 
