@@ -83,6 +83,16 @@ class RunConfig:
         None, "memory", "longest sequence; default: longest prompt and budgets, up to the model's own limit"
     )
     step_tokens: int | None = setting(None, "memory", "token budget of one step (chunked prefill); default by device")
+    wait_policy: str = setting(
+        "pin",
+        "memory",
+        "KV of a node that awaits: pin keeps it; offload moves it to host memory and back; drop recomputes it; lru "
+        "leaves it to the prefix cache; auto pins it and, out of blocks, takes the cheaper of offload and drop",
+        choices=("pin", "offload", "drop", "lru", "auto"),
+    )
+    host_kv_blocks: int | None = setting(
+        None, "memory", "room for offloaded blocks in host memory; default: as many as in the pool, if they fit"
+    )
     prefix_cache: bool = setting(True, "memory", "reuse equal prompt prefixes across sequences")
 
     def __post_init__(self) -> None:

@@ -1,248 +1,18 @@
-"""Random lives on the bookkeeping: nothing wedges, nothing leaks, and every query attends to its own history.
-
-The engine is the real one; its model is a memory in which a slot holds the whole token history its KV would have
-been made from. Each step is packed as for a model, and every packed query must find, over the block table it is
-given, exactly the tokens of its own sequence. That covers copies, preemption and reuse of blocks within one step.
-"""
+"""Random lives on the bookkeeping: nothing wedges, nothing leaks, and every query attends to its own history."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from lives import Life, Memory, prompt, submitted
 
-from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.runner import pack
-from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, Work
+from rrm_engine.engine.scheduler import Scheduler, WaitPolicy
 from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.kv.host import SwapCosts
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
-
-GREEDY = SamplingParams()
-CPU = torch.device("cpu")
-EOS = 2
-VOCABULARY = 3  # few tokens, so that prefixes meet
-History = tuple[int, ...]
-
-
-class Memory:
-    """Stands where the model runner is: stores histories instead of KV, and checks what attention would read."""
-
-    def __init__(self, blocks: int, size: int) -> None:
-        self.size = size
-        self.slots: list[History | None] = [None] * ((blocks + 1) * size)
-        self.copied = 0
-
-    def run(self, step: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
-        self.copy(step.copies)
-        packed = pack(step.work, self.size, CPU)
-        owners = self.rows(step)
-        assert packed.positions.tolist() == [position for _, position in owners]
-        for slot, (sequence, position) in zip(packed.batch.slots.tolist(), owners, strict=True):
-            assert slot >= self.size, "the null block is written"
-            self.slots[slot] = tuple(sequence.tokens[: position + 1])
-        assert packed.token_ids.tolist() == [sequence.tokens[position] for sequence, position in owners]
-        for group in packed.batch.groups:
-            for row, table, length in zip(
-                range(group.start, group.stop), group.tables.tolist(), group.lengths.tolist(), strict=True
-            ):
-                self.attend(table, length, *owners[row])
-        for chunk in packed.batch.chunks:
-            for row in range(chunk.start, chunk.stop):
-                self.attend(chunk.table.tolist(), chunk.length - (chunk.stop - 1 - row), *owners[row])
-        logits = torch.zeros(len(packed.order), VOCABULARY)
-        for row, work in enumerate(packed.order):
-            logits[row, made_up(work.sequence.tokens)] = 1
-        return logits, packed.order
-
-    def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
-        """As the KV cache does: every source is read before any destination is written."""
-        size = self.size
-        assert len({destination for _, destination in copies}) == len(copies), "one block is copied to twice"
-        read = [self.slots[source * size : (source + 1) * size] for source, _ in copies]
-        for content, (_, destination) in zip(read, copies, strict=True):
-            self.slots[destination * size : (destination + 1) * size] = content
-        self.copied += len(copies)
-
-    @staticmethod
-    def rows(step: SchedulerOutput) -> list[tuple[Sequence, int]]:
-        """Whose token at which position each packed row is."""
-        decodes = sorted((w for w in step.work if w.count == 1), key=lambda w: len(w.sequence.table.blocks))
-        ordered = [*decodes, *(w for w in step.work if w.count > 1)]
-        return [(w.sequence, position) for w in ordered for position in range(w.start, w.start + w.count)]
-
-    def attend(self, table: list[int], length: int, sequence: Sequence, position: int) -> None:
-        """A query at ``position`` attends to ``length`` tokens over ``table``: they must be its own."""
-        assert length == position + 1
-        read = [self.slots[table[i // self.size] * self.size + i % self.size] for i in range(length)]
-        assert read == history(sequence.tokens, length), f"{sequence.key} reads what is not its own"
-
-
-def history(tokens: list[int], length: int) -> list[History]:
-    return [tuple(tokens[: i + 1]) for i in range(length)]
-
-
-def made_up(tokens: list[int]) -> int:
-    """The "model": a token that depends on everything before it."""
-    return (sum(tokens) * 7 + len(tokens) * 3 + tokens[-1] * 5) % 11 % VOCABULARY
-
-
-class Life:
-    """An engine over a memory, and the checks of every step."""
-
-    def __init__(
-        self,
-        blocks: int,
-        size: int,
-        longest: int,
-        *,
-        max_sequences: int = 64,
-        step_tokens: int = 8,
-        prefix_cache: bool = True,
-        eos: bool = False,
-    ) -> None:
-        self.memory = Memory(blocks, size)
-        self.engine = Engine(
-            self.memory,  # type: ignore[arg-type]
-            BlockPool(blocks, size, prefix_cache),
-            max_sequences=max_sequences,
-            step_tokens=step_tokens,
-            max_sequence_tokens=longest,
-            eos_ids=frozenset({EOS}) if eos else frozenset(),
-        )
-        self.scheduler = self.engine.scheduler
-        self.longest = longest
-        self.sequences: list[Sequence] = []
-        self.finished: list[Sequence] = []
-        self.reclaimed: list[Sequence] = []
-        self._for: Sequence | None = None
-        self._plan: SchedulerOutput | None = None
-        self._watch()
-
-    def __repr__(self) -> str:
-        pool, scheduler = self.engine.pool, self.scheduler
-        return (
-            f"Life({pool.num_blocks}, {pool.block_size}, {self.longest}, max_sequences={scheduler.max_sequences}, "
-            f"step_tokens={scheduler.step_tokens}, prefix_cache={pool.prefix_cache}, eos={bool(self.engine.eos_ids)})"
-        )
-
-    def _watch(self) -> None:
-        """Note for whom memory is made, from whom it is taken, and what was planned."""
-        scheduler, memory = self.scheduler, self.memory
-        make_room, reclaim, run = scheduler._make_room, scheduler._reclaim, memory.run
-
-        def watched_make_room(sequence: Sequence, *args: Any, **kwargs: Any) -> bool:
-            self._for = sequence
-            return make_room(sequence, *args, **kwargs)
-
-        def watched_reclaim(victim: Sequence) -> None:
-            assert self._for is not None and victim is not self._for
-            behind = victim.priority > self._for.priority
-            assert behind or victim.state is State.PAUSED, "memory is taken from the wrong end"
-            self.reclaimed.append(victim)
-            reclaim(victim)
-
-        def watched_run(plan: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
-            self._plan = plan
-            return run(plan)
-
-        scheduler._make_room = watched_make_room  # type: ignore[method-assign]
-        scheduler._reclaim = watched_reclaim  # type: ignore[method-assign]
-        memory.run = watched_run  # type: ignore[method-assign, assignment]
-
-    # what a driver may do between steps
-
-    def submit(self, tokens: list[int], budget: int, **options: Any) -> Sequence | None:
-        key = f"s{len(self.sequences) + len(self.finished)}"
-        if len(tokens) >= self.longest:
-            with pytest.raises(ValueError, match=f"{len(tokens)} tokens"):
-                self.engine.submit(key, tokens, budget, GREEDY, **options)
-            return None
-        self.sequences.append(self.engine.submit(key, tokens, budget, GREEDY, **options))
-        return self.sequences[-1]
-
-    def resume(self, sequence: Sequence, tokens: list[int], budget: int) -> None:
-        if len(sequence.tokens) + len(tokens) >= self.longest:
-            with pytest.raises(ValueError, match=f"{len(sequence.tokens) + len(tokens)} tokens"):
-                self.engine.resume(sequence, tokens, budget)
-        else:
-            self.engine.resume(sequence, tokens, budget)
-
-    def finish(self, sequence: Sequence) -> None:
-        self.engine.finish(sequence)
-        self.sequences.remove(sequence)
-        self.finished.append(sequence)
-
-    # steps and their checks
-
-    def step(self) -> None:
-        if not self.engine.has_work:
-            return
-        live = list(self.scheduler.live)
-        assert live == sorted(live, key=lambda s: s.priority)
-        decodes = [s for s in live if s.state is State.RUNNING and s.pending == 1]
-        before = {id(s): s.table.length for s in live}
-        self.reclaimed.clear()
-        self._plan = None
-        sampled = self.engine.step()
-        assert self._plan is not None
-        self.check_plan(self._plan, live, decodes, before)
-        assert [s.sequence.key for s in sampled] == list(dict.fromkeys(s.sequence.key for s in sampled))
-        assert {s.sequence.key for s in sampled} == {w.sequence.key for w in self._plan.work if w.samples}
-        self.check()
-
-    def check_plan(
-        self, plan: SchedulerOutput, live: list[Sequence], decodes: list[Sequence], before: dict[int, int]
-    ) -> None:
-        scheduled = [w.sequence for w in plan.work]
-        assert len({id(s) for s in scheduled}) == len(scheduled), "a sequence is run twice in one step"
-        assert scheduled == sorted(scheduled, key=lambda s: s.priority)
-        assert not {id(s) for s in scheduled} & {id(s) for s in self.reclaimed}, "a scheduled sequence lost its blocks"
-        assert scheduled[0] is live[0], "the first sequence runs in every step"
-        assert sum(w.count for w in plan.work) <= max(self.scheduler.step_tokens, len(decodes) + 1)
-        for work in plan.work:
-            assert work.count >= 1, "a work item with no query"
-            assert work.start >= before[id(work.sequence)], "KV that was there is computed again"
-            assert work.start + work.count == work.sequence.table.length
-        if not self.reclaimed and self.engine.pool.num_free:
-            passed = [s for s in decodes if id(s) not in {id(w) for w in scheduled}]
-            assert all(s.state is State.WAITING for s in passed), "a running sequence was passed over"
-            assert not passed or len(scheduled) == self.scheduler.max_sequences, "a place was taken and not used"
-
-    def check(self) -> None:
-        """Every reference counted anew, every table readable, no more sequences running than allowed."""
-        self.engine.check()
-        assert not {s.key for s in self.scheduler.live} & self.scheduler.paused.keys()
-        running = [s for s in self.scheduler.live if s.state is State.RUNNING]
-        assert self.scheduler.running == len(running) <= self.scheduler.max_sequences
-        size = self.memory.size
-        for sequence in self.sequences:
-            table = sequence.table
-            assert len(table.blocks) == -(-table.length // size)
-            read = [self.memory.slots[slot] for slot in table.slots(0, table.length)]
-            assert read == history(sequence.tokens, table.length)
-
-    def drain(self) -> None:
-        """Run what is live to its end. While nobody joins, the first sequence only ever gains tokens: a bound."""
-        steps = sum(len(s.tokens) + s.budget for s in self.scheduler.live)
-        while self.engine.has_work:
-            assert steps > 0, "not finished in the steps it may take"
-            steps -= 1
-            self.step()
-
-    def end(self) -> None:
-        self.drain()
-        for sequence in list(self.sequences):
-            assert sequence.state is State.PAUSED
-            self.finish(sequence)
-        self.engine.pool.check([])
-        assert self.engine.pool.num_used == 0
-        assert not self.scheduler.paused
-        assert self.scheduler.running == 0
-
 
 # random lives
 
@@ -257,6 +27,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("child"), WHO, TOKENS, BUDGET),
         st.tuples(st.just("fork"), WHO, SHARE, MORE, BUDGET),
         st.tuples(st.just("pause"), WHO),
+        st.tuples(st.just("wait"), WHO),
         st.tuples(st.just("resume"), WHO, MORE, BUDGET),
         st.tuples(st.just("resume"), WHO, MORE, BUDGET),
         st.tuples(st.just("truncate"), WHO, SHARE),
@@ -280,6 +51,9 @@ def lives(draw: st.DrawFn) -> Life:
         step_tokens=draw(st.sampled_from([1, 2, 5, 16, 100])),
         prefix_cache=draw(st.booleans()),
         eos=draw(st.booleans()),
+        wait_policy=draw(st.sampled_from(get_args(WaitPolicy))),
+        host_blocks=draw(st.sampled_from([0, 1, 5, 100])),
+        costs=draw(st.sampled_from([None, SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)])),
     )
 
 
@@ -303,6 +77,9 @@ def act(life: Life, action: tuple[Any, ...]) -> None:
                 life.submit(tokens, args[3], fork_of=(sequence, length), **where)
         elif name == "pause":
             engine.pause(sequence)
+        elif name == "wait":
+            engine.pause(sequence)
+            engine.wait(sequence)
         elif name == "resume" and paused:
             life.resume(sequence, list(args[1]), args[2])
         elif name == "truncate" and paused:
@@ -387,15 +164,6 @@ def test_blocks_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) 
 
 
 # named regressions
-
-
-def prompt(length: int, salt: int = 0) -> list[int]:
-    return [(i * i + salt * i + salt) % 5 % 2 for i in range(length)]
-
-
-def submitted(sequence: Sequence | None) -> Sequence:
-    assert sequence is not None
-    return sequence
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

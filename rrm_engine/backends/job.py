@@ -131,10 +131,11 @@ class JobRun:
 
     def start(self) -> None:
         self._emit("job", "root", mode=self.job.mode, task=self.job.task)
-        if self.machine is not None:
-            self._carry_out(self.machine.start())
-        else:
-            self._carry_out([Start("root", Phase.DIRECT, self.job.task)])
+        with self.runtime.engine.ranges("graph", (f"{self.job.key}:root",)):
+            if self.machine is not None:
+                self._carry_out(self.machine.start())
+            else:
+                self._carry_out([Start("root", Phase.DIRECT, self.job.task)])
 
     def on_token(self, sampled: Sampled) -> None:
         node = self._by_key[sampled.sequence.key]
@@ -182,32 +183,36 @@ class JobRun:
 
     def _read(self, node: NodeRun, items: Iterable[ParsedEvent | Malformed]) -> None:
         """Hand events to the machine until the node has been paused or is over: what follows is discarded."""
-        assert self.machine is not None
         turn = node.turn
         for item in items:
             if not node.running or node.turn != turn:
                 return
-            node.events.append((item.start, item.end))
-            if isinstance(item, Malformed):
-                self._emit("malformed", node.path, reason=item.reason, text=item.text[:PREVIEW])
-                self._carry_out(self.machine.on_malformed(node.path, item))
-                continue
-            kind = type(item.event).__name__.lower()
-            self._repairs.update(item.repairs)
-            self._boundary = item.end
-            known = len(self.machine.nodes)
-            # The text before it matters only where the node may be done with it.
-            needed = isinstance(item.event, (Atomic, Done))
-            text = visible(node.text(item.start), self._thinking(node.phase)) if needed else None
-            commands = self.machine.on_event(node.path, item.event, text)
-            child = None
-            if len(self.machine.nodes) > known:
-                child = list(self.machine.nodes)[-1]
-                self._remember_fork(node, child)
-            made = {"child": child} if kind == "child" else {}  # None: refused
-            self._emit("event", node.path, kind=kind, **asdict(item.event), **made, repairs=item.repairs)
-            self._carry_out(commands)
-            self._boundary = None
+            with self.runtime.engine.ranges("graph", (node,)):
+                self._handle(node, item)
+
+    def _handle(self, node: NodeRun, item: ParsedEvent | Malformed) -> None:
+        assert self.machine is not None
+        node.events.append((item.start, item.end))
+        if isinstance(item, Malformed):
+            self._emit("malformed", node.path, reason=item.reason, text=item.text[:PREVIEW])
+            self._carry_out(self.machine.on_malformed(node.path, item))
+            return
+        kind = type(item.event).__name__.lower()
+        self._repairs.update(item.repairs)
+        self._boundary = item.end
+        known = len(self.machine.nodes)
+        # The text before it matters only where the node may be done with it.
+        needed = isinstance(item.event, (Atomic, Done))
+        text = visible(node.text(item.start), self._thinking(node.phase)) if needed else None
+        commands = self.machine.on_event(node.path, item.event, text)
+        child = None
+        if len(self.machine.nodes) > known:
+            child = list(self.machine.nodes)[-1]
+            self._remember_fork(node, child)
+        made = {"child": child} if kind == "child" else {}  # None: refused
+        self._emit("event", node.path, kind=kind, **asdict(item.event), **made, repairs=item.repairs)
+        self._carry_out(commands)
+        self._boundary = None
 
     def _ended(self, node: NodeRun, stop: Stop) -> None:
         if node.parser is not None:
@@ -215,12 +220,13 @@ class JobRun:
             self._read(node, node.parser.close())
             if not node.running or node.turn != turn:
                 return
-        self._halt(node, stop.value)
-        text = visible(node.text(), self._thinking(node.phase))
-        if self.machine is not None:
-            self._carry_out(self.machine.on_end(node.path, EndReason(stop.value), text))
-        else:
-            self._carry_out([StopNode(node.path, Conclusion("root", text)), Finish(Status.ATOMIC, text)])
+        with self.runtime.engine.ranges("graph", (node,)):
+            self._halt(node, stop.value)
+            text = visible(node.text(), self._thinking(node.phase))
+            if self.machine is not None:
+                self._carry_out(self.machine.on_end(node.path, EndReason(stop.value), text))
+            else:
+                self._carry_out([StopNode(node.path, Conclusion("root", text)), Finish(Status.ATOMIC, text)])
 
     def _remember_fork(self, parent: NodeRun, child: str) -> None:
         keep, cut = self._split(parent)
@@ -331,6 +337,7 @@ class JobRun:
             self.runtime.engine.pause(node.sequence)
         keep, node.cut = self._split(node)
         self.runtime.engine.truncate(node.sequence, keep)
+        self.runtime.engine.wait(node.sequence)
         self._halt(node, "await")
 
     def _halt(self, node: NodeRun, reason: str) -> None:
@@ -396,6 +403,8 @@ class JobRun:
             copied_blocks=total("copied_blocks"),
             peak_kv_blocks=self.peak_blocks,
             preemptions=total("preemptions") + total("dropped"),
+            offloaded_blocks=total("offloaded_blocks"),
+            restored_blocks=total("restored_blocks"),
             prompt_sha256=hashlib.sha256(self._prompt.encode()).hexdigest(),
             prompt_preview=self.job.task[:PREVIEW],
             finish_reasons={n.path: "+".join(n.reasons) for n in self.nodes.values()},
@@ -468,6 +477,8 @@ class JobRun:
     def _emit(self, event: str, node: str, **fields: Any) -> None:
         self._events += 1
         engine, run = self.runtime.engine, self.nodes.get(node)
+        if event != "text":  # one a token, and counting takes time
+            fields |= {"pinned": engine.scheduler.pinned_blocks, "offloaded": engine.space.num_used}
         self._emit_to(
             {
                 "t": monotonic(),

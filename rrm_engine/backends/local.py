@@ -11,11 +11,13 @@ from rrm_engine.backends.job import Emit, JobRun, Runtime
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.backends.settings import phase_plans, resolve
 from rrm_engine.config import RunConfig
+from rrm_engine.engine.costs import measure_swap_costs
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.graph.types import Limits
-from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.cache import KVCache, bytes_per_block
+from rrm_engine.kv.memory import is_out_of_memory, refuse_out_of_memory
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
@@ -42,8 +44,8 @@ class Solver:
         self.resolved = config = resolve(config, model, style, chat, tasks)
         assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
         limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
+        cache = _allocate(config.kv_blocks, config.block_size, model)
         pool = BlockPool(config.kv_blocks, config.block_size, config.prefix_cache)
-        cache = KVCache(config.kv_blocks, config.block_size, model.shapes)
         self.engine = Engine(
             ModelRunner(model.model, cache, model.device, model.attend),
             pool,
@@ -52,7 +54,11 @@ class Solver:
             max_sequence_tokens=config.max_sequence_tokens,
             eos_ids=chat.eos_ids,
             seed=config.seed,
+            wait_policy=cast(Any, config.wait_policy),
+            host_blocks=config.host_kv_blocks or 0,
         )
+        if config.wait_policy == "auto":
+            self.engine.scheduler.costs = measure_swap_costs(self.engine)
         self._runtime = Runtime(
             self.engine,
             model.tokenizer,
@@ -72,7 +78,11 @@ class Solver:
         Raises ValueError (UnsupportedModel among them) with one sentence that says what to do.
         """
         config = config or RunConfig()
-        model = load_model(config.model, config.dtype, config.device, config.attention)
+        with refuse_out_of_memory(
+            f"--model {config.model} does not fit into the memory of --device {config.device}: free some of it, or use "
+            f"a smaller model, a smaller --dtype or another --device"
+        ):
+            model = load_model(config.model, config.dtype, config.device, config.attention)
         if model.device.type == "cpu" and model.parameters < ONE_THREAD_PARAMETERS:
             torch.set_num_threads(1)  # products this small lose more to meeting than they gain from sharing
         return cls(model, config, tasks)
@@ -159,7 +169,8 @@ class Solver:
                     runs[-1].start()
                 if not runs:
                     return
-                self._step(runs)
+                with self.engine.ranges.step(self.engine.steps + 1):
+                    self._step(runs)
                 for run in [r for r in runs if r.result is not None]:
                     runs.remove(run)
                     yield run.result
@@ -176,21 +187,44 @@ class Solver:
             sampled = self.engine.step()
         except Exception as error:
             for run in runs:
-                run.cancel(f"{type(error).__name__}: {error}")
+                run.cancel(self._failure(error, run.job))
             return
         self._count(len(sampled))
         used = self.engine.pool.num_used
         by_job = {run.job.key: run for run in runs}
         for run in runs:
             run.peak_blocks = max(run.peak_blocks, used)
-        for one in sampled:
-            by_job[one.sequence.key.rpartition(":")[0]].on_token(one)
+        with self.engine.ranges("parse", sampled):
+            for one in sampled:
+                by_job[one.sequence.key.rpartition(":")[0]].on_token(one)
+
+    def _failure(self, error: Exception, job: Job) -> str:
+        """What a row of ``job`` says about an error in a step: which of its nodes were in it, and what to do."""
+        work = self.engine.plan.work if self.engine.plan else ()
+        keys = (one.sequence.key.rpartition(":") for one in work)
+        nodes = ", ".join(node for key, _, node in keys if key == job.key)
+        where = f"in a step of {nodes}" if nodes else "in a step of other jobs"
+        if not is_out_of_memory(error):
+            return f"{type(error).__name__} {where}: {error}"
+        config = self.resolved
+        return (
+            f"out of memory on {config.device} {where}: lower --kv-blocks (now {config.kv_blocks}) or --step-tokens "
+            f"(now {config.step_tokens}): {error}"
+        )
 
     def _count(self, tokens: int) -> None:
         now = monotonic()
         self._recent.append((now, tokens))
         while now - self._recent[0][0] > RATE_WINDOW_S:
             self._recent.popleft()
+
+
+def _allocate(blocks: int, block_size: int, model: LoadedModel) -> KVCache:
+    size = blocks * bytes_per_block(model.shapes, block_size) / 2**30
+    with refuse_out_of_memory(
+        f"--kv-blocks {blocks} takes {size:,.2f} GiB of KV, more than {model.device} gives: lower --kv-blocks"
+    ):
+        return KVCache(blocks, block_size, model.shapes)
 
 
 def _ignore(_: dict[str, Any]) -> None:

@@ -52,6 +52,8 @@ class JobResult:
     copied_blocks: int = 0  # copy-on-write copies
     peak_kv_blocks: int = 0
     preemptions: int = 0
+    offloaded_blocks: int = 0  # blocks of waiting nodes moved to host memory
+    restored_blocks: int = 0  # blocks brought back from there
     prompt_sha256: str = ""
     prompt_preview: str = ""
     finish_reasons: dict[str, str] = field(default_factory=dict)  # node path -> reason

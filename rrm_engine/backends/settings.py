@@ -1,6 +1,5 @@
 """From what the user left open to what a run uses: budgets, sampling, lengths, memory."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Matcher
 from rrm_engine.graph.types import Limits, Phase
 from rrm_engine.kv.cache import bytes_per_block
+from rrm_engine.kv.memory import free_memory
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.protocol.style import Style
@@ -51,7 +51,10 @@ def resolve(config: RunConfig, model: LoadedModel, style: Style, chat: ChatForma
     config = replace(config, **values)
     longest = longest_prompt(style, chat, tasks)
     config = replace(config, max_sequence_tokens=_sequence_tokens(config, model, longest))
-    return replace(config, kv_blocks=config.kv_blocks or _blocks(config, model))
+    config = replace(config, kv_blocks=config.kv_blocks or _blocks(config, model))
+    config = replace(config, host_kv_blocks=_host_blocks(config, model))
+    _refuse_more_than_memory(config, model)
+    return config
 
 
 def longest_prompt(style: Style, chat: ChatFormat, tasks: Sequence[str]) -> int:
@@ -89,7 +92,7 @@ def _blocks(config: RunConfig, model: LoadedModel) -> int:
     assert config.max_sequence_tokens is not None
     one = -(-config.max_sequence_tokens // config.block_size)
     size = bytes_per_block(model.shapes, config.block_size)
-    room = free_memory(model.device)
+    room = free_memory(model.device) * (CUDA_MEMORY_SHARE if model.device.type == "cuda" else CPU_MEMORY_SHARE)
     blocks = min(int(room // size), one * (config.max_concurrency + 1))
     if blocks < one:
         raise ValueError(
@@ -100,11 +103,27 @@ def _blocks(config: RunConfig, model: LoadedModel) -> int:
     return blocks
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that KV blocks may take on ``device``."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] * CUDA_MEMORY_SHARE
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_MEMORY_SHARE
+def _host_blocks(config: RunConfig, model: LoadedModel) -> int | None:
+    """Blocks that may be offloaded: as many as the pool has, if the host's memory allows. None: nothing is."""
+    assert config.kv_blocks is not None
+    if config.wait_policy not in ("offload", "auto"):
+        return config.host_kv_blocks
+    room = free_memory(torch.device("cpu")) * CPU_MEMORY_SHARE // bytes_per_block(model.shapes, config.block_size)
+    return config.host_kv_blocks or max(1, min(config.kv_blocks, int(room)))
+
+
+def _refuse_more_than_memory(config: RunConfig, model: LoadedModel) -> None:
+    """The pool may be as large as memory, but no larger: on CPU it would be granted now and the process killed later."""
+    size = bytes_per_block(model.shapes, config.block_size)
+    host = config.host_kv_blocks if config.wait_policy in ("offload", "auto") else None
+    asked = (("--kv-blocks", config.kv_blocks, model.device), ("--host-kv-blocks", host, torch.device("cpu")))
+    for flag, blocks, device in asked:
+        room = free_memory(device)
+        if blocks and blocks * size > room:
+            raise ValueError(
+                f"{flag} {blocks} takes {blocks * size / 2**30:,.2f} GiB of KV and {room / 2**30:,.2f} GiB are free on "
+                f"{device}: lower {flag}, to {room // size} at most"
+            )
 
 
 def sampling_params(config: RunConfig, style: Style, model: LoadedModel, thinking: bool) -> SamplingParams:

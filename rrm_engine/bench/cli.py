@@ -1,5 +1,6 @@
 """The command: tasks, run directory and solver in, table and exit code out."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -158,10 +159,12 @@ def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir,
         execute(solver, jobs, tasks.tasks[: config.limit], directory, make_display(console, quiet))
     except RunDirError as error:
         _say(f"error: {error}")
-        _close(directory, config, quiet, broken=True)
+        _close(directory, config, quiet, broken=error)
+        with contextlib.suppress(RunDirError):  # it has been said
+            directory.close()
         return FAILED
     except BaseException as error:
-        _close(directory, config, quiet, broken=True)
+        _close(directory, config, quiet, broken=error)
         if _is_interrupt(error):
             return INTERRUPTED
         raise
@@ -184,7 +187,7 @@ def _missing(tasks: TaskSet, config: RunConfig, directory: RunDir) -> list[Any]:
     return plan(tasks.tasks[: config.limit], config, directory.rows)
 
 
-def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: bool = False) -> int:
+def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseException | None = None) -> int:
     """summary.json, the table, where everything lies and, if the run broke off, how to go on."""
     summary = summarise(directory.rows)
     unwritten = None
@@ -203,7 +206,7 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: bool = Fal
     if broken:
         command = f"{PROGRAM} --resume {shlex.quote(str(directory.path))}{' --quiet' if quiet else ''}"
         console.print(f"Go on with: {command}", markup=False, highlight=False, soft_wrap=True)
-    if unwritten:
+    if unwritten and not isinstance(broken, RunDirError):  # else one has been said
         _say(f"error: {unwritten}")
     return FAILED if summary["errors"] or unwritten else OK
 

@@ -79,6 +79,8 @@ def kv_figures(rows: Sequence[Row]) -> dict[str, Any]:
         "copied_blocks": total("copied_blocks"),
         "peak_blocks": max((row["peak_kv_blocks"] for row in rows), default=0),
         "preemptions": total("preemptions"),
+        "offloaded_blocks": total("offloaded_blocks"),
+        "restored_blocks": total("restored_blocks"),
         "resumes": total("resumes"),
         "resume_latency_median": median(seconds for row in rows for seconds in row["resume_latency_s"]),
     }

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, noise_key, sample
-from rrm_engine.engine.scheduler import Scheduler
+from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, WaitPolicy
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
+from rrm_engine.kv.host import HostSpace
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
 
@@ -36,8 +38,13 @@ class Engine:
         max_sequence_tokens: int,
         eos_ids: frozenset[int],
         seed: int = 0,
+        wait_policy: WaitPolicy = "pin",
+        host_blocks: int = 0,
     ) -> None:
-        """Raises ValueError if the pool cannot hold one sequence of ``max_sequence_tokens``."""
+        """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
+
+        Raises ValueError if the pool cannot hold one sequence of ``max_sequence_tokens``.
+        """
         blocks = -(-max_sequence_tokens // pool.block_size)
         if blocks > pool.num_blocks:
             raise ValueError(
@@ -47,12 +54,19 @@ class Engine:
             )
         self.runner = runner
         self.pool = pool
-        self.scheduler = Scheduler(pool, max_sequences, step_tokens)
+        self.space = HostSpace(host_blocks)
+        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space)
         self.max_sequence_tokens = max_sequence_tokens
         self.eos_ids = eos_ids
         self.seed = seed
         self.steps = 0
+        self.ranges = Ranges()
+        self.plan: SchedulerOutput | None = None  # of the last step; what was running if that failed
         self._arrivals = 0
+
+    def announce_to(self, ranges: Ranges) -> None:
+        """From now on ``ranges`` is told what each part of a step does."""
+        self.ranges = self.runner.ranges = ranges
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -81,7 +95,7 @@ class Engine:
         Raises ValueError, with the numbers, if ``tokens`` leaves no room for a single new one.
         """
         self._check_room(key, len(tokens))
-        table = BlockTable(self.pool)
+        table = BlockTable(self.pool, self.space)
         self._arrivals += 1
         sequence = Sequence(
             key,
@@ -107,11 +121,15 @@ class Engine:
     def pause(self, sequence: Sequence) -> None:
         self.scheduler.pause(sequence)
 
+    def wait(self, sequence: Sequence) -> None:
+        """Say that a paused sequence waits for others: its KV is kept, moved or given up as the wait policy says."""
+        self.scheduler.wait(sequence)
+
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Make a paused sequence forget its tokens behind ``length``."""
         dropped = len(sequence.tokens) - length
         del sequence.tokens[length:]
-        sequence.table.truncate(min(length, sequence.table.length))
+        sequence.table.truncate(min(length, sequence.table.stored))
         if dropped:
             sequence.unrun_samples = 0
 
@@ -129,7 +147,7 @@ class Engine:
         """
         self._check_room(sequence.key, len(sequence.tokens) + len(tokens))
         sequence.tokens += tokens
-        sequence.table.truncate(min(sequence.table.length, len(sequence.tokens) - 1))  # its logits are needed
+        sequence.table.truncate(min(sequence.table.stored, len(sequence.tokens) - 1))  # its logits are needed
         sequence.budget = budget
         sequence.sampling = sampling or sequence.sampling
         sequence.matcher = matcher
@@ -142,7 +160,9 @@ class Engine:
         """Run one step; returns every sequence's new token. Raises EngineStuck, never spins."""
         if not self.has_work:
             return []
-        plan = self.scheduler.schedule()
+        self.plan = None
+        with self.ranges("schedule", self.scheduler.live):
+            self.plan = plan = self.scheduler.schedule()
         logits, order = self.runner.run(plan)
         for work in plan.work:
             sequence = work.sequence
@@ -153,12 +173,14 @@ class Engine:
         if not order:
             return []
         sequences = [work.sequence for work in order]
-        tokens = sample(logits, sequences)
+        with self.ranges("sample", sequences):
+            tokens = sample(logits, sequences)
         return [self._update(s, token) for s, token in zip(sequences, tokens, strict=True)]
 
     def check(self) -> None:
         """Recount every block reference from scratch; raises AssertionError on any difference."""
         self.pool.check(s.table.blocks for s in self.sequences)
+        self.space.check(copy for s in self.sequences for copy in s.table.host)
 
     def _update(self, sequence: Sequence, token: int) -> Sampled:
         sequence.tokens.append(token)

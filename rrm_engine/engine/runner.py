@@ -7,6 +7,7 @@ import torch
 from rrm_kernels.reference import DecodeGroup, PagedAttention, PagedBatch, PrefillChunk, paged_attention
 from torch import nn
 
+from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import NULL_BLOCK
@@ -34,20 +35,31 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.device = device
+        self.ranges = Ranges()
 
     @torch.inference_mode()
     def run(self, step: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
         """Logits ``[rows, vocabulary]`` of the work items that sample, and those items in row order."""
+        if step.swap_outs or step.swap_ins:
+            with self.ranges("offload", step.swapped):
+                for copy, blocks in step.swap_outs:
+                    self.cache.swap_out(copy, blocks)
+                for copy, blocks in step.swap_ins:
+                    self.cache.swap_in(copy, blocks)
         if step.copies:
-            self.cache.copy(list(step.copies))
-        packed = pack(step.work, self.cache.block_size, self.device)
-        out = self.model(
-            input_ids=packed.token_ids[None],
-            position_ids=packed.positions[None],
-            use_cache=False,
-            logits_to_keep=packed.sampled,
-            rrm_forward=PagedForward(self.cache, packed.batch, self.attend),
-        )
+            copied = {destination for _, destination in step.copies}
+            with self.ranges("fork copy", (w for w in step.work if copied & {*w.sequence.table.blocks})):
+                self.cache.copy(list(step.copies))
+        with self.ranges("pack", step.work):
+            packed = pack(step.work, self.cache.block_size, self.device)
+        with self.ranges.forward(step.work):
+            out = self.model(
+                input_ids=packed.token_ids[None],
+                position_ids=packed.positions[None],
+                use_cache=False,
+                logits_to_keep=packed.sampled,
+                rrm_forward=PagedForward(self.cache, packed.batch, self.attend),
+            )
         return out.logits[0], packed.order
 
 

@@ -3,10 +3,14 @@
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.kv.host import HostSpace, SwapCosts, SwapIn, SwapOut
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockCopy
+
+WaitPolicy = Literal["pin", "offload", "drop", "lru", "auto"]
 
 
 class EngineStuck(RuntimeError):
@@ -25,8 +29,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
+    """One step: swap out, swap in, copy, run ``work``; in this order, for each may overwrite what went before reads."""
+
     work: tuple[Work, ...]
     copies: tuple[BlockCopy, ...]
+    swap_outs: tuple[SwapOut, ...] = ()
+    swap_ins: tuple[SwapIn, ...] = ()
+    swapped: tuple[str, ...] = ()  # keys of the sequences whose blocks are swapped
 
 
 class Scheduler:
@@ -37,18 +46,38 @@ class Scheduler:
     (checked at start). So it runs in every step until it pauses or ends, and then the next one is first.
     """
 
-    def __init__(self, pool: BlockPool, max_sequences: int, step_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_sequences: int,
+        step_tokens: int,
+        wait_policy: WaitPolicy = "pin",
+        space: HostSpace | None = None,
+        costs: SwapCosts | None = None,
+    ) -> None:
+        """``costs`` decide what ``auto`` does with a waiting sequence under pressure; without them it is dropped."""
         self.pool = pool
+        self.wait_policy = wait_policy
+        self.space = space or HostSpace()
+        self.costs = costs
         self.max_sequences = max_sequences
         self.step_tokens = step_tokens
         self.live: list[Sequence] = []  # waiting and running, by priority
         self.paused: dict[str, Sequence] = {}
         self._running = 0
         self._pressed = False  # this step had to take a live sequence's blocks
+        self._swap_outs: list[SwapOut] = []  # for the next step to carry out
+        self._swap_ins: list[SwapIn] = []
+        self._swapped: list[str] = []
 
     @property
     def running(self) -> int:
         return self._running
+
+    @property
+    def pinned_blocks(self) -> int:
+        """Blocks that paused sequences hold, a shared one counted once."""
+        return len(set[int]().union(*(s.table.blocks for s in self.paused.values())))
 
     def add(self, sequence: Sequence) -> None:
         """Let a new or paused sequence take part."""
@@ -61,6 +90,16 @@ class Scheduler:
         self._remove(sequence)
         sequence.state = State.PAUSED
         self.paused[sequence.key] = sequence
+
+    def wait(self, sequence: Sequence) -> None:
+        """A paused sequence waits for others: its KV is kept, moved or given up as the policy says."""
+        match self.wait_policy:
+            case "offload":
+                self._offload(sequence, sequence.table.first_own)
+            case "drop":
+                sequence.table.discard()
+            case "lru":
+                sequence.table.release()
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence in any state and give its blocks back."""
@@ -101,12 +140,16 @@ class Scheduler:
             work.append(Work(sequence, start, count, samples=sequence.pending == 0))
         if self.live and not work:
             raise EngineStuck(f"{len(self.live)} live sequences, {self.pool.num_free} free blocks, nothing to run")
-        return SchedulerOutput(tuple(work), tuple(copies))
+        swaps = tuple(self._swap_outs), tuple(self._swap_ins), tuple(self._swapped)
+        output = SchedulerOutput(tuple(work), tuple(copies), *swaps)
+        self._swap_outs, self._swap_ins, self._swapped = [], [], []
+        return output
 
     def _admit(self, sequence: Sequence, behind: list[Sequence], alone: bool) -> bool:
         """Let a waiting sequence start, if its whole prompt and one more block for everybody running fit.
 
-        When nothing else runs in this step it is let in on what one chunk takes: somebody must make progress.
+        When nothing else runs in this step it is let in on what one chunk takes (and on what it has in host memory):
+        somebody must make progress.
         Otherwise a step that had to preempt admits nobody, or the preempted would come straight back.
         Where all places are taken, it gets that of the last one running behind it, who waits and keeps its KV.
         """
@@ -115,8 +158,12 @@ class Scheduler:
         if (full and last is None) or (self._pressed and not alone):
             return False
         table = sequence.table
-        reused = table.reuse(sequence.tokens) if not table.blocks else 0
-        if not alone:
+        reused = table.reuse(sequence.tokens) if not table.stored else 0
+        if alone:
+            moved = table.stored - table.length
+            if moved and not self._make_room(sequence, moved, self._victims(sequence, behind, siblings=True)):
+                return False
+        else:
             victims = self._victims(sequence, behind, siblings=False)
             if not self._make_room(sequence, sequence.pending, victims, headroom=self._running):
                 if reused:
@@ -126,6 +173,11 @@ class Scheduler:
             self._running -= 1
             last.state = State.WAITING
         sequence.counters.reused += reused
+        if table.host:
+            swap_ins = table.restore()
+            sequence.counters.restored_blocks += sum(len(blocks) for _, blocks in swap_ins)
+            self._swap_ins += swap_ins
+            self._swapped.append(sequence.key)
         sequence.state = State.RUNNING
         self._running += 1
         return True
@@ -151,16 +203,33 @@ class Scheduler:
             yield from (s for s in holders if s.root == sequence.root)
 
     def _reclaim(self, victim: Sequence) -> None:
-        """Give up a sequence's KV; it is recomputed from its tokens when it runs again."""
-        victim.table.release()
+        """Give up a sequence's KV, to be recomputed from its tokens; a waiting one's may go to host memory instead."""
         if victim.state is State.PAUSED:
-            victim.counters.dropped += 1
+            if not (self._worth_moving(victim) and self._offload(victim, 0)):
+                victim.table.release()
+                victim.counters.dropped += 1
             return
+        victim.table.release()
         self._pressed = True
         victim.counters.preemptions += 1
         if victim.state is State.RUNNING:
             self._running -= 1
             victim.state = State.WAITING
+
+    def _worth_moving(self, sequence: Sequence) -> bool:
+        if self.wait_policy == "auto" and self.costs is not None:
+            return self.costs.offload_is_cheaper(len(sequence.table.blocks), sequence.table.length)
+        return self.wait_policy == "offload"
+
+    def _offload(self, sequence: Sequence, first: int) -> bool:
+        """Move a paused sequence's blocks from index ``first`` on; False if host memory has no room for them."""
+        swap_out = sequence.table.offload(first)
+        if swap_out is None:
+            return False
+        sequence.counters.offloaded_blocks += len(swap_out[1])
+        self._swap_outs.append(swap_out)
+        self._swapped.append(sequence.key)
+        return True
 
     def _remove(self, sequence: Sequence) -> None:
         if sequence.state is State.RUNNING:

@@ -42,7 +42,9 @@ class Counters:
     forked_blocks: int = 0
     copied_blocks: int = 0
     preemptions: int = 0
-    dropped: int = 0  # times its KV was given up while it was paused
+    dropped: int = 0  # times memory ran out and its KV was given up while it was paused
+    offloaded_blocks: int = 0  # blocks moved to host memory
+    restored_blocks: int = 0  # blocks brought back from there
 
 
 @dataclass(slots=True, eq=False)

@@ -1,11 +1,12 @@
 """The KV tensors: one K and one V pool per layer, addressed by the block ids of ``BlockPool``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from rrm_kernels.reference import copy_blocks
 
+from rrm_engine.kv.host import HostCopy
 from rrm_engine.kv.table import BlockCopy
 
 
@@ -36,6 +37,7 @@ class KVCache:
         self.block_size = block_size
         self.shapes: dict[int, LayerShape] = {}
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # for transfers to the host
         for index, shape in (shapes or {}).items():
             self._create(index, shape)
 
@@ -53,6 +55,33 @@ class KVCache:
             for pool in pools:
                 copy_blocks(pool, sources.to(pool.device), destinations.to(pool.device))
 
+    def swap_out(self, copy: HostCopy, blocks: Sequence[int]) -> None:
+        """Read ``blocks`` into host memory; on CUDA the transfer goes on beside the steps that follow."""
+        copy.payload = {
+            index: [self._to_host(pool.index_select(0, _index(blocks, pool))) for pool in pools]
+            for index, pools in self._layers.items()
+        }
+
+    def swap_in(self, copy: HostCopy, blocks: Sequence[int]) -> None:
+        """Write what ``swap_out`` read into ``blocks``, as far as they go."""
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+        for index, pools in self._layers.items():
+            for pool, rows in zip(pools, copy.payload[index], strict=True):
+                pool.index_copy_(0, _index(blocks, pool), rows[: len(blocks)].to(pool.device, non_blocking=True))
+        copy.payload = None
+
+    def _to_host(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.device.type != "cuda":
+            return rows
+        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        stream = self._streams.setdefault(rows.device, torch.cuda.Stream(rows.device))
+        stream.wait_stream(torch.cuda.current_stream(rows.device))
+        with torch.cuda.stream(stream):
+            host.copy_(rows, non_blocking=True)
+        rows.record_stream(stream)
+        return host
+
     def _create(self, index: int, shape: LayerShape) -> None:
         # Zeros, not empty: the null block and unwritten slots are read under a mask, and NaN * 0 is NaN.
         rows = (self.num_blocks + 1, self.block_size, shape.kv_heads)
@@ -60,6 +89,10 @@ class KVCache:
         value = torch.zeros(*rows, shape.value_width, dtype=shape.dtype, device=shape.device)
         self.shapes[index] = shape
         self._layers[index] = (key, value)
+
+
+def _index(blocks: Sequence[int], pool: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(blocks, dtype=torch.int64, device=pool.device)
 
 
 def bytes_per_block(shapes: Mapping[int, LayerShape], block_size: int) -> int:

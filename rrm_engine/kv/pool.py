@@ -73,15 +73,18 @@ class BlockPool:
         self._refs[block] += 1
         self.peak_used = max(self.peak_used, self.num_used)
 
-    def release(self, block: int) -> None:
+    def release(self, block: int, keep_cached: bool = True) -> None:
+        """One reference less; the last one leaves a cached block evictable, or free if not ``keep_cached``."""
         if self._refs[block] < 1:
             raise ValueError(f"block {block} is released more often than it was taken")
         self._refs[block] -= 1
         if self._refs[block] == 0:
-            if block in self._key_of:
+            if block in self._key_of and keep_cached:
                 self._evictable[block] = None
-            else:
-                self._free.append(block)
+                return
+            if block in self._key_of:
+                self._forget(block)
+            self._free.append(block)
 
     def writable(self, block: int) -> bool:
         """Whether the holder of ``block`` may write it in place; takes it out of the prefix cache if so."""

@@ -2,16 +2,22 @@
 
 from collections.abc import Sequence
 
+from rrm_engine.kv.host import HostCopy, HostSpace, SwapIn, SwapOut
 from rrm_engine.kv.pool import ROOT_UID, BlockPool, OutOfBlocks
 
 BlockCopy = tuple[int, int]  # (source block, destination block), to be done before the next write
 
 
 class BlockTable:
-    def __init__(self, pool: BlockPool) -> None:
+    """``blocks`` hold the KV of the first ``length`` tokens, ``host`` that of the tokens behind them."""
+
+    def __init__(self, pool: BlockPool, space: HostSpace | None = None) -> None:
         self.pool = pool
+        self.space = space or HostSpace()
         self.blocks: list[int] = []
-        self.length = 0  # tokens whose KV is stored
+        self.length = 0  # tokens whose KV is in ``blocks``
+        self.stored = 0  # those in host memory included
+        self.host: list[HostCopy] = []
         self._uids: list[int] = []  # of the leading full blocks that were offered to the prefix cache
 
     def blocks_needed(self, count: int) -> int:
@@ -27,6 +33,8 @@ class BlockTable:
         Returns the copies to do before anything is written. Raises OutOfBlocks before changing anything.
         """
         pool, size = self.pool, self.pool.block_size
+        if self.host:
+            raise ValueError("what is in host memory comes back before more is appended")
         needed = self.blocks_needed(count)
         if needed > pool.num_free:
             raise OutOfBlocks(f"{needed} blocks needed, {pool.num_free} free")
@@ -39,6 +47,7 @@ class BlockTable:
                 pool.release(tail)
                 self.blocks[-1] = own
         self.length += count
+        self.stored = self.length
         while len(self.blocks) * size < self.length:
             self.blocks.append(pool.allocate())
         return copies
@@ -50,7 +59,7 @@ class BlockTable:
 
     def reuse(self, tokens: Sequence[int]) -> int:
         """Fill an empty table from the prefix cache; returns the number of tokens whose KV it now has."""
-        if self.blocks:
+        if self.blocks or self.host:
             raise ValueError("only an empty table can start from the prefix cache")
         if not self.pool.prefix_cache:
             return 0
@@ -59,7 +68,7 @@ class BlockTable:
             self.pool.share(block)
         self.blocks = blocks
         self._uids = [self.pool.uid(block) for block in blocks]
-        self.length = len(blocks) * self.pool.block_size
+        self.length = self.stored = len(blocks) * self.pool.block_size
         return self.length
 
     def register(self, tokens: Sequence[int]) -> None:
@@ -76,25 +85,73 @@ class BlockTable:
         """A table over the first ``length`` tokens that shares every block, the partial tail included."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot fork {length} of {self.length} tokens")
-        child = BlockTable(self.pool)
+        child = BlockTable(self.pool, self.space)
         child.blocks = self.blocks[: -(-length // self.pool.block_size)]
         for block in child.blocks:
             self.pool.share(block)
-        child.length = length
+        child.length = child.stored = length
         child._uids = self._uids[: length // self.pool.block_size]
         return child
 
     def truncate(self, length: int) -> None:
         """Forget the KV behind ``length`` tokens."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot truncate {self.length} tokens to {length}")
-        keep = -(-length // self.pool.block_size)
-        for block in reversed(self.blocks[keep:]):
-            self.pool.release(block)
-        del self.blocks[keep:]
-        self.length = length
-        del self._uids[length // self.pool.block_size :]
+        if not 0 <= length <= self.stored:
+            raise ValueError(f"cannot truncate {self.stored} tokens to {length}")
+        self._cut(length, keep_cached=True)
 
     def release(self) -> None:
         """Give all blocks back, the tail first, so that the prefix cache evicts ends before beginnings."""
-        self.truncate(0)
+        self._cut(0, keep_cached=True)
+
+    def discard(self) -> None:
+        """Give all blocks back; what nobody else holds is not to be found in the prefix cache any more."""
+        self._cut(0, keep_cached=False)
+
+    @property
+    def first_own(self) -> int:
+        """Index of the first block that no other table holds, and none behind it."""
+        first = len(self.blocks)
+        while first and self.pool.refs(self.blocks[first - 1]) == 1:
+            first -= 1
+        return first
+
+    def offload(self, first: int) -> SwapOut | None:
+        """Move the blocks from index ``first`` on to host memory; None, and nothing changed, if that has no room."""
+        count = len(self.blocks) - first
+        if count < 1 or not self.space.take(count):
+            return None
+        copy = HostCopy(count)
+        blocks, stored = tuple(self.blocks[first:]), self.stored
+        behind, self.host = self.host, []
+        self._cut(first * self.pool.block_size, keep_cached=False)
+        self.host, self.stored = [copy, *behind], stored
+        return copy, blocks
+
+    def restore(self) -> list[SwapIn]:
+        """Take blocks for everything in host memory. Raises OutOfBlocks before changing anything."""
+        needed = sum(copy.count for copy in self.host)
+        if needed > self.pool.num_free:
+            raise OutOfBlocks(f"{needed} blocks needed, {self.pool.num_free} free")
+        swaps = []
+        for copy in self.host:
+            blocks = tuple(self.pool.allocate() for _ in range(copy.count))
+            self.blocks += blocks
+            swaps.append((copy, blocks))
+        self.space.give(needed)
+        self.host, self.length = [], self.stored
+        return swaps
+
+    def _cut(self, length: int, keep_cached: bool) -> None:
+        size = self.pool.block_size
+        blocks = -(-length // size)
+        while self.host and blocks < len(self.blocks) + sum(copy.count for copy in self.host):
+            self.space.give(1)
+            self.host[-1].count -= 1
+            if not self.host[-1].count:
+                self.host.pop()
+        for block in reversed(self.blocks[blocks:]):
+            self.pool.release(block, keep_cached)
+        del self.blocks[blocks:]
+        self.length = min(self.length, length)
+        self.stored = length
+        del self._uids[length // size :]

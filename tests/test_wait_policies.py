@@ -1,0 +1,265 @@
+"""What becomes of a waiting sequence's KV is a policy; its tokens are the same under every one of them."""
+
+from typing import Any, get_args
+
+import pytest
+from lives import Life, prompt, submitted
+from oracle import engine_for, plain_model, prepared
+from test_engine_oracle import GREEDY, Script, mistakes
+from test_engine_oracle import prompt as tokens
+
+from rrm_engine.engine.costs import measure_swap_costs
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.scheduler import WaitPolicy
+from rrm_engine.engine.sequence import Sequence
+from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.host import HostCopy, HostSpace, SwapCosts
+from rrm_engine.kv.pool import BlockPool
+from rrm_engine.kv.table import BlockTable
+
+POLICIES = get_args(WaitPolicy)
+CHEAP_COPIES, DEAR_COPIES = SwapCosts(1e-6, 1e-3), SwapCosts(1e-3, 1e-6)
+
+
+def waiting_parent(life: Life, length: int = 10) -> Sequence:
+    """A sequence of ``length`` tokens that waits; the KV of all but its last token exists or existed."""
+    parent = submitted(life.submit(prompt(length - 1), 1))
+    life.drain()
+    life.engine.wait(parent)
+    life.check()
+    return parent
+
+
+def resumed(life: Life, parent: Sequence) -> int:
+    """Tokens prefilled to go on with three more."""
+    before = parent.counters.prefilled
+    life.resume(parent, prompt(3, 1), 2)
+    life.drain()
+    return parent.counters.prefilled - before
+
+
+@pytest.mark.parametrize(
+    ("policy", "prefix_cache", "held", "prefilled"),
+    [
+        ("pin", True, 3, 3),
+        ("pin", False, 3, 3),
+        ("auto", True, 3, 3),
+        ("offload", True, 0, 3),
+        ("offload", False, 0, 3),
+        ("drop", True, 0, 12),
+        ("drop", False, 0, 12),
+        ("lru", True, 0, 4),  # two full blocks of four are found again
+        ("lru", False, 0, 12),
+    ],
+)
+def test_what_a_policy_holds_and_what_it_computes_again(
+    policy: WaitPolicy, prefix_cache: bool, held: int, prefilled: int
+) -> None:
+    """The parent's last token was sampled and not run before it waited: it never counts as prefilled."""
+    life = Life(12, 4, 40, prefix_cache=prefix_cache, wait_policy=policy, host_blocks=12)
+    parent = waiting_parent(life)
+    assert life.engine.pool.num_used == held
+    assert life.engine.space.num_used == (3 if policy == "offload" else 0)
+    assert resumed(life, parent) == prefilled
+    life.end()
+
+
+def test_blocks_that_others_hold_stay_where_they_are() -> None:
+    """A fork shares its parent's blocks: offloading the parent moves only what is its own."""
+    life = Life(12, 4, 40, wait_policy="offload", host_blocks=12)
+    parent = submitted(life.submit(prompt(9), 4))
+    life.drain()
+    child = submitted(life.submit([*parent.tokens[:9], 1], 3, depth=1, fork_of=(parent, 8)))
+    life.engine.wait(parent)
+    assert (len(parent.table.blocks), parent.table.host[0].count) == (2, 1)
+    life.drain()
+    assert resumed(life, parent) == 3
+    assert parent.table.blocks[:2] == child.table.blocks[:2]
+    life.end()
+
+
+def test_a_resume_that_arrives_while_its_parent_is_being_offloaded() -> None:
+    """No step lies between wait and resume: the blocks go out and come back in one."""
+    life = Life(12, 4, 40, wait_policy="offload", host_blocks=12)
+    parent = waiting_parent(life)
+    life.resume(parent, prompt(3, 1), 2)
+    assert parent.counters.restored_blocks == 0
+    life.step()
+    assert life._plan is not None
+    assert (len(life._plan.swap_outs), len(life._plan.swap_ins)) == (1, 1)
+    assert life._plan.swap_outs[0][0] is life._plan.swap_ins[0][0]
+    life.end()
+
+
+def test_a_parent_may_forget_its_end_while_it_is_offloaded() -> None:
+    life = Life(12, 4, 40, wait_policy="offload", host_blocks=12)
+    parent = waiting_parent(life, 10)
+    life.engine.truncate(parent, 5)
+    assert (life.engine.space.num_used, parent.table.stored) == (2, 5)
+    assert resumed(life, parent) == 3
+    life.end()
+
+
+def test_without_room_in_host_memory_a_parent_stays_pinned() -> None:
+    life = Life(12, 4, 40, wait_policy="offload", host_blocks=2)
+    parent = waiting_parent(life)
+    assert (life.engine.pool.num_used, parent.counters.offloaded_blocks) == (3, 0)
+    assert resumed(life, parent) == 3
+    life.end()
+
+
+@pytest.mark.parametrize(
+    ("costs", "host_blocks", "moved", "prefilled"),
+    [(CHEAP_COPIES, 20, 3, 3), (DEAR_COPIES, 20, 0, 12), (CHEAP_COPIES, 2, 0, 12), (None, 20, 0, 12)],
+)
+def test_auto_moves_or_drops_by_cost_once_memory_runs_out(
+    costs: SwapCosts | None, host_blocks: int, moved: int, prefilled: int
+) -> None:
+    life = Life(10, 4, 40, prefix_cache=False, wait_policy="auto", host_blocks=host_blocks, costs=costs)
+    parent = waiting_parent(life)
+    assert parent.counters.offloaded_blocks == 0
+    child = submitted(life.submit(prompt(30, 2), 4, depth=1))
+    life.drain()
+    assert (parent.counters.offloaded_blocks, parent.counters.dropped) == (moved, 0 if moved else 1)
+    life.finish(child)
+    assert resumed(life, parent) == prefilled
+    life.end()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_waiting_parents_that_fill_the_pool_under_every_policy(policy: WaitPolicy) -> None:
+    life = Life(8, 2, 16, wait_policy=policy, host_blocks=3, costs=CHEAP_COPIES)
+    parents = [submitted(life.submit(prompt(7, i), 1, root=i)) for i in range(2)]
+    life.drain()
+    for parent in parents:
+        life.engine.wait(parent)
+    children = [submitted(life.submit(prompt(9, 5 + i), 5, root=i, depth=1)) for i in range(2)]
+    life.drain()
+    for child, parent in zip(children, parents, strict=True):
+        life.finish(child)
+        life.resume(parent, prompt(3), 4)
+    life.drain()
+    assert all(len(p.tokens) == 8 + 3 + 4 for p in parents)
+    life.end()
+
+
+def test_a_table_in_host_memory_comes_back_before_it_grows() -> None:
+    table = BlockTable(BlockPool(4, 2), HostSpace(4))
+    table.append(3)
+    assert table.offload(0) is not None
+    with pytest.raises(ValueError, match="comes back"):
+        table.append(1)
+
+
+# real forwards
+
+
+def waiting_graph(engine: Engine) -> Script:
+    """A root that forks, waits twice, beside another root and children; nothing is shared but by design."""
+    script = Script(engine)
+    root = script.submit("root", tokens(1, 37), 9)
+    other = script.submit("other", tokens(2, 5), 30, root=1)
+    script.run(until=12)
+    at = len(root.tokens)
+    forked = script.submit("root.a", [*root.tokens, *tokens(3, 6)], 20, depth=1, fork_of=(root, at))
+    engine.pause(root)
+    engine.wait(root)
+    script.run()
+    fresh = script.submit("root.b", tokens(1, 24) + tokens(4, 9), 15, depth=1)
+    engine.wait(forked)
+    script.run()
+    script.resume(root, tokens(5, 30), 8)
+    script.run()
+    engine.wait(root)
+    script.resume(forked, tokens(8, 5), 4)
+    script.run()
+    script.resume(root, tokens(7, 3), 7)
+    script.run()
+    script.finish(root, other, forked, fresh)
+    return script
+
+
+def policy_engine(model: Any, policy: WaitPolicy, blocks: int = 200, **changes: Any) -> Engine:
+    engine = engine_for(model, blocks, wait_policy=policy, host_blocks=blocks, **changes)
+    if policy == "auto":
+        engine.scheduler.costs = CHEAP_COPIES
+    return engine
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_tokens_equal_plain_transformers_under_every_policy(
+    family: str, policy: WaitPolicy, prefix_cache: bool
+) -> None:
+    plain = plain_model(family)
+    model = prepared(plain)
+    for blocks in (200, 30):
+        engine = policy_engine(model, policy, blocks, max_sequence_tokens=110, prefix_cache=prefix_cache)
+        script = waiting_graph(engine)
+        assert mistakes(plain, script) == {}
+        assert engine.pool.num_used == engine.space.num_used == 0
+
+
+def test_policies_did_what_they_are_named_after() -> None:
+    """The exactness above would mean nothing if no block had moved."""
+    model = prepared(plain_model("qwen3"))
+    counts = {}
+    for policy in POLICIES:
+        engine = policy_engine(model, policy, prefix_cache=False)
+        script = Script(engine)
+        root = script.submit("root", tokens(1, 37), 9)
+        script.run()
+        engine.wait(root)
+        script.resume(root, tokens(5, 10), 5)
+        script.run()
+        counts[policy] = (root.counters.prefilled, root.counters.restored_blocks)
+    whole = 37 + 8 + 10  # the last of nine sampled tokens was never run before
+    assert counts == {
+        "pin": (47, 0),
+        "auto": (47, 0),
+        "offload": (47, 12),
+        "drop": (37 + whole, 0),
+        "lru": (37 + whole, 0),
+    }
+
+
+def test_blocks_that_come_back_to_the_wrong_places_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control."""
+    swap_in = KVCache.swap_in
+
+    def one_place(self: KVCache, copy: HostCopy, blocks: Any) -> None:
+        swap_in(self, copy, [blocks[0]] * len(blocks))
+
+    monkeypatch.setattr(KVCache, "swap_in", one_place)
+    plain = plain_model("qwen3")
+    assert mistakes(plain, waiting_graph(policy_engine(prepared(plain), "offload")))
+
+
+def test_blocks_that_are_read_too_late_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the copy to the host is made when it is needed again, after others wrote there."""
+    swap_in, read = KVCache.swap_in, KVCache.swap_out
+    sources: dict[int, Any] = {}
+
+    def late(self: KVCache, copy: HostCopy, blocks: Any) -> None:
+        read(self, copy, sources.pop(id(copy)))
+        swap_in(self, copy, blocks)
+
+    monkeypatch.setattr(KVCache, "swap_out", lambda self, copy, blocks: sources.update({id(copy): blocks}))
+    monkeypatch.setattr(KVCache, "swap_in", late)
+    plain = plain_model("qwen3")
+    engine = policy_engine(prepared(plain), "offload", 30, max_sequence_tokens=110)
+    assert mistakes(plain, waiting_graph(engine))
+
+
+def test_costs_are_measured_and_leave_no_trace() -> None:
+    engine = policy_engine(prepared(plain_model("qwen3")), "auto")
+    costs = measure_swap_costs(engine)
+    assert costs.copy_block_s > 0
+    assert costs.prefill_token_s > 0
+    assert (engine.steps, engine.pool.peak_used, engine.pool.num_used) == (0, 0, 0)
+    assert engine.pool.match([0] * 50) == []
+    engine.check()
+    engine.submit("root", tokens(1, 5), 2, GREEDY)
+    with pytest.raises(ValueError, match="before anything"):
+        measure_swap_costs(engine)
