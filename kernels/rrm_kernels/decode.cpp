@@ -3,80 +3,9 @@
 // Caches are [blocks, block_size, kv_heads, width]; query and out are [rows, heads, width]. Scores and sums are fp32
 // whatever the caches hold. Called through ctypes by native.py, which checks shapes.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "common.h"
 
 namespace {
-
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-
-inline float to_float(bf16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof out);
-    return out;
-}
-
-inline void store(float x, float* out) { *out = x; }
-
-inline void store(float x, bf16* out) {  // round to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    out->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-typedef float Lanes __attribute__((vector_size(64)));
-constexpr int64_t LANES = 16;
-
-inline Lanes load(const float* from) {
-    Lanes out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
-}
-
-inline Lanes load(const bf16* from) {
-    typedef uint16_t Narrow __attribute__((vector_size(32)));
-    typedef uint32_t Wide __attribute__((vector_size(64)));
-    Narrow bits;
-    std::memcpy(&bits, from, sizeof bits);
-    return (Lanes)(__builtin_convertvector(bits, Wide) << 16);
-}
-
-inline float sum(Lanes x) {
-    typedef float Half __attribute__((vector_size(32)));
-    typedef float Quarter __attribute__((vector_size(16)));
-    Half halves[2];
-    std::memcpy(halves, &x, sizeof x);
-    const Half half = halves[0] + halves[1];
-    Quarter quarters[2];
-    std::memcpy(quarters, &half, sizeof half);
-    const Quarter quarter = quarters[0] + quarters[1];
-    return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
-}
-
-// e^x for x <= 0, within 2e-7 relative: 2^floor times a polynomial for 2^fraction. Written out so that it vectorises.
-inline float exp_nonpositive(float x) {
-    const float y = std::max(x * 1.44269504f, -126.0f);
-    const float whole = std::floor(y), part = y - whole;
-    float p = 1.5353362e-4f;
-    p = p * part + 1.3398874e-3f;
-    p = p * part + 9.6184373e-3f;
-    p = p * part + 5.5503324e-2f;
-    p = p * part + 2.4022648e-1f;
-    p = p * part + 6.9314720e-1f;
-    p = p * part + 1.0f;
-    const int32_t scale_bits = (int32_t(whole) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &scale_bits, sizeof scale);
-    return p * scale;
-}
 
 struct Shape {
     int64_t rows, table_width, block_size, heads, kv_heads, key_width, value_width;

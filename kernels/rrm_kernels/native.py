@@ -1,44 +1,30 @@
-"""The compiled CPU kernel: decode attention that reads K and V in place instead of gathering them.
+"""The compiled CPU kernels behind Python: decode attention that reads K and V in place, and what lies between products.
 
-It is one C++ file without dependencies, compiled with the machine's own compiler on first use (about two seconds) and
-kept in the user's cache directory under a name made of its source, flags and processor. Where there is no compiler,
-``load_native`` raises NativeUnavailable and callers stay with the torch reference.
+Where they cannot be compiled, the loaders raise NativeUnavailable and callers stay with torch.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 
 from rrm_kernels import reference
+from rrm_kernels.build import NativeUnavailable, load_library
 from rrm_kernels.reference import DecodeGroup, PagedBatch
 
-COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-COMPILE += ["-ffp-contract=fast", "-mprefer-vector-width=512"]
+__all__ = ["NativeAttention", "NativeLayer", "NativeUnavailable", "load_native", "load_native_layer"]
+
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-class NativeUnavailable(RuntimeError):
-    """The kernel cannot be compiled or loaded here; the message says why."""
+POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class NativeAttention:
     """``paged_attention`` with the decoding rows done by the compiled kernel; same arguments, same result."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._decode = library.rrm_paged_decode
         self._decode.restype = None
-        self._decode.argtypes = [ctypes.c_int, *[pointer] * 7, *[number] * 7, real, real, number]
+        self._decode.argtypes = [ctypes.c_int, *[POINTER] * 7, *[NUMBER] * 7, REAL, REAL, NUMBER]
 
     def __call__(
         self,
@@ -97,46 +83,87 @@ class NativeAttention:
         )
 
 
+class NativeLayer:
+    """The row-wise parts of a decoder layer; fp32 or bf16, contiguous CPU tensors, rounded where transformers rounds.
+
+    Nothing is checked here: ``rrm_engine.models.lean`` calls it with what it has allocated itself.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._norm, self._silu, self._rope = library.rrm_norm, library.rrm_silu_mul, library.rrm_rope_store
+        for function in (self._norm, self._silu, self._rope):
+            function.restype = None
+        self._norm.argtypes = [ctypes.c_int, *[POINTER] * 4, NUMBER, NUMBER, REAL]
+        self._silu.argtypes = [ctypes.c_int, *[POINTER] * 2, NUMBER, NUMBER]
+        self._rope.argtypes = [ctypes.c_int, *[POINTER] * 10, *[NUMBER] * 5, REAL]
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+        """``out = rms_norm(x) * weight``; ``x`` and ``out`` ``[rows, width]``."""
+        rows, width = x.shape
+        is_bf16 = x.dtype == torch.bfloat16
+        self._norm(is_bf16, x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), rows, width, eps)
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        """``residual += x``, then ``out = rms_norm(residual) * weight``; all ``[rows, width]``."""
+        rows, width = x.shape
+        is_bf16, to = x.dtype == torch.bfloat16, residual.data_ptr()
+        self._norm(is_bf16, x.data_ptr(), to, weight.data_ptr(), out.data_ptr(), rows, width, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+        """``out = silu(gate) * up``; ``gate_up`` ``[rows, 2 * width]``, ``out`` ``[rows, width]``."""
+        rows, width = out.shape
+        self._silu(out.dtype == torch.bfloat16, gate_up.data_ptr(), out.data_ptr(), rows, width)
+
+    def rope_store(
+        self,
+        qkv: torch.Tensor,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+    ) -> None:
+        """Rotate queries into ``query`` and store rotated keys, and values, at ``slots`` of the caches.
+
+        ``qkv`` ``[rows, (heads + 2 * kv heads) * width]``, ``query`` ``[rows, heads, width]``; ``norms``: the weights
+        ``[width]`` of a per-head RMS norm of queries and of keys; ``tables``: cos and sin, fp32
+        ``[positions, rotary / 2]``; ``positions`` and ``slots`` int64 ``[rows]``.
+        """
+        rows, heads, width = query.shape
+        cos, sin = tables
+        self._rope(
+            qkv.dtype == torch.bfloat16,
+            qkv.data_ptr(),
+            None if norms is None else norms[0].data_ptr(),
+            None if norms is None else norms[1].data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            positions.data_ptr(),
+            slots.data_ptr(),
+            query.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            rows,
+            heads,
+            key_cache.shape[2],
+            width,
+            2 * cos.shape[1],
+            eps,
+        )
+
+
 @cache
 def load_native() -> NativeAttention:
-    """The kernel, compiled if it has not been yet. Raises NativeUnavailable with the reason."""
-    source = files("rrm_kernels").joinpath("decode.cpp").read_text()
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise NativeUnavailable("no C++ compiler found (install g++, or name one in CXX)")
-    key = hashlib.sha256(repr((source, COMPILE, compiler, _processor(), sys.platform)).encode()).hexdigest()[:16]
-    library = _cache_folder() / f"decode-{key}.so"
-    try:
-        if not library.exists():
-            _compile(compiler, source, library)
-        return NativeAttention(ctypes.CDLL(str(library)))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise NativeUnavailable(f"{compiler} could not build it: {detail[0] if detail else error}") from error
+    """Decode attention. Raises NativeUnavailable with the reason."""
+    return NativeAttention(load_library())
 
 
-def _compile(compiler: str, source: str, library: Path) -> None:
-    """Build beside the target and rename, so that two processes never see half a file."""
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        cpp, built = Path(folder, "decode.cpp"), Path(folder, "decode.so")
-        cpp.write_text(source)
-        # torch's own OpenMP runtime where it has one: two of them would fight over the cores.
-        runtime = [str(p) for p in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))][:1]
-        command = [compiler, *COMPILE, "-shared", "-o", str(built), str(cpp), *runtime]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        built.replace(library)
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "rrm_engine"
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line for line in lines if line.startswith("flags")), "") + platform.machine()
+@cache
+def load_native_layer() -> NativeLayer:
+    """What lies between a layer's products. Raises NativeUnavailable with the reason."""
+    return NativeLayer(load_library())

@@ -5,10 +5,13 @@ first one query token for each decoding sequence, then the prefill chunks one af
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from rrm_kernels.metadata import RaggedMetadata
 
 
 @dataclass(slots=True)
@@ -41,11 +44,15 @@ class PrefillChunk:
 
 @dataclass(slots=True)
 class PagedBatch:
-    """Where the packed tokens' KV goes (``slots`` int64 ``[tokens]``) and what each of them attends to."""
+    """Where the packed tokens' KV goes (``slots`` int64 ``[tokens]``) and what each of them attends to.
+
+    ``ragged`` is the same for the Triton kernels; their backend makes it from the rest if nobody has.
+    """
 
     slots: torch.Tensor
     groups: list[DecodeGroup]
     chunks: list[PrefillChunk]
+    ragged: "RaggedMetadata | None" = None
 
 
 class PagedAttention(Protocol):

@@ -1,11 +1,12 @@
 """The attention function transformers calls for every layer: store the new KV, attend over the blocks."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rrm_kernels.native import NativeUnavailable, load_native
 from rrm_kernels.reference import PagedAttention, PagedBatch, paged_attention, store_kv
+from rrm_kernels.triton_attention import TritonUnavailable, load_triton
 from transformers import AttentionInterface
 
 from rrm_engine.kv.cache import KVCache
@@ -20,6 +21,36 @@ class PagedForward:
     cache: KVCache
     batch: PagedBatch
     attend: PagedAttention
+
+
+class Forward(Protocol):
+    """A model as the runner calls it: packed ``token_ids`` and ``positions`` int64 ``[tokens]``.
+
+    Returns the logits ``[rows, vocabulary]`` of the rows ``sampled`` int64 ``[rows]``.
+    """
+
+    def __call__(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, paged: PagedForward
+    ) -> torch.Tensor: ...
+
+
+def transformers_forward(model: Any) -> Forward:
+    """A causal LM of transformers, whose attention is ours, as a ``Forward``."""
+
+    def forward(
+        token_ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, paged: PagedForward
+    ) -> torch.Tensor:
+        out = model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=sampled,
+            rrm_forward=paged,
+        )
+        logits: torch.Tensor = out.logits[0]
+        return logits
+
+    return forward
 
 
 def paged_attention_forward(
@@ -61,19 +92,23 @@ def paged_attention_forward(
 
 
 def choose_attention(name: str, device: torch.device) -> tuple[str, PagedAttention]:
-    """The attention backend ``auto``, ``native`` or ``sdpa``, and what it turned out to be, in words.
+    """The attention backend ``auto``, ``native``, ``triton`` or ``sdpa``, and what it turned out to be, in words.
 
-    ``auto`` is the compiled kernel on CPU where it can be had, else the torch reference. Raises ValueError if
-    ``native`` is asked for and cannot be had.
+    ``auto`` is the compiled kernel on CPU and Triton's on CUDA where it can be had, else the torch reference. Raises
+    ValueError if a backend is asked for by name and cannot be had.
     """
-    why = f"it runs on CPU only, not on {device}"
-    if name != "sdpa" and device.type == "cpu":
-        try:
+    wanted = {"cpu": "native", "cuda": "triton"}.get(device.type) if name == "auto" else name
+    try:
+        if wanted == "native" and device.type != "cpu":
+            raise NativeUnavailable(f"it runs on CPU only, not on {device}")
+        if wanted == "native":
             return "compiled CPU kernel", load_native()
-        except NativeUnavailable as error:
-            why = str(error)
-    if name == "native":
-        raise ValueError(f"--attention native: {why}; --attention sdpa works everywhere")
+        if wanted == "triton":
+            kernels = load_triton(device)
+            return kernels.name, kernels
+    except (NativeUnavailable, TritonUnavailable) as error:
+        if name != "auto":
+            raise ValueError(f"--attention {name}: {error}; --attention sdpa works everywhere") from error
     return "torch reference", paged_attention
 
 

@@ -1,0 +1,28 @@
+"""Moving keys that are already rotated: the torch reference of RoPE re-rotation."""
+
+import torch
+
+
+def rerotate(keys: torch.Tensor, delta: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    """Keys cached for some position, as they would be ``delta`` positions later (or earlier, if negative).
+
+    ``keys`` ``[tokens, heads, width]`` with half-split (NeoX) rotary layout in the first ``2 * len(inv_freq)`` of
+    ``width``, what lies behind is not rotated; ``delta`` int ``[tokens]``; ``inv_freq`` float ``[rotary / 2]``, the
+    model's own. Returns a new tensor of the same shape and dtype. Rotations add up, so no position is needed, and a
+    model's attention scaling of cos and sin, which the keys already carry, is left alone. Exact only where
+    ``inv_freq`` does not depend on the length (not longrope, not dynamic scaling). Raises ValueError if the rotary
+    part is wider than the keys.
+    """
+    half = inv_freq.shape[0]
+    if 2 * half > keys.shape[-1]:
+        raise ValueError(f"inv_freq rotates {2 * half} of the keys' {keys.shape[-1]} dimensions")
+    cos, sin = (table[:, None] for table in rotation(delta, inv_freq))
+    first, second, rest = keys.float().split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(keys.dtype)
+
+
+def rotation(delta: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, fp32 ``[tokens, rotary / 2]``: the same for every layer with these frequencies."""
+    # The angle in fp64: at 30,000 positions one unit in the last place of an fp32 angle is 0.002 radians.
+    angle = delta.double()[:, None] * inv_freq.double()
+    return angle.cos().float(), angle.sin().float()

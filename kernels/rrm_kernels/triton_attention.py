@@ -1,0 +1,91 @@
+"""``paged_attention`` on the Triton kernels: metadata and shared runs of a step, made once for all its layers.
+
+Importable without triton; ``load_triton`` says what is missing.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rrm_kernels.metadata import RaggedMetadata
+from rrm_kernels.reference import PagedBatch
+from rrm_kernels.sharing import SharingCost, find_shared_runs
+
+MAX_SHARED_QUERIES = 8  # a step with longer prefill chunks computes more than it reads; sharing would not help it
+
+
+class TritonUnavailable(RuntimeError):
+    """The kernels cannot run here; the message says what to install or to use."""
+
+
+class TritonAttention:
+    """As ``reference.paged_attention``. ``sharing`` decides where shared-prefix attention pays; None: never.
+
+    ``name`` says in words what it is.
+    """
+
+    def __init__(
+        self, kernel: Callable[..., torch.Tensor], sharing: SharingCost | None, name: str = "Triton kernels"
+    ) -> None:
+        self._kernel = kernel
+        self._sharing = sharing
+        self.name = name
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: PagedBatch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if batch.ragged is None:
+            batch.ragged = describe(batch, key_cache.shape[1], query.device, self._sharing)
+        query = query if query.stride(-1) == 1 else query.contiguous()
+        return self._kernel(query, key_cache, value_cache, batch.ragged, scale, window, softcap, sinks)
+
+
+def describe(
+    batch: PagedBatch, block_size: int, device: torch.device, sharing: SharingCost | None = None
+) -> RaggedMetadata:
+    """The metadata of a packed step. Reads the block tables back from the device, once a step."""
+    tables: list[npt.NDArray[np.integer]] = []
+    query_lens: list[int] = []
+    context_lens: list[int] = []
+    for group in batch.groups:
+        query_lens += [1] * (group.stop - group.start)
+        context_lens += group.lengths.tolist()
+        tables += list(group.tables.cpu().numpy())
+    for chunk in batch.chunks:
+        query_lens.append(chunk.stop - chunk.start)
+        context_lens.append(chunk.length)
+        tables.append(chunk.table.cpu().numpy())
+    tables = [table[: -(-length // block_size)] for table, length in zip(tables, context_lens, strict=True)]
+    plan = None
+    if sharing is not None and max(query_lens) <= MAX_SHARED_QUERIES:
+        seen = [context - queries for context, queries in zip(context_lens, query_lens, strict=True)]
+        plan = find_shared_runs(tables, seen, block_size, sharing)
+    return RaggedMetadata.of(query_lens, context_lens, tables, block_size, device, plan)
+
+
+def load_triton(device: torch.device, sharing: SharingCost | None = None) -> TritonAttention:
+    """The kernels for ``device``; shared runs by the estimated ``SharingCost`` if none is given.
+
+    Raises TritonUnavailable with the reason.
+    """
+    try:
+        from rrm_kernels.ragged import ragged_attention
+        from rrm_kernels.tile import INTERPRETED
+    except ImportError as error:
+        raise TritonUnavailable(f"triton cannot be imported ({error}); pip install triton") from error
+    if device.type != "cuda" and not INTERPRETED:
+        raise TritonUnavailable(
+            f"its kernels run on CUDA, not on {device} (unless TRITON_INTERPRET=1 is set, for the slow interpreter)"
+        )
+    name = "Triton kernels, interpreted" if INTERPRETED else "Triton kernels"
+    return TritonAttention(ragged_attention, sharing or SharingCost(), name)

@@ -1,0 +1,103 @@
+"""The engine on the Triton kernels: greedy tokens in fp32 equal plain transformers, shared runs included."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import engine_for, plain_model, prepared, prompt
+from rrm_kernels.sharing import SharingCost
+from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, load_triton
+from test_engine_oracle import Script, mistakes
+
+from rrm_engine.models.attention import choose_attention
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
+from rrm_kernels import ragged, tile
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(not tile.INTERPRETED, reason="TRITON_INTERPRET=0: this test's models are on CPU")
+
+
+class Spy:
+    """The kernel, with a count of the pieces of shared runs that its calls were given."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.pieces = 0
+
+    def __call__(self, query: Any, key_cache: Any, value_cache: Any, metadata: Any, *options: Any) -> torch.Tensor:
+        self.calls += 1
+        self.pieces += metadata.capacity.pieces
+        return ragged.ragged_attention(query, key_cache, value_cache, metadata, *options)
+
+
+def short_graph(plain: Any, attend: TritonAttention) -> Script:
+    """A root that forks in mid-block, waits and resumes, beside two children."""
+    model = prepared(plain, "sdpa")
+    model.attend = attend
+    script = Script(engine_for(model))
+    root = script.submit("root", prompt(1, 22), 3)
+    script.run()
+    forks = [
+        script.submit(f"root.{i}", [*root.tokens, *prompt(3 + i, 2)], 4, depth=1, fork_of=(root, len(root.tokens)))
+        for i in range(2)
+    ]
+    script.run()
+    script.resume(root, prompt(5, 5), 3)
+    script.run()
+    script.finish(root, *forks)
+    return script
+
+
+@interpreted
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3"])  # windows, soft-cap, sinks, widths
+def test_tokens_equal_plain_transformers(family: str) -> None:
+    plain = plain_model(family)
+    spy = Spy()
+    script = short_graph(plain, TritonAttention(spy, SharingCost(member=0, crossover=0)))
+    assert mistakes(plain, script) == {}
+    assert spy.calls > 0
+    assert spy.pieces > 0  # the two children read their parent's blocks once
+
+
+@interpreted
+def test_a_broken_shared_run_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: without the shared keys the tokens are others."""
+    plain = plain_model("qwen3")
+    monkeypatch.setattr(ragged, "attend_shared", lambda *_: None)
+    script = short_graph(plain, TritonAttention(ragged.ragged_attention, SharingCost(member=0, crossover=0)))
+    assert mistakes(plain, script) != {}
+
+
+@interpreted
+def test_by_default_nothing_so_short_is_shared() -> None:
+    spy = Spy()
+    attend = load_triton(CPU)
+    attend._kernel = spy
+    short_graph(plain_model("llama", num_hidden_layers=1), attend)
+    assert spy.calls > 0
+    assert spy.pieces == 0
+
+
+@interpreted
+def test_chosen_by_name_it_passes_the_check_at_load() -> None:
+    model = prepared(plain_model("qwen3", num_hidden_layers=1), "triton")
+    assert model.attention == "Triton kernels, interpreted"
+    assert isinstance(model.attend, TritonAttention)
+    assert model.probe_error < 1e-4
+
+
+def test_where_it_cannot_run_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile, "INTERPRETED", False)
+    with pytest.raises(TritonUnavailable, match="on CUDA, not on cpu"):
+        load_triton(CPU)
+    with pytest.raises(ValueError, match=r"--attention triton: .*; --attention sdpa works everywhere"):
+        choose_attention("triton", CPU)
+    assert not isinstance(choose_attention("auto", CPU)[1], TritonAttention)
+
+
+def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "rrm_kernels.ragged", None)
+    with pytest.raises(TritonUnavailable, match="pip install triton"):
+        load_triton(torch.device("cuda"))
+    assert choose_attention("auto", torch.device("cuda"))[0] == "torch reference"
