@@ -37,7 +37,7 @@ def ours(model_name: str, dtype: str, device: str, longest: int, most: int) -> R
     model = load_model(model_name, dtype, device)
     blocks = most * -(-longest // 16) + 1
     cache = KVCache(blocks, 16, model.shapes)
-    runner = ModelRunner(model.model, cache, model.device, model.attend)
+    runner = ModelRunner(model.forward, cache, model.device, model.attend)
 
     def run(prompts: list[list[int]], count: int) -> None:
         pool = BlockPool(blocks, 16, prefix_cache=False)

@@ -30,8 +30,8 @@ class RunConfig:
     attention: str = setting(
         "auto",
         "model",
-        "native: compiled CPU kernel; sdpa: torch reference, any device; auto: native where it can be had",
-        choices=("auto", "native", "sdpa"),
+        "native: compiled, CPU; triton: CUDA; sdpa: torch reference, any device; auto: the device's own, else sdpa",
+        choices=("auto", "native", "triton", "sdpa"),
     )
     prompt_style: str = setting("auto", "model", "a packaged style's name or a TOML file; auto: by model")
 
@@ -94,6 +94,17 @@ class RunConfig:
         None, "memory", "room for offloaded blocks in host memory; default: as many as in the pool, if they fit"
     )
     prefix_cache: bool = setting(True, "memory", "reuse equal prompt prefixes across sequences")
+    join: str = setting(
+        "text",
+        "memory",
+        "how conclusions reach their parent: text, prefilled; splice attaches the KV of the conclusion's tokens, "
+        "transcript that of the child's whole answer, both an approximation",
+        choices=("text", "splice", "transcript"),
+    )
+    boundary_tokens: int = setting(0, "memory", "first tokens of every attached span that are computed again")
+    splice_report: bool = setting(
+        True, "memory", "measure each splice against the text: KL divergence and agreement of the next token"
+    )
 
     def __post_init__(self) -> None:
         checks = [
@@ -114,7 +125,8 @@ class RunConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name.endswith(("_max_tokens", "kv_blocks", "_tokens")) and value is not None:
-                checks.append((value >= 1, f"--{f.name.replace('_', '-')} must be at least 1"))
+                least = 0 if f.name == "boundary_tokens" else 1
+                checks.append((value >= least, f"--{f.name.replace('_', '-')} must be at least {least}"))
             if choices := f.metadata.get("choices"):
                 checks.append((value in choices, f"--{f.name.replace('_', '-')} takes {', '.join(choices)}"))
         for ok, message in checks:

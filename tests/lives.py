@@ -3,9 +3,11 @@
 The engine is the real one; its model is a memory in which a slot holds the whole token history its KV would have
 been made from. Each step is packed as for a model, and every packed query must find, over the block table it is
 given, exactly the tokens of its own sequence. That covers copies, preemption and reuse of blocks within one step.
+Where a span was attached it must find the histories of the sequence the span was taken from, moved to that place.
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,16 +16,19 @@ import torch
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import pack
 from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.engine.scheduler import SchedulerOutput, WaitPolicy, Work
+from rrm_engine.engine.scheduler import SchedulerOutput, Splice, WaitPolicy, Work
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.host import SwapCosts
 from rrm_engine.kv.pool import BlockPool
+from rrm_engine.kv.span import Span
 
 GREEDY = SamplingParams()
 CPU = torch.device("cpu")
 EOS = 2
 VOCABULARY = 3  # few tokens, so that prefixes meet
 History = tuple[int, ...]
+Moved = tuple[History, int]  # attached KV: the history it was made from, and the position it was moved to
+Content = History | Moved | None
 
 
 class Memory:
@@ -31,8 +36,10 @@ class Memory:
 
     def __init__(self, blocks: int, size: int) -> None:
         self.size = size
-        self.slots: list[History | None] = [None] * ((blocks + 1) * size)
+        self.slots: list[Content] = [None] * ((blocks + 1) * size)
         self.copied = 0
+        self.kept: dict[Span, list[History]] = {}  # what each span was taken from
+        self.moved: dict[str, dict[int, Moved]] = {}  # by sequence: what it may read where instead of its own
 
     def run(self, step: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
         for copy, blocks in step.swap_outs:
@@ -40,6 +47,7 @@ class Memory:
         for copy, blocks in step.swap_ins:
             self.write(blocks, copy.payload[: len(blocks)])
         self.copy(step.copies)
+        self.splice(step.splices)
         packed = pack(step.work, self.size, CPU)
         owners = self.rows(step)
         assert packed.positions.tolist() == [position for _, position in owners]
@@ -66,10 +74,25 @@ class Memory:
         self.write([destination for _, destination in copies], self.read([source for source, _ in copies]))
         self.copied += len(copies)
 
-    def read(self, blocks: Iterable[int]) -> list[list[History | None]]:
+    def splice(self, splices: tuple[Splice, ...]) -> None:
+        for splice in splices:
+            assert splice.span.live, "the source was given back before the step has run"
+            at = range(splice.position, splice.position + len(splice.span))
+            for position, source in zip(at, self.kept[splice.span], strict=True):
+                self.moved.setdefault(splice.sequence.key, {})[position] = (source, position)
+            self.attach(splice.span.slots, splice.sequence.table.slots(at.start, at.stop), list(at))
+
+    def attach(self, sources: list[int], destinations: list[int], positions: list[int]) -> None:
+        """As the KV cache does: read all sources, move them, write them."""
+        read = [self.slots[source] for source in sources]
+        for content, destination, position in zip(read, destinations, positions, strict=True):
+            assert content is not None
+            self.slots[destination] = (base(content), position)
+
+    def read(self, blocks: Iterable[int]) -> list[list[Content]]:
         return [self.slots[block * self.size : (block + 1) * self.size] for block in blocks]
 
-    def write(self, blocks: Iterable[int], contents: list[list[History | None]]) -> None:
+    def write(self, blocks: Iterable[int], contents: list[list[Content]]) -> None:
         for block, content in zip(blocks, contents, strict=True):
             self.slots[block * self.size : (block + 1) * self.size] = content
 
@@ -84,7 +107,22 @@ class Memory:
         """A query at ``position`` attends to ``length`` tokens over ``table``: they must be its own."""
         assert length == position + 1
         read = [self.slots[table[i // self.size] * self.size + i % self.size] for i in range(length)]
-        assert read == history(sequence.tokens, length), f"{sequence.key} reads what is not its own"
+        assert self.owns(sequence, read), f"{sequence.key} reads what is not its own"
+
+    def owns(self, sequence: Sequence, read: list[Content]) -> bool:
+        """Whether that is the KV of a sequence's first tokens: made from them, or attached to it and moved there."""
+        moved, first = self.moved.get(sequence.key, {}), sequence.table.approximate_from
+        for i, (content, own) in enumerate(zip(read, history(sequence.tokens, len(read)), strict=True)):
+            attached = first is not None and i >= first and content == moved.get(i) and base(content)[-1] == own[-1]
+            if content != own and not attached:
+                return False
+        return True
+
+
+def base(content: Content) -> History:
+    """The history that KV was made from, wherever it was moved to."""
+    assert content
+    return content[0] if isinstance(content[0], tuple) else content  # type: ignore[return-value]
 
 
 def history(tokens: list[int], length: int) -> list[History]:
@@ -175,6 +213,8 @@ class Life:
                 self.engine.submit(key, tokens, budget, GREEDY, **options)
             return None
         self.sequences.append(self.engine.submit(key, tokens, budget, GREEDY, **options))
+        if fork_of := options.get("fork_of"):
+            self.memory.moved[key] = dict(self.memory.moved.get(fork_of[0].key, {}))
         return self.sequences[-1]
 
     def resume(self, sequence: Sequence, tokens: list[int], budget: int) -> None:
@@ -183,6 +223,26 @@ class Life:
                 self.engine.resume(sequence, tokens, budget)
         else:
             self.engine.resume(sequence, tokens, budget)
+
+    def keep(self, keeper: Sequence, source: Sequence, start: int, stop: int) -> Span:
+        span = self.engine.keep(keeper, source, start, stop)
+        moved, first = self.memory.moved.get(source.key, {}), source.table.approximate_from
+        read = [self.memory.slots[slot] for slot in source.table.slots(start, stop)]
+        own = history(source.tokens, stop)[start:]
+        self.memory.kept[span] = [
+            moved[i][0] if content != h and first is not None and i >= first else h
+            for i, h, content in zip(range(start, stop), own, read, strict=True)
+        ]
+        return span
+
+    def join(self, keeper: Sequence, between: list[int], budget: int) -> None:
+        """Resume a sequence with everything it keeps, ``between`` in front of each and behind the last."""
+        tokens, splices = list(between), []
+        for span in keeper.kept:
+            splices.append((len(tokens), span))
+            tokens += [*span.tokens, *between]
+        if len(keeper.tokens) + len(tokens) < self.longest:
+            self.engine.resume(keeper, tokens, budget, splices=splices)
 
     def finish(self, sequence: Sequence) -> None:
         self.engine.finish(sequence)
@@ -210,8 +270,15 @@ class Life:
     def check_plan(
         self, plan: SchedulerOutput, live: list[Sequence], decodes: list[Sequence], before: dict[int, int]
     ) -> None:
-        scheduled = [w.sequence for w in plan.work]
-        assert len({id(s) for s in scheduled}) == len(scheduled), "a sequence is run twice in one step"
+        scheduled = list(dict.fromkeys(w.sequence for w in plan.work))
+        by_sequence = [[w for w in plan.work if w.sequence is s] for s in scheduled]
+        assert [w for works in by_sequence for w in works] == list(plan.work), "a sequence is run twice in one step"
+        assert {id(s.sequence) for s in plan.splices} <= {id(s) for s in scheduled}, "a step attaches and does not run"
+        for works in by_sequence:
+            holes = {(s.position, s.position + len(s.span)) for s in plan.splices if s.sequence is works[0].sequence}
+            gaps = {(a.start + a.count, b.start) for a, b in pairwise(works)}
+            front = {h for h in holes if h[0] >= before[id(works[0].sequence)] and h[1] == works[0].start}
+            assert gaps <= holes == gaps | front, "something between the work items was neither run nor attached"
         assert scheduled == sorted(scheduled, key=lambda s: s.priority)
         assert not {id(s) for s in scheduled} & {id(s) for s in self.reclaimed}, "a scheduled sequence lost its blocks"
         assert scheduled[0] is live[0], "the first sequence runs in every step"
@@ -219,7 +286,10 @@ class Life:
         for work in plan.work:
             assert work.count >= 1, "a work item with no query"
             assert work.start >= before[id(work.sequence)], "KV that was there is computed again"
-            assert work.start + work.count == work.sequence.table.length
+            assert work.start + work.count <= work.sequence.table.length
+        for works in by_sequence:
+            assert works[-1].start + works[-1].count == works[0].sequence.table.length
+            assert not any(w.samples for w in works[:-1])
         if not self.reclaimed and self.engine.pool.num_free:
             passed = [s for s in decodes if id(s) not in {id(w) for w in scheduled}]
             assert all(s.state is State.WAITING for s in passed), "a running sequence was passed over"
@@ -236,7 +306,7 @@ class Life:
             table = sequence.table
             assert len(table.blocks) == -(-table.length // size)
             read = [self.memory.slots[slot] for slot in table.slots(0, table.length)]
-            assert read == history(sequence.tokens, table.length)
+            assert self.memory.owns(sequence, read)
 
     def drain(self) -> None:
         """Run what is live to its end. While nobody joins, the first sequence only ever gains tokens: a bound."""

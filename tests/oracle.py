@@ -88,7 +88,7 @@ def engine_for(model: LoadedModel, blocks: int = 200, block_size: int = 4, **cha
     prefix_cache = settings.pop("prefix_cache", True)
     pool = BlockPool(blocks, block_size, prefix_cache)
     return Engine(
-        ModelRunner(model.model, KVCache(blocks, block_size, model.shapes), model.device, model.attend),
+        ModelRunner(model.forward, KVCache(blocks, block_size, model.shapes), model.device, model.attend),
         pool,
         **settings,
     )

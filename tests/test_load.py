@@ -171,11 +171,11 @@ def test_a_cache_that_forgets_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         "rrm_engine.models.attention.store_kv", lambda cache, new, slots: store(cache, new, slots.roll(1))
     )
-    assert "a packed run differs from a plain one by" in refusal(plain_model("llama"))
+    assert "a packed run differs from a plain one by" in refusal(plain_model("olmo2"))
 
 
 def test_a_forward_that_drops_our_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = plain_model("qwen3")
+    plain = plain_model("olmo2")
     kind = type(plain.model.layers[1].self_attn)
     forward = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, *args, rrm_forward=None, **more: forward(self, *args, **more))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from rrm_kernels.build import load_library
 from rrm_kernels.native import NativeUnavailable, load_native
 from rrm_kernels.reference import DecodeGroup, PagedBatch, PrefillChunk, paged_attention
 
@@ -109,4 +110,4 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/no/such/compiler")
     with pytest.raises(NativeUnavailable, match="/no/such/compiler"):
-        load_native.__wrapped__()
+        load_library.__wrapped__()

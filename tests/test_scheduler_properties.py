@@ -31,6 +31,8 @@ ACTIONS = st.lists(
         st.tuples(st.just("resume"), WHO, MORE, BUDGET),
         st.tuples(st.just("resume"), WHO, MORE, BUDGET),
         st.tuples(st.just("truncate"), WHO, SHARE),
+        st.tuples(st.just("keep"), WHO, WHO, SHARE, SHARE),
+        st.tuples(st.just("join"), WHO, MORE.filter(len), BUDGET),
         st.tuples(st.just("finish"), WHO),
         st.tuples(st.just("step"), st.integers(1, 6)),
         st.tuples(st.just("step"), st.integers(1, 6)),
@@ -84,6 +86,13 @@ def act(life: Life, action: tuple[Any, ...]) -> None:
             life.resume(sequence, list(args[1]), args[2])
         elif name == "truncate" and paused:
             engine.truncate(sequence, max(1, round(args[1] * len(sequence.tokens))))
+        elif name == "keep":
+            source = life.sequences[args[1] % len(life.sequences)]
+            start, stop = sorted(round(share * source.table.length) for share in args[2:])
+            if start < stop and not source.table.host:
+                life.keep(sequence, source, start, stop)
+        elif name == "join" and paused and not sequence.splices:
+            life.join(sequence, list(args[1]), args[2])
         elif name == "finish":
             life.finish(sequence)
     life.check()
@@ -104,7 +113,7 @@ def test_any_life_ends_and_every_query_reads_its_own_history(life: Life, actions
     live_through(life, actions)
 
 
-def assert_noticed(how: str) -> None:
+def assert_noticed(how: str, actions: st.SearchStrategy[list[tuple[Any, ...]]] = ACTIONS) -> None:
     """The property fails with what matches ``how``; the search ends at the first such life."""
     search: dict[str, Any] = {
         "database": None,
@@ -113,7 +122,7 @@ def assert_noticed(how: str) -> None:
         "print_blob": False,
     }
     with pytest.raises((AssertionError, RuntimeError), match=how):
-        settings(SETTINGS, max_examples=20_000, **search)(given(lives(), ACTIONS)(live_through))()
+        settings(SETTINGS, max_examples=20_000, **search)(given(lives(), actions)(live_through))()
 
 
 def test_reclaiming_a_scheduled_sequence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +156,7 @@ def test_a_prefix_hit_without_a_query_is_noticed(monkeypatch: pytest.MonkeyPatch
     """Negative control: a fully cached prompt that leaves no token to run."""
     match = BlockPool.match
     monkeypatch.setattr(BlockPool, "match", lambda self, tokens: match(self, [*tokens, 0]))
-    assert_noticed("no query")
+    assert_noticed("no query|nothing to run|the first sequence runs in every step")
 
 
 def test_blocks_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
+from rrm_engine.backends.join import Join, Joiner
 from rrm_engine.backends.meter import Meter
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.engine.engine import Engine, Sampled
@@ -63,6 +64,7 @@ class Runtime:
     limits: Limits
     child_context: Literal["task", "parent"]
     queue: "list[NodeRun]" = field(default_factory=list)  # those of all jobs that were not admitted yet
+    join: Join = field(default_factory=Join)
 
 
 @dataclass(slots=True)
@@ -116,6 +118,7 @@ class JobRun:
         self._emit_to = emit
         self._texts = texts
         self._meter = Meter(monotonic())
+        self._joiner = Joiner(runtime.engine, runtime.chat, runtime.join)
         self._by_key: dict[str, NodeRun] = {}
         self._commands: deque[Command] = deque()
         self._repairs: Counter[str] = Counter()
@@ -138,6 +141,8 @@ class JobRun:
                 self._carry_out([Start("root", Phase.DIRECT, self.job.task)])
 
     def on_token(self, sampled: Sampled) -> None:
+        if self._joiner.on_token(sampled.sequence):
+            return
         node = self._by_key[sampled.sequence.key]
         now, step = monotonic(), self.runtime.engine.steps
         self._meter.token(node.path, now, is_child="." in node.path)
@@ -191,6 +196,7 @@ class JobRun:
                 self._handle(node, item)
 
     def _handle(self, node: NodeRun, item: ParsedEvent | Malformed) -> None:
+        """Tell the machine of one event and do what it answers."""
         assert self.machine is not None
         node.events.append((item.start, item.end))
         if isinstance(item, Malformed):
@@ -247,6 +253,7 @@ class JobRun:
                 case Pause(node=path):
                     self._pause(self.nodes[path])
                 case StopNode(node=path, conclusion=conclusion):
+                    self._keep(path, conclusion)
                     self._close(path, "concluded", answer=conclusion.answer, ok=conclusion.ok)
                 case Cancel(node=path, reason=reason):
                     self._close(path, "cancelled", reason=reason)
@@ -306,21 +313,26 @@ class JobRun:
         node = self.nodes[command.node]
         kind = "solve" if command.phase is Phase.SOLVER else "resume"
         assert self.machine is not None
-        user = runtime.style.user(
-            kind,
-            task=self.machine.nodes[node.path].task,
-            conclusions=command.conclusions,
-            notes=command.notes,
-            rule=command.rule,
-        )
+        task = self.machine.nodes[node.path].task
+
+        def render(conclusions: Iterable[Conclusion]) -> str:
+            values: dict[str, Any] = {"notes": command.notes, "rule": command.rule}
+            return runtime.style.user(kind, task=task, conclusions=conclusions, **values)
+
         after_eos = node.sequence.tokens[-1] in runtime.engine.eos_ids and not node.cut
-        tokens = [*node.cut, *runtime.chat.turn(user, plan.thinking, after_eos=after_eos)]
+        turn, splices = self._joiner.turn(node, command.conclusions, render, plan.thinking, after_eos)
+        tokens = [*node.cut, *turn]
+        splices = [(at + len(node.cut), span) for at, span in splices]
         grammar = self._grammar(plan, node.path)
+        base = len(node.sequence.tokens)
         try:
-            runtime.engine.resume(node.sequence, tokens, plan.budget, plan.sampling, _matcher(plan, grammar))
+            matcher = _matcher(plan, grammar)
+            runtime.engine.resume(node.sequence, tokens, plan.budget, plan.sampling, matcher, splices)
         except ValueError as error:
             self._no_room(node.path, error)
             return
+        if splices:
+            self._joiner.measure(node)
         node.phase, node.running, node.turn = command.phase, True, node.turn + 1
         node.parser = EventParser(self._opens_thinking(plan))
         node.first = len(node.sequence.tokens)
@@ -328,7 +340,9 @@ class JobRun:
         after = [f"{node.path}.{c.id}" for c in command.conclusions]
         self._meter.resume(node.path, monotonic(), after)
         self._enqueue(node)
+        spliced = [(base + at, base + at + len(span)) for at, span in splices]
         about = {"phase": command.phase, "after": after, "appended_tokens": len(tokens), "notes": command.notes}
+        about |= {"spliced": spliced}  # unless memory runs out before they are attached
         self._emit("resume", node.path, **about, **_decoding(plan, grammar))
 
     def _pause(self, node: NodeRun) -> None:
@@ -357,8 +371,16 @@ class JobRun:
             return
         self._halt(node, how)
         self.runtime.engine.finish(node.sequence)
+        self._joiner.end(path)
+        fields |= {"spliced": node.sequence.spliced, "splice_kl": self._joiner.kl.get(path, [])}
         counters = asdict(node.sequence.counters)
         self._emit(how, path, **fields, counters=counters, token_ids=list(node.sequence.tokens), sampled=node.sampled)
+
+    def _keep(self, path: str, conclusion: Conclusion) -> None:
+        """A node that has concluded still has its KV; its parent may want some of it."""
+        node, parent = self.nodes.get(path), self.nodes.get(path.rpartition(".")[0])
+        if node is not None and parent is not None and parent.sequence.state is not State.FINISHED:
+            self._joiner.keep(parent, node, conclusion)
 
     def _no_room(self, path: str, error: ValueError) -> None:
         """A node that does not fit into a sequence has failed; whoever waits for it is told."""
@@ -405,6 +427,10 @@ class JobRun:
             preemptions=total("preemptions") + total("dropped"),
             offloaded_blocks=total("offloaded_blocks"),
             restored_blocks=total("restored_blocks"),
+            spliced_tokens=total("spliced"),
+            splice_kl=[kl for of_node in self._joiner.kl.values() for kl in of_node],
+            splice_top1=[same for of_node in self._joiner.top1.values() for same in of_node],
+            text_joins=self._joiner.as_text,
             prompt_sha256=hashlib.sha256(self._prompt.encode()).hexdigest(),
             prompt_preview=self.job.task[:PREVIEW],
             finish_reasons={n.path: "+".join(n.reasons) for n in self.nodes.values()},

@@ -2,18 +2,23 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from time import monotonic
 from typing import Any, cast
 
 import torch
 
 from rrm_engine.backends.job import Emit, JobRun, Runtime
+from rrm_engine.backends.join import Join
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.backends.settings import phase_plans, resolve
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.costs import measure_swap_costs
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel, load_model
+from rrm_engine.engine.ranges import Ranges
+from rrm_engine.engine.rotary import find_rotary
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.graph.types import Limits
 from rrm_engine.kv.cache import KVCache, bytes_per_block
@@ -21,6 +26,7 @@ from rrm_engine.kv.memory import is_out_of_memory, refuse_out_of_memory
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
+from rrm_engine.trace.profile import STEPS, Profile
 
 ONE_THREAD_PARAMETERS = 20_000_000
 RATE_WINDOW_S = 2.0  # of the tokens per second shown live
@@ -47,7 +53,7 @@ class Solver:
         cache = _allocate(config.kv_blocks, config.block_size, model)
         pool = BlockPool(config.kv_blocks, config.block_size, config.prefix_cache)
         self.engine = Engine(
-            ModelRunner(model.model, cache, model.device, model.attend),
+            ModelRunner(model.forward, cache, model.device, model.attend),
             pool,
             max_sequences=config.max_concurrency,
             step_tokens=config.step_tokens,
@@ -57,6 +63,8 @@ class Solver:
             wait_policy=cast(Any, config.wait_policy),
             host_blocks=config.host_kv_blocks or 0,
         )
+        if config.join != "text":
+            self.engine.runner.rotary = find_rotary(model)
         if config.wait_policy == "auto":
             self.engine.scheduler.costs = measure_swap_costs(self.engine)
         self._runtime = Runtime(
@@ -67,6 +75,7 @@ class Solver:
             phase_plans(config, style, model, limits),
             limits,
             cast(Any, config.child_context),
+            join=Join(cast(Any, config.join), config.boundary_tokens, config.splice_report),
         )
         self._started = 0
         self._recent: deque[tuple[float, int]] = deque()
@@ -112,6 +121,21 @@ class Solver:
         """
         drive = self._drive(jobs, on_event or _ignore, concurrency)
         return (result for result in drive if result is not None)
+
+    @contextmanager
+    def profile(self, directory: Path | str, steps: int = STEPS, **about: Any) -> Iterator[Profile]:
+        """Record what runs in the block with torch.profiler: ``steps`` steps of it, behind a short warm-up.
+
+        Writes ``profile.json.gz`` and ``profile.txt`` into ``directory`` at the end of the block. ``about`` goes into
+        the trace file. Raises ProfileError if the block has no step behind the warm-up.
+        """
+        profile = Profile(self.model.device, steps, about=about)
+        self.engine.announce_to(profile)
+        try:
+            yield profile
+        finally:
+            self.engine.announce_to(Ranges())
+            profile.write(Path(directory))
 
     def progress(self) -> dict[str, Any]:
         """What is going on now: sequences, blocks, tokens per second over the last seconds."""

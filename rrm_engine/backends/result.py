@@ -54,6 +54,10 @@ class JobResult:
     preemptions: int = 0
     offloaded_blocks: int = 0  # blocks of waiting nodes moved to host memory
     restored_blocks: int = 0  # blocks brought back from there
+    spliced_tokens: int = 0  # tokens whose KV was attached instead of computed: what follows them is approximate
+    splice_kl: list[float] = field(default_factory=list)  # nats, next token after the text to that after the splice
+    splice_top1: list[bool] = field(default_factory=list)  # whether the likeliest next token was the same
+    text_joins: int = 0  # conclusions appended as text although the setting was another
     prompt_sha256: str = ""
     prompt_preview: str = ""
     finish_reasons: dict[str, str] = field(default_factory=dict)  # node path -> reason

@@ -76,7 +76,9 @@ def _sequence_tokens(config: RunConfig, model: LoadedModel, prompt: int) -> int:
             )
         return config.max_sequence_tokens
     budget = {phase: getattr(config, flag) for phase, flag in BUDGETS.items()}
-    resume = budget[Phase.CONTINUATION] + config.max_sibling_width * CONCLUSION_RESERVE
+    answer = max(budget[Phase.SOLVER], budget[Phase.CONTINUATION])  # a child's whole one
+    conclusion = answer if config.join == "transcript" else CONCLUSION_RESERVE
+    resume = budget[Phase.CONTINUATION] + config.max_sibling_width * conclusion
     recursive = budget[Phase.GRAPH] + max(budget[Phase.SOLVER], Limits().max_awaits * resume)
     needed = prompt + max(budget[Phase.DIRECT], recursive if "rrm" in config.modes else 0)
     if prompt + 1 >= model.max_position:
@@ -113,7 +115,7 @@ def _host_blocks(config: RunConfig, model: LoadedModel) -> int | None:
 
 
 def _refuse_more_than_memory(config: RunConfig, model: LoadedModel) -> None:
-    """The pool may be as large as memory, but no larger: on CPU it would be granted now and the process killed later."""
+    """The pool may be as large as memory, no larger: on CPU it would be granted now and the process killed later."""
     size = bytes_per_block(model.shapes, config.block_size)
     host = config.host_kv_blocks if config.wait_policy in ("offload", "auto") else None
     asked = (("--kv-blocks", config.kv_blocks, model.device), ("--host-kv-blocks", host, torch.device("cpu")))

@@ -27,6 +27,7 @@ from rrm_engine.bench.summary import summarise
 from rrm_engine.bench.table import model_line, plural, print_closing
 from rrm_engine.bench.tasks import TaskSet, load_tasks
 from rrm_engine.config import RunConfig
+from rrm_engine.trace.profile_reader import PROFILE, SUMMARY
 from rrm_engine.trace.record import RunDir, RunDirError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def new_run(options: Options) -> int:
     try:
         solver = _load(config, tasks)
         directory.write_manifest(_manifest(config, tasks, solver))
-        return _run(solver, tasks, config, directory, options.quiet)
+        return _run(solver, tasks, config, directory, options)
     finally:
         directory.discard()
 
@@ -80,6 +81,8 @@ def resume_run(options: Options) -> int:
         config = _recorded_config(recorded, directory.path)
         tasks = load_tasks(options.tasks or recorded["tasks"]["source"])
         _refuse_differences(differences(options.given, tasks, recorded), directory.path)
+        if options.profile and (directory.path / PROFILE).exists():
+            raise Refusal(f"{directory.path} holds a profile already: move its {PROFILE} away, or leave --profile out")
         if directory.cut:
             _say("Cut a half-written row off rows.jsonl; it runs again.")
         if not _missing(tasks, config, directory):
@@ -90,7 +93,7 @@ def resume_run(options: Options) -> int:
         _refuse_differences(_drift(recorded["resolved"], solver.resolved), directory.path)
         session = {"started": _now(), "command": _command(), **environment()}
         directory.write_manifest({**recorded, "resumed": [*recorded["resumed"], session]})
-        return _run(solver, tasks, config, directory, options.quiet)
+        return _run(solver, tasks, config, directory, options)
     finally:
         directory.close()
 
@@ -146,17 +149,25 @@ def _load(config: RunConfig, tasks: TaskSet) -> "Solver":
         raise Refusal(str(error)) from None
 
 
-def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir, quiet: bool) -> int:
+def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir, options: Options) -> int:
     """The missing rows, then the closing table, however it ended."""
     from rrm_engine.bench.progress import make_display
     from rrm_engine.bench.run import execute
+    from rrm_engine.trace.profile import ProfileError
 
-    console = _console(stderr=True)
+    console, quiet = _console(stderr=True), options.quiet
     if not quiet:
         _print_header(console, solver, tasks, config, directory)
     try:
         jobs = _missing(tasks, config, directory)
-        execute(solver, jobs, tasks.tasks[: config.limit], directory, make_display(console, quiet))
+        with _profiled(solver, directory, options):
+            execute(solver, jobs, tasks.tasks[: config.limit], directory, make_display(console, quiet))
+            if options.profile and not quiet:
+                _say("Writing the profile ...")
+    except ProfileError as error:
+        _say(f"error: {error}")
+        _close(directory, config, quiet, broken=error if _missing(tasks, config, directory) else None)
+        return INTERRUPTED if _is_interrupt(error) else FAILED
     except RunDirError as error:
         _say(f"error: {error}")
         _close(directory, config, quiet, broken=error)
@@ -170,6 +181,12 @@ def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir,
         raise
     solver.close()
     return _close(directory, config, quiet)
+
+
+def _profiled(solver: "Solver", directory: RunDir, options: Options) -> contextlib.AbstractContextManager[Any]:
+    if options.profile is None:
+        return contextlib.nullcontext()
+    return solver.profile(directory.path, options.profile, session=directory.session)
 
 
 def _is_interrupt(error: BaseException | None) -> bool:
@@ -197,8 +214,10 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseExcept
         unwritten = error
     console = _console()
     print_closing(console, summary, directory.rows, config.task_concurrency)
+    files = ["run.json", "rows.jsonl", "trace.jsonl", "summary.json"]
+    files += [name for name in (PROFILE, SUMMARY) if (directory.path / name).exists()]
     console.print(
-        f"Written to {directory.path}: run.json, rows.jsonl, trace.jsonl, summary.json",
+        f"Written to {directory.path}: {', '.join(files)}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -14,6 +14,7 @@ from rrm_engine.config import MODES, RunConfig
 
 PROGRAM = "python -m rrm_engine.bench"
 DEFAULT_TASKS = "embedded"
+PROFILE_STEPS = 200
 
 GROUPS = {
     "model": "model",
@@ -56,6 +57,7 @@ class Options:
     given: dict[str, Any] = field(default_factory=dict)
     out: Path | None = None
     resume: Path | None = None
+    profile: int | None = None
     quiet: bool = False
 
     def config(self) -> RunConfig:
@@ -96,6 +98,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     )
     if options.out and options.resume and options.out.resolve() != options.resume.resolve():
         parser.error("--out and --resume name two directories; give only one of them")
+    if options.profile is not None and options.profile < 1:
+        parser.error("--profile must be at least 1")
     try:
         options.config()
     except FlagError as error:
@@ -141,6 +145,15 @@ def _add_output(group: Any) -> None:
     group.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/<time>-<model>-<tasks>)")
     group.add_argument(
         "--resume", type=Path, metavar="DIR", help="go on with the run in DIR; other settings are refused"
+    )
+    group.add_argument(
+        "--profile",
+        type=_number(int, "a number of steps (write the tasks before it)"),
+        nargs="?",
+        const=PROFILE_STEPS,
+        metavar="STEPS",
+        help=f"record the first STEPS steps behind a warm-up with torch.profiler ({PROFILE_STEPS} if left out); "
+        "rows that run meanwhile are slower",
     )
     group.add_argument("--quiet", action="store_true", help="only the closing table and the paths")
     group.add_argument("--version", action="version", version=f"rrm-engine {package_version()}")

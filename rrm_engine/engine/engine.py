@@ -1,6 +1,9 @@
 """Tokens in, tokens out: submit, fork, pause, resume and finish sequences between steps; ``step`` runs them all."""
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+
+import torch
 
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.runner import ModelRunner
@@ -9,6 +12,7 @@ from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, WaitPolicy
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
 from rrm_engine.kv.host import HostSpace
 from rrm_engine.kv.pool import BlockPool
+from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
 
 
@@ -129,6 +133,8 @@ class Engine:
         """Make a paused sequence forget its tokens behind ``length``."""
         dropped = len(sequence.tokens) - length
         del sequence.tokens[length:]
+        sequence.splices = [(at, span) for at, span in sequence.splices if at + len(span) < length]
+        sequence.spliced = [(start, min(stop, length)) for start, stop in sequence.spliced if start < length]
         sequence.table.truncate(min(length, sequence.table.stored))
         if dropped:
             sequence.unrun_samples = 0
@@ -140,18 +146,32 @@ class Engine:
         budget: int,
         sampling: SamplingParams | None = None,
         matcher: Matcher | None = None,
+        splices: SequenceOf[tuple[int, Span]] = (),
     ) -> None:
         """Append ``tokens`` to a paused sequence and let it sample ``budget`` more; only what is new is prefilled.
+
+        ``splices`` are (index in ``tokens``, kept span): there the span's KV is attached instead of being computed,
+        moved to its new positions, unless it was reclaimed until then. In between and behind there are tokens to run.
 
         Raises ValueError, with the numbers, if they leave no room for a single new token.
         """
         self._check_room(sequence.key, len(sequence.tokens) + len(tokens))
+        sequence.splices += _placed(sequence, tokens, splices)
         sequence.tokens += tokens
         sequence.table.truncate(min(sequence.table.stored, len(sequence.tokens) - 1))  # its logits are needed
         sequence.budget = budget
         sequence.sampling = sampling or sequence.sampling
         sequence.matcher = matcher
         self.scheduler.add(sequence)
+
+    def keep(self, keeper: Sequence, source: Sequence, start: int, stop: int) -> Span:
+        """Hold the KV of the tokens ``start`` to ``stop`` of ``source`` until ``keeper`` ends or memory runs out.
+
+        Raises ValueError where there is no KV of them.
+        """
+        span = Span(source.table, start, stop, source.tokens[start:stop])
+        keeper.kept.append(span)
+        return span
 
     def finish(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
@@ -164,6 +184,8 @@ class Engine:
         with self.ranges("schedule", self.scheduler.live):
             self.plan = plan = self.scheduler.schedule()
         logits, order = self.runner.run(plan)
+        for splice in plan.splices:
+            splice.sequence.attached(splice.span, splice.position)
         for work in plan.work:
             sequence = work.sequence
             sequence.counters.prefilled += work.count - sequence.unrun_samples
@@ -173,13 +195,17 @@ class Engine:
         if not order:
             return []
         sequences = [work.sequence for work in order]
+        for row, sequence in enumerate(sequences):
+            if sequence.keep_logits:  # grammars change them in place
+                sequence.logits, sequence.keep_logits = logits[row].to(torch.float32, copy=True), False
         with self.ranges("sample", sequences):
             tokens = sample(logits, sequences)
         return [self._update(s, token) for s, token in zip(sequences, tokens, strict=True)]
 
     def check(self) -> None:
         """Recount every block reference from scratch; raises AssertionError on any difference."""
-        self.pool.check(s.table.blocks for s in self.sequences)
+        tables = [s.table.blocks for s in self.sequences]
+        self.pool.check([*tables, *(span.blocks for s in self.sequences for span in s.kept)])
         self.space.check(copy for s in self.sequences for copy in s.table.host)
 
     def _update(self, sequence: Sequence, token: int) -> Sampled:
@@ -208,3 +234,17 @@ class Engine:
                 f"{key} has {length} tokens and a sequence may have {self.max_sequence_tokens}: "
                 f"raise --max-sequence-tokens (and --kv-blocks), or shorten the task or the budgets"
             )
+
+
+def _placed(sequence: Sequence, tokens: list[int], splices: SequenceOf[tuple[int, Span]]) -> list[tuple[int, Span]]:
+    """``splices`` by their positions in the sequence that ``tokens`` is appended to. Raises ValueError."""
+    free, base = 0, len(sequence.tokens)
+    if sequence.splices:
+        position, span = sequence.splices[-1]
+        free = max(0, position + len(span) + 1 - base)
+    for index, span in splices:
+        stop = index + len(span)
+        if not free <= index < stop < len(tokens) or tuple(tokens[index:stop]) != span.tokens:
+            raise ValueError(f"{sequence.key}: a span cannot go to tokens {index} to {stop} of {len(tokens)}")
+        free = stop + 1
+    return [(base + index, span) for index, span in splices]

@@ -1,17 +1,19 @@
 """From a published model to one the engine may run: load, fuse, and compare with its plain self."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rrm_kernels.reference import PagedAttention
+from rrm_kernels.reference import PagedAttention, paged_attention
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.engine.probe import probe, refuse_known_mismatches
 from rrm_engine.kv.cache import LayerShape
-from rrm_engine.models.attention import choose_attention, register_attention
+from rrm_engine.models.attention import Forward, choose_attention, register_attention, transformers_forward
 from rrm_engine.models.fuse import fuse
+from rrm_engine.models.lean import lean_forward
 from rrm_engine.models.load import load_pretrained, resolve_device
 
 
@@ -25,6 +27,7 @@ class LoadedModel:
 
     name: str
     model: nn.Module
+    forward: Forward
     tokenizer: PreTrainedTokenizerFast
     parameters: int
     dtype: torch.dtype
@@ -73,12 +76,20 @@ def prepare_model(
     if reason := refuse_known_mismatches(config):
         raise UnsupportedModel(f"{name}: {reason}")
     attention_name, attend = choose_attention(attention, device)
-    result = probe(model, device, fuse, attend)
-    if result.reason:
+
+    def optimise(model: Any) -> Iterator[Forward]:
+        fuse(model)
+        if attend is not paged_attention and (lean := lean_forward(model, device)) is not None:
+            yield lean
+        yield transformers_forward(model)
+
+    result = probe(model, device, optimise, attend)
+    if result.reason or result.forward is None:
         raise UnsupportedModel(f"{name}: {result.reason}")
     return LoadedModel(
         name=name,
         model=model,
+        forward=result.forward,
         tokenizer=tokenizer,
         parameters=parameters,
         dtype=dtype,

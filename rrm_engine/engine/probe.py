@@ -1,6 +1,6 @@
 """The check at load: does every layer call our attention, and does a packed, chunked run equal a plain one?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache, LayerShape
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
-from rrm_engine.models.attention import ATTENTION_NAME
+from rrm_engine.models.attention import ATTENTION_NAME, Forward
 
 # Largest logit difference, relative to the logits' standard deviation, by dtype. Measured differences of the
 # families that work are 1e-6 to 1e-4 in fp32 and up to 0.1 in bf16; a wrong mask or position gives 0.5 and more.
@@ -31,6 +31,7 @@ class ProbeResult:
     reason: str | None
     error: float = 0.0
     shapes: dict[int, LayerShape] = field(default_factory=dict)
+    forward: Forward | None = None
 
 
 def refuse_known_mismatches(config: Any) -> str | None:
@@ -53,10 +54,13 @@ def refuse_known_mismatches(config: Any) -> str | None:
 
 
 @torch.inference_mode()
-def probe(model: Any, device: torch.device, fuse: Callable[[Any], None], attend: PagedAttention) -> ProbeResult:
-    """Run two sequences plainly, then fuse the model and run them packed, in chunks and decodes; compare logits.
+def probe(
+    model: Any, device: torch.device, optimise: Callable[[Any], Iterable[Forward]], attend: PagedAttention
+) -> ProbeResult:
+    """Run two sequences plainly, then the optimised model on them packed, in chunks and decodes; compare logits.
 
-    Leaves the model fused and switched to our attention. The plain run uses transformers' eager attention.
+    ``optimise`` changes the model in place and yields ways to run it, the best first; the first that is right is
+    taken. Leaves the model switched to our attention. The plain run uses transformers' eager attention.
     """
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
@@ -64,22 +68,36 @@ def probe(model: Any, device: torch.device, fuse: Callable[[Any], None], attend:
     model.set_attn_implementation("eager")
     plain = [model(input_ids=torch.tensor([p], device=device), use_cache=False).logits[0, -1].float() for p in prompts]
     model.set_attn_implementation(ATTENTION_NAME)
-    fuse(model)
+    result = ProbeResult("there is no way to run it")
+    for forward in optimise(model):
+        result = _compare(forward, plain, prompts, config.num_hidden_layers, device, attend)
+        if result.reason is None:
+            break
+    return result
+
+
+def _compare(
+    forward: Forward,
+    plain: list[torch.Tensor],
+    prompts: list[list[int]],
+    num_layers: int,
+    device: torch.device,
+    attend: PagedAttention,
+) -> ProbeResult:
     cache = KVCache(sum(-(-n // BLOCK_SIZE) for n in LENGTHS), BLOCK_SIZE)
     try:
-        packed = _run_packed(ModelRunner(model, cache, device, attend), prompts)
+        packed = _run_packed(ModelRunner(forward, cache, device, attend), prompts)
     except TypeError as e:
         return ProbeResult(f"its forward pass does not hand our arguments to its attention ({e})")
-    layers = set(range(config.num_hidden_layers))
-    if missing := sorted(layers - cache.shapes.keys()):
+    if missing := sorted(set(range(num_layers)) - cache.shapes.keys()):
         return ProbeResult(f"layers {missing} never called the attention function, so their state cannot be kept")
     error = max(float((a - b).abs().max() / a.std()) for a, b in zip(plain, packed, strict=True))
-    tolerance = TOLERANCE.get(model.dtype, 0.35)
+    tolerance = TOLERANCE.get(next(iter(cache.shapes.values())).dtype, 0.35)
     if not error <= tolerance:
         return ProbeResult(
             f"a packed run differs from a plain one by {error:.2g} of the logits' spread (allowed: {tolerance})"
         )
-    return ProbeResult(None, error, dict(cache.shapes))
+    return ProbeResult(None, error, dict(cache.shapes), forward)
 
 
 def _run_packed(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Tensor]:

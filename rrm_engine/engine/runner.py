@@ -1,17 +1,17 @@
 """One packed forward for everything a step runs: prefill chunks and decodes of all sequences together."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from rrm_kernels.reference import DecodeGroup, PagedAttention, PagedBatch, PrefillChunk, paged_attention
-from torch import nn
 
 from rrm_engine.engine.ranges import Ranges
-from rrm_engine.engine.scheduler import SchedulerOutput, Work
+from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import NULL_BLOCK
-from rrm_engine.models.attention import PagedForward
+from rrm_engine.models.attention import Forward, PagedForward
 
 
 @dataclass(slots=True)
@@ -26,16 +26,17 @@ class PackedStep:
 
 
 class ModelRunner:
-    """Runs a transformers causal LM whose attention is ours on one device."""
+    """Runs a model on one device over one cache."""
 
     def __init__(
-        self, model: nn.Module, cache: KVCache, device: torch.device, attend: PagedAttention = paged_attention
+        self, forward: Forward, cache: KVCache, device: torch.device, attend: PagedAttention = paged_attention
     ) -> None:
         self.attend = attend
-        self.model = model
+        self.forward = forward
         self.cache = cache
         self.device = device
         self.ranges = Ranges()
+        self.rotary: Mapping[int, torch.Tensor] = {}  # what splices need: see engine/rotary.py
 
     @torch.inference_mode()
     def run(self, step: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
@@ -50,17 +51,24 @@ class ModelRunner:
             copied = {destination for _, destination in step.copies}
             with self.ranges("fork copy", (w for w in step.work if copied & {*w.sequence.table.blocks})):
                 self.cache.copy(list(step.copies))
+        if step.splices:
+            with self.ranges("splice", (s.sequence for s in step.splices)):
+                self._splice(step.splices)
         with self.ranges("pack", step.work):
             packed = pack(step.work, self.cache.block_size, self.device)
         with self.ranges.forward(step.work):
-            out = self.model(
-                input_ids=packed.token_ids[None],
-                position_ids=packed.positions[None],
-                use_cache=False,
-                logits_to_keep=packed.sampled,
-                rrm_forward=PagedForward(self.cache, packed.batch, self.attend),
-            )
-        return out.logits[0], packed.order
+            paged = PagedForward(self.cache, packed.batch, self.attend)
+            logits = self.forward(packed.token_ids, packed.positions, packed.sampled, paged)
+        return logits, packed.order
+
+    def _splice(self, splices: tuple[Splice, ...]) -> None:
+        sources, destinations, moves = [], [], []
+        for splice in splices:
+            span, position = splice.span, splice.position
+            sources += span.slots
+            destinations += splice.sequence.table.slots(position, position + len(span))
+            moves += [position - span.start] * len(span)
+        self.cache.splice(sources, destinations, moves, self.rotary)
 
 
 def pack(work: tuple[Work, ...], block_size: int, device: torch.device) -> PackedStep:

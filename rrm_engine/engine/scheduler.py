@@ -8,6 +8,7 @@ from typing import Literal
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.host import HostSpace, SwapCosts, SwapIn, SwapOut
 from rrm_engine.kv.pool import BlockPool
+from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockCopy
 
 WaitPolicy = Literal["pin", "offload", "drop", "lru", "auto"]
@@ -28,22 +29,36 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Splice:
+    """Attach the KV of ``span`` to ``sequence`` as that of its tokens from ``position`` on."""
+
+    sequence: Sequence
+    span: Span
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: swap out, swap in, copy, run ``work``; in this order, for each may overwrite what went before reads."""
+    """One step: swap out, swap in, copy, splice, run ``work``; in this order, for each may overwrite what went before
+    reads. A sequence has several work items where spans are attached between them, in order and side by side.
+    """
 
     work: tuple[Work, ...]
     copies: tuple[BlockCopy, ...]
     swap_outs: tuple[SwapOut, ...] = ()
     swap_ins: tuple[SwapIn, ...] = ()
     swapped: tuple[str, ...] = ()  # keys of the sequences whose blocks are swapped
+    splices: tuple[Splice, ...] = ()  # the spans are held until the step has run
 
 
 class Scheduler:
     """Sequences are served in the order of their priority; memory is taken from the other end of that order.
 
     Why it cannot wedge: the first live sequence may reclaim every block nobody of higher priority was scheduled on,
-    and nobody has higher priority. Alone it fits, because the pool holds one sequence of the greatest length allowed
-    (checked at start). So it runs in every step until it pauses or ends, and then the next one is first.
+    and nobody has higher priority. Kept spans are reclaimed with the table of the sequence that keeps them, and its
+    own it gives up when nothing else is left. Alone it fits, because the pool holds one sequence of the greatest
+    length allowed (checked at start). So it runs in every step until it pauses or ends, and then the next one is
+    first. A span is attached only together with the tokens that are run behind it, so a step that attaches also runs.
     """
 
     def __init__(
@@ -77,7 +92,8 @@ class Scheduler:
     @property
     def pinned_blocks(self) -> int:
         """Blocks that paused sequences hold, a shared one counted once."""
-        return len(set[int]().union(*(s.table.blocks for s in self.paused.values())))
+        paused = self.paused.values()
+        return len(set[int]().union(*(s.table.blocks for s in paused), *(k.blocks for s in paused for k in s.kept)))
 
     def add(self, sequence: Sequence) -> None:
         """Let a new or paused sequence take part."""
@@ -109,6 +125,8 @@ class Scheduler:
         self.paused.pop(sequence.key, None)
         sequence.state = State.FINISHED
         sequence.table.release()
+        for span in list(sequence.kept):
+            sequence.let_go(span)
 
     def schedule(self) -> SchedulerOutput:
         """Choose the next step's work: decodes of all running sequences, prefill chunks up to the token budget.
@@ -120,6 +138,7 @@ class Scheduler:
         room = max(self.step_tokens - decoding, 1)
         work: list[Work] = []
         copies: list[BlockCopy] = []
+        splices: list[Splice] = []
         self._pressed = False
         for index, sequence in enumerate(order):
             waiting = sequence.state is State.WAITING
@@ -129,21 +148,45 @@ class Scheduler:
             behind = order[index + 1 :]
             if waiting and not self._admit(sequence, behind, alone=not work):
                 continue
-            count = min(sequence.pending, room) if not decode else 1
-            if not self._make_room(sequence, count, self._victims(sequence, behind, siblings=True)):
-                continue
-            room -= 0 if decode else count
-            start = sequence.table.length
-            new_copies = sequence.table.append(count)
+            victims = self._victims(sequence, behind, siblings=True)
+            runs, new_copies, new_splices = self._run(sequence, 1 if decode else room, victims)
+            room -= 0 if decode else sum(run.count for run in runs)
             sequence.counters.copied_blocks += len(new_copies)
+            work += runs
             copies += new_copies
-            work.append(Work(sequence, start, count, samples=sequence.pending == 0))
+            splices += new_splices
         if self.live and not work:
             raise EngineStuck(f"{len(self.live)} live sequences, {self.pool.num_free} free blocks, nothing to run")
         swaps = tuple(self._swap_outs), tuple(self._swap_ins), tuple(self._swapped)
-        output = SchedulerOutput(tuple(work), tuple(copies), *swaps)
+        output = SchedulerOutput(tuple(work), tuple(copies), *swaps, splices=tuple(splices))
         self._swap_outs, self._swap_ins, self._swapped = [], [], []
         return output
+
+    def _run(
+        self, sequence: Sequence, room: int, victims: Iterator[Sequence]
+    ) -> tuple[list[Work], list[BlockCopy], list[Splice]]:
+        """Plan up to ``room`` tokens of a sequence, the spans between them attached; nothing if they do not fit."""
+        table = sequence.table
+        runs: list[Work] = []
+        copies: list[BlockCopy] = []
+        splices: list[Splice] = []
+        while sequence.pending and room:
+            attach, stop = _ahead(sequence)
+            skip = len(attach) if attach else 0
+            count = min(stop - table.length - skip, room)
+            if not self._make_room(sequence, skip + count, victims):
+                if runs or not sequence.give_up_spans():
+                    break
+                continue  # as text
+            if attach is not None:
+                splices.append(Splice(sequence, attach, table.length))
+                del sequence.splices[0]
+                copies += table.append(skip, exact=False)
+            start = table.length
+            copies += table.append(count)
+            runs.append(Work(sequence, start, count, samples=sequence.pending == 0))
+            room -= count
+        return runs, copies, splices
 
     def _admit(self, sequence: Sequence, behind: list[Sequence], alone: bool) -> bool:
         """Let a waiting sequence start, if its whole prompt and one more block for everybody running fit.
@@ -161,7 +204,9 @@ class Scheduler:
         reused = table.reuse(sequence.tokens) if not table.stored else 0
         if alone:
             moved = table.stored - table.length
-            if moved and not self._make_room(sequence, moved, self._victims(sequence, behind, siblings=True)):
+            victims = self._victims(sequence, behind, siblings=True)
+            fits = self._make_room(sequence, moved, victims)
+            if not fits and not (sequence.give_up_spans() and self._make_room(sequence, moved, victims)):
                 return False
         else:
             victims = self._victims(sequence, behind, siblings=False)
@@ -196,22 +241,27 @@ class Scheduler:
 
         ``behind`` are the live sequences of lower priority; none of them is scheduled in this step yet.
         """
-        holders = [s for s in reversed(behind) if s.table.blocks]
+        if sequence.modest and sequence is not self.live[0]:
+            return
+        holders = [s for s in reversed(behind) if s.holds_blocks]
         yield from (s for s in holders if s.root > sequence.root)
-        yield from sorted((s for s in self.paused.values() if s.table.blocks), key=lambda s: s.priority, reverse=True)
+        yield from sorted((s for s in self.paused.values() if s.holds_blocks), key=lambda s: s.priority, reverse=True)
         if siblings:
             yield from (s for s in holders if s.root == sequence.root)
 
     def _reclaim(self, victim: Sequence) -> None:
         """Give up a sequence's KV, to be recomputed from its tokens; a waiting one's may go to host memory instead."""
+        victim.give_up_spans()
+        held = bool(victim.table.blocks)
         if victim.state is State.PAUSED:
-            if not (self._worth_moving(victim) and self._offload(victim, 0)):
+            if held and not (self._worth_moving(victim) and self._offload(victim, 0)):
                 victim.table.release()
                 victim.counters.dropped += 1
             return
-        victim.table.release()
+        if held:
+            victim.table.release()
+            victim.counters.preemptions += 1
         self._pressed = True
-        victim.counters.preemptions += 1
         if victim.state is State.RUNNING:
             self._running -= 1
             victim.state = State.WAITING
@@ -236,3 +286,12 @@ class Scheduler:
             self._running -= 1
         if sequence.state in (State.WAITING, State.RUNNING):
             self.live.remove(sequence)
+
+
+def _ahead(sequence: Sequence) -> tuple[Span | None, int]:
+    """The span to attach where the sequence's KV ends, if any, and where the tokens to run next end."""
+    attach, following = None, sequence.next_splice()
+    if following is not None and following[0] == sequence.table.length:
+        attach = following[1]
+        following = next(((p, s) for p, s in sequence.splices[1:] if s.live), None)
+    return attach, following[0] if following is not None else len(sequence.tokens)

@@ -5,8 +5,10 @@ from enum import Enum
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
 
 
@@ -45,6 +47,8 @@ class Counters:
     dropped: int = 0  # times memory ran out and its KV was given up while it was paused
     offloaded_blocks: int = 0  # blocks moved to host memory
     restored_blocks: int = 0  # blocks brought back from there
+    spliced: int = 0  # tokens whose KV was attached
+    dropped_spans: int = 0  # kept spans given up because memory ran out
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +57,10 @@ class Sequence:
 
     Priority is (root, deeper first, arrival): an older root goes before a younger one and a child before its
     parent's generation, because a finished child frees its parent.
+
+    ``kept`` are spans of other sequences' KV that it holds, ``splices`` says where in ``tokens`` some of them go: a
+    live one is attached there, the tokens of one that was given up are run like any others. ``spliced`` are the
+    ranges of tokens that were attached.
     """
 
     key: str
@@ -68,6 +76,12 @@ class Sequence:
     state: State = State.WAITING
     counters: Counters = field(default_factory=Counters)
     unrun_samples: int = 0  # 1 while the last sampled token has not been run yet
+    kept: list[Span] = field(default_factory=list)
+    splices: list[tuple[int, Span]] = field(default_factory=list)  # in order, with tokens to run in between and behind
+    spliced: list[tuple[int, int]] = field(default_factory=list)
+    modest: bool = False  # others' blocks are not taken for it, unless it is the first of all
+    keep_logits: bool = False  # put the next token's logits, fp32 [vocabulary], into ``logits``
+    logits: torch.Tensor | None = None
 
     @property
     def priority(self) -> tuple[int, int, int]:
@@ -77,3 +91,38 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that have to be run before the next one can be sampled."""
         return len(self.tokens) - self.table.length
+
+    @property
+    def holds_blocks(self) -> bool:
+        return bool(self.table.blocks) or any(span.live for span in self.kept)
+
+    def next_splice(self) -> tuple[int, Span] | None:
+        """The next one that can be made. One whose place has KV already is too late, and its span is given back."""
+        while self.splices:
+            position, span = self.splices[0]
+            if span.live and position >= self.table.length:
+                return position, span
+            del self.splices[0]
+            if span.live:
+                self.let_go(span)
+        return None
+
+    def attached(self, span: Span, position: int) -> None:
+        """A step has copied ``span`` to ``position``."""
+        self.spliced.append((position, position + len(span)))
+        self.counters.spliced += len(span)
+        self.let_go(span)
+
+    def let_go(self, span: Span) -> None:
+        span.release()
+        if span in self.kept:
+            self.kept.remove(span)
+
+    def give_up_spans(self) -> bool:
+        """Give all kept spans back; False if there was none."""
+        given_up = len(self.kept)
+        for span in self.kept:
+            span.release()
+        self.kept.clear()
+        self.counters.dropped_spans += given_up
+        return given_up > 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from rrm_kernels.reference import copy_blocks
+from rrm_kernels.rope import rerotate
 
 from rrm_engine.kv.host import HostCopy
 from rrm_engine.kv.table import BlockCopy
@@ -48,6 +49,12 @@ class KVCache:
             self._create(index, shape)
         return self._layers[index]
 
+    def pools(self, index: int, shape: LayerShape) -> tuple[torch.Tensor, torch.Tensor]:
+        """The K and V pools of a layer of that shape."""
+        if index not in self._layers:
+            self._create(index, shape)
+        return self._layers[index]
+
     def copy(self, copies: list[BlockCopy]) -> None:
         """Do the block copies of a step; every source is read before any destination is written."""
         sources, destinations = torch.tensor(copies, dtype=torch.int64).unbind(1)
@@ -71,6 +78,23 @@ class KVCache:
                 pool.index_copy_(0, _index(blocks, pool), rows[: len(blocks)].to(pool.device, non_blocking=True))
         copy.payload = None
 
+    def splice(
+        self,
+        sources: Sequence[int],
+        destinations: Sequence[int],
+        moves: Sequence[int],
+        rotary: Mapping[int, torch.Tensor],
+    ) -> None:
+        """Copy the KV of token slots to others, each key re-rotated for a position that lies ``moves`` behind its own.
+
+        ``rotary``: by layer index the frequencies fp32 ``[rotary / 2]`` with which its keys are rotated.
+        """
+        for index, (keys, values) in self._layers.items():
+            source, destination = _index(sources, keys), _index(destinations, keys)
+            moved = rerotate(_rows(keys).index_select(0, source), _index(moves, keys), rotary[index])
+            _rows(keys).index_copy_(0, destination, moved)
+            _rows(values).index_copy_(0, destination, _rows(values).index_select(0, source))
+
     def _to_host(self, rows: torch.Tensor) -> torch.Tensor:
         if rows.device.type != "cuda":
             return rows
@@ -91,8 +115,13 @@ class KVCache:
         self._layers[index] = (key, value)
 
 
-def _index(blocks: Sequence[int], pool: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(blocks, dtype=torch.int64, device=pool.device)
+def _index(numbers: Sequence[int], pool: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=pool.device)
+
+
+def _rows(pool: torch.Tensor) -> torch.Tensor:
+    """A pool by token slots."""
+    return pool.view(-1, *pool.shape[2:])
 
 
 def bytes_per_block(shapes: Mapping[int, LayerShape], block_size: int) -> int:

@@ -66,11 +66,13 @@ class BlockPool:
         self.peak_used = max(self.peak_used, self.num_used)
         return block
 
-    def share(self, block: int) -> None:
-        """One more reference to a block that somebody holds or that the prefix cache kept."""
-        if self._refs[block] == 0:
-            del self._evictable[block]  # KeyError: a free block has no content to share
-        self._refs[block] += 1
+    def share(self, blocks: Sequence[int]) -> None:
+        """One more reference to each of ``blocks``, which somebody holds or which the prefix cache kept."""
+        refs = self._refs
+        for block in blocks:
+            if refs[block] == 0:
+                del self._evictable[block]  # KeyError: a free block has no content to share
+            refs[block] += 1
         self.peak_used = max(self.peak_used, self.num_used)
 
     def release(self, block: int, keep_cached: bool = True) -> None:

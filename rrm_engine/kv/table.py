@@ -9,7 +9,11 @@ BlockCopy = tuple[int, int]  # (source block, destination block), to be done bef
 
 
 class BlockTable:
-    """``blocks`` hold the KV of the first ``length`` tokens, ``host`` that of the tokens behind them."""
+    """``blocks`` hold the KV of the first ``length`` tokens, ``host`` that of the tokens behind them.
+
+    From the token ``approximate_from`` on, if it is not None, the KV is not what the tokens alone would give, because
+    some was attached: the prefix cache must not find it.
+    """
 
     def __init__(self, pool: BlockPool, space: HostSpace | None = None) -> None:
         self.pool = pool
@@ -18,6 +22,7 @@ class BlockTable:
         self.length = 0  # tokens whose KV is in ``blocks``
         self.stored = 0  # those in host memory included
         self.host: list[HostCopy] = []
+        self.approximate_from: int | None = None
         self._uids: list[int] = []  # of the leading full blocks that were offered to the prefix cache
 
     def blocks_needed(self, count: int) -> int:
@@ -27,9 +32,10 @@ class BlockTable:
         tail_is_shared = self.length % size and self.pool.refs(self.blocks[-1]) > 1
         return new + (1 if tail_is_shared and count else 0)
 
-    def append(self, count: int) -> list[BlockCopy]:
+    def append(self, count: int, exact: bool = True) -> list[BlockCopy]:
         """Make room for ``count`` more tokens. A shared partial tail is replaced by a copy of its own.
 
+        ``exact`` is False for KV that is attached instead of computed.
         Returns the copies to do before anything is written. Raises OutOfBlocks before changing anything.
         """
         pool, size = self.pool, self.pool.block_size
@@ -38,6 +44,8 @@ class BlockTable:
         needed = self.blocks_needed(count)
         if needed > pool.num_free:
             raise OutOfBlocks(f"{needed} blocks needed, {pool.num_free} free")
+        if not exact and self.approximate_from is None:
+            self.approximate_from = self.length
         copies: list[BlockCopy] = []
         if count and self.length % size:
             tail = self.blocks[-1]
@@ -64,19 +72,19 @@ class BlockTable:
         if not self.pool.prefix_cache:
             return 0
         blocks = self.pool.match(tokens)
-        for block in blocks:
-            self.pool.share(block)
+        self.pool.share(blocks)
         self.blocks = blocks
         self._uids = [self.pool.uid(block) for block in blocks]
         self.length = self.stored = len(blocks) * self.pool.block_size
         return self.length
 
     def register(self, tokens: Sequence[int]) -> None:
-        """Offer full blocks to the prefix cache; ``tokens`` are the sequence's, at least ``length`` of them."""
+        """Offer full exact blocks to the prefix cache; ``tokens`` are the sequence's, at least ``length`` of them."""
         if not self.pool.prefix_cache:
             return
         size = self.pool.block_size
-        for i in range(len(self._uids), self.length // size):
+        exact = self.length if self.approximate_from is None else self.approximate_from
+        for i in range(len(self._uids), exact // size):
             parent = self._uids[-1] if self._uids else ROOT_UID
             key = tuple(tokens[i * size : (i + 1) * size])
             self._uids.append(self.pool.register(self.blocks[i], parent, key))
@@ -87,10 +95,11 @@ class BlockTable:
             raise ValueError(f"cannot fork {length} of {self.length} tokens")
         child = BlockTable(self.pool, self.space)
         child.blocks = self.blocks[: -(-length // self.pool.block_size)]
-        for block in child.blocks:
-            self.pool.share(block)
+        self.pool.share(child.blocks)
         child.length = child.stored = length
         child._uids = self._uids[: length // self.pool.block_size]
+        if self.approximate_from is not None and self.approximate_from < length:
+            child.approximate_from = self.approximate_from
         return child
 
     def truncate(self, length: int) -> None:
@@ -122,9 +131,9 @@ class BlockTable:
             return None
         copy = HostCopy(count)
         blocks, stored = tuple(self.blocks[first:]), self.stored
-        behind, self.host = self.host, []
+        behind, self.host, approximate_from = self.host, [], self.approximate_from
         self._cut(first * self.pool.block_size, keep_cached=False)
-        self.host, self.stored = [copy, *behind], stored
+        self.host, self.stored, self.approximate_from = [copy, *behind], stored, approximate_from
         return copy, blocks
 
     def restore(self) -> list[SwapIn]:
@@ -154,4 +163,6 @@ class BlockTable:
         del self.blocks[blocks:]
         self.length = min(self.length, length)
         self.stored = length
+        if self.approximate_from is not None and self.approximate_from >= length:
+            self.approximate_from = None
         del self._uids[length // size :]

@@ -80,6 +80,11 @@ class MergedPart(nn.Module):
         self.out_features = merged.sizes[index]
         self.in_features = merged.linear.in_features
 
+    @property
+    def merged(self) -> PackedLinear:
+        """The whole product."""
+        return self._merged.linear
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._merged.take(self._index, x)
 

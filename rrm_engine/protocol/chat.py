@@ -4,7 +4,8 @@ A turn that is appended to a running sequence is cut out of a rendered conversat
 that the ids already in the KV cache stay as they are, also with templates that drop earlier thinking.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import Any, Final
 
@@ -47,6 +48,19 @@ class ChatFormat:
         """
         ids = self._encode(self._turn_text(user, thinking))
         return ids[1:] if after_eos and ids and ids[0] in self.eos_ids else ids
+
+    def turn_around(
+        self, user: str, marks: Collection[str], thinking: bool = False, after_eos: bool = False
+    ) -> list[list[int] | str]:
+        """As ``turn``, with tokens of one's own to be put in place of ``marks``, single characters in ``user``.
+
+        Returns the ids of the texts between the marks, each tokenised alone, and the marks, in order.
+        """
+        parts = re.split(f"([{''.join(marks)}])", self._turn_text(user, thinking))
+        turn = [part if part in marks else self._encode(part) for part in parts if part]
+        if after_eos and not isinstance(turn[0], str) and turn[0][0] in self.eos_ids:
+            del turn[0][0]
+        return turn
 
     @cached_property
     def has_thinking(self) -> bool:

@@ -134,8 +134,12 @@ class Style:
 
 
 def _part(one: Answered) -> _Part:
-    final = extract_final(one.answer) or one.answer.strip()
-    return _Part(one.id, one.answer.strip(), final, getattr(one, "ok", True))
+    return _Part(one.id, one.answer.strip(), final_of(one.answer), getattr(one, "ok", True))
+
+
+def final_of(answer: str) -> str:
+    """What templates are given as an answer's ``final``."""
+    return extract_final(answer) or answer.strip()
 
 
 def style_names() -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.trace.attribution import PARTS, RECURSIVE, Attribution, as_json, attribute, is_attributed, medians
+from rrm_engine.trace.profile_reader import PROFILE, STEP, RecordedProfile, read_profile
 from rrm_engine.trace.reader import SHOWN_KEYS, RunTrace, TraceError, read_run
 
 PROGRAM = "python -m rrm_engine.trace"
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = read_run(options.run, options.jobs)
         if options.perfetto:
-            _export(run, options.perfetto)
+            _export(run, options.perfetto, _profile(options.run))
         else:
             run.incomplete = {key: why for key, why in run.incomplete.items() if mode_of(key) == RECURSIVE}
         found = [attribute(trace) for trace in run.jobs if is_attributed(trace)]
@@ -71,15 +72,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _export(run: RunTrace, path: Path) -> None:
-    from rrm_engine.trace.perfetto import export
+def _profile(directory: Path) -> RecordedProfile | None:
+    try:
+        return read_profile(directory)
+    except (OSError, ValueError) as error:
+        raise TraceError(f"{directory / PROFILE} cannot be read ({error}); move it away to export without it") from None
+
+
+def _export(run: RunTrace, path: Path, profile: RecordedProfile | None) -> None:
+    from rrm_engine.trace.perfetto import export, ranges_of
 
     if not run.jobs:
         _say_incomplete(run)
         raise TraceError("there is no job with a complete trace to export")
-    export(run.jobs, path)
-    nodes = sum(len(trace.nodes) for trace in run.jobs)
-    print(f"Written to {path}: jobs {len(run.jobs):,}, nodes {nodes:,}; open it at https://ui.perfetto.dev")
+    export(run.jobs, path, profile)
+    what = f"jobs {len(run.jobs):,}, nodes {sum(len(trace.nodes) for trace in run.jobs):,}"
+    if profile:
+        steps = [outer for outer in ranges_of(profile, run.jobs) if outer.name == STEP]
+        what += f", profiled steps {len(steps):,}"
+    print(f"Written to {path}: {what}; open it at https://ui.perfetto.dev")
 
 
 def _show(found: Sequence[Attribution]) -> None:

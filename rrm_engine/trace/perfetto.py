@@ -6,9 +6,11 @@ A process track for each job holds a track for each node, nested as the nodes ar
     instants   the events it wrote (child, await, atomic, done, malformed), each repair, and how it ended
     arrows     from the event that declares a child to the child's first slice; from a conclusion to the first slice
                of every stretch that was given it: the parent's, or that of a sibling that depends on it
-The process track "engine" holds counters over the exported jobs: sequences running, queued and waiting (paused), and
-the KV blocks in use. Timestamps are the events' monotonic ``t``. A later session of the run whose clock is behind that
-of the one before, after a restart of the machine, is moved behind it.
+The process track "engine" holds counters: over the exported jobs the sequences running, queued and waiting (paused);
+over all there were, the KV blocks in use, those of them that paused sequences hold (pinned), and the host blocks in use
+(offloaded). The process track "profiler" holds the ranges of a run recorded with --profile, each with the nodes it
+worked for; of the steps that did so for an exported job. Timestamps are the events' monotonic ``t``. A later session of
+the run whose clock is behind that of the one before, after a restart of the machine, is moved behind it.
 """
 
 from collections import Counter, defaultdict
@@ -17,19 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.trace.packets import Packets
+from rrm_engine.trace.profile_reader import Range, RecordedProfile
 from rrm_engine.trace.reader import TraceError
 from rrm_engine.trace.timeline import NO_ROOM, Event, JobTrace, Stretch
 
 NAMES = {"graph": "plan", "solver": "solve", "direct": "solve", "continuation": "continue"}
 COUNTERS = ("sequences running", "sequences queued", "sequences waiting")
-BLOCKS = "KV blocks used"
+BLOCKS = {"blocks": "KV blocks used", "pinned": "KV blocks pinned", "offloaded": "KV blocks offloaded"}  # by field
 INSTANTS = {"child", "await", "atomic", "done", "malformed", "concluded", "cancelled", NO_ROOM, "finish"}
 SESSION_GAP_S = 1.0
-STANDARD = {"t", "job", "node", "step", "event", "session", "blocks", "kind"}  # fields told otherwise
+STANDARD = {"t", "job", "node", "step", "event", "session", "kind", *BLOCKS}  # fields told otherwise
 
 
-def export(jobs: Sequence[JobTrace], path: Path) -> None:
-    """Write the jobs to ``path``. Raises TraceError without the perfetto package or if it cannot be written."""
+def export(jobs: Sequence[JobTrace], path: Path, profile: RecordedProfile | None = None) -> None:
+    """Write the jobs, and the profile of one of their sessions, to ``path``.
+
+    Raises TraceError without the perfetto package or if it cannot be written.
+    """
     try:
         from perfetto.protos.perfetto.trace import perfetto_trace_pb2
     except ImportError:
@@ -39,6 +45,8 @@ def export(jobs: Sequence[JobTrace], path: Path) -> None:
     _counters(packets, jobs, shifts)
     for trace in jobs:
         _Job(packets, trace, shifts[trace.session]).write()
+    if profile:
+        _ranges(packets, profile, jobs, shifts)
     try:
         path.write_bytes(packets.serialized())
     except OSError as error:
@@ -82,7 +90,7 @@ def counter_changes(trace: JobTrace) -> list[tuple[float, str, int]]:
 
 def _counters(packets: Packets, jobs: Sequence[JobTrace], shifts: Mapping[int, float]) -> None:
     engine = packets.process("engine")
-    tracks = {name: packets.counter(name, engine) for name in (*COUNTERS, BLOCKS)}
+    tracks = {name: packets.counter(name, engine) for name in (*COUNTERS, *BLOCKS.values())}
     changes = [(t + shifts[job.session], name, by) for job in jobs for t, name, by in counter_changes(job)]
     values: Counter[str] = Counter()
     began = min(job.events[0]["t"] + shifts[job.session] for job in jobs)
@@ -94,7 +102,31 @@ def _counters(packets: Packets, jobs: Sequence[JobTrace], shifts: Mapping[int, f
         packets.count(t, tracks[name], value)
     for job in jobs:
         for event in job.events:
-            packets.count(event["t"] + shifts[job.session], tracks[BLOCKS], event["blocks"])
+            for kind in BLOCKS.keys() & event.keys():
+                packets.count(event["t"] + shifts[job.session], tracks[BLOCKS[kind]], event[kind])
+
+
+def ranges_of(profile: RecordedProfile, jobs: Iterable[JobTrace]) -> list[Range]:
+    """The outermost ranges of a profile that hold work for one of the jobs, of the session it was recorded in."""
+    keys = {trace.key for trace in jobs if trace.session == profile.about.get("session", 0)}
+    return [outer for outer in profile.outer if any(one.jobs & keys for one in outer.walk())]
+
+
+def _ranges(packets: Packets, profile: RecordedProfile, jobs: Sequence[JobTrace], shifts: Mapping[int, float]) -> None:
+    chosen = ranges_of(profile, jobs)
+    if not chosen:
+        return
+    track = packets.track("ranges", packets.process("profiler"), 0)
+    shift = shifts[profile.about.get("session", 0)]
+
+    def write(one: Range) -> None:
+        packets.begin(one.start + shift, track, one.name, "range", one.told)
+        for inner in one.inner:
+            write(inner)
+        packets.end(one.end + shift, track)
+
+    for outer in chosen:
+        write(outer)
 
 
 class _Job:

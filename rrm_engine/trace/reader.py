@@ -30,9 +30,9 @@ class RunTrace:
 
 def read_run(directory: Path, keys: Collection[str] = ()) -> RunTrace:
     """Read the jobs named (``id/mode/sample``, or ``id``, or ``id/mode``; none: all). Raises TraceError."""
-    rows = {(row_key(row), row.get("session", 0)): row for row in _lines(directory / "rows.jsonl", OF_ROWS)}
+    rows = {(row_key(row), row.get("session", 0)): row for row in json_lines(directory / "rows.jsonl", OF_ROWS)}
     groups: dict[tuple[str, int], list[Event]] = {}
-    for event in _lines(directory / "trace.jsonl", OF_EVENTS):
+    for event in json_lines(directory / "trace.jsonl", OF_EVENTS):
         for name in BULKY:
             event.pop(name, None)
         groups.setdefault((event["job"], event.get("session", 0)), []).append(event)
@@ -48,7 +48,7 @@ def read_run(directory: Path, keys: Collection[str] = ()) -> RunTrace:
     return run
 
 
-def _lines(path: Path, needed: set[str]) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path, needed: set[str]) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; a last line that is still being written is left out."""
     try:
         with path.open("rb") as file:

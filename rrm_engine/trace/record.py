@@ -2,7 +2,8 @@
 
 A row is on the disk before the next one is awaited: rows.jsonl is written by one ``write`` and one ``fsync`` a row.
 What a killed process left half-written is cut when the directory is opened again. Events are buffered, and flushed
-with every row; an event belongs to a row if job and session agree, for a job that was interrupted runs again.
+before every row, so that no row lacks any of its events; an event belongs to a row if job and session agree, for a
+job that was interrupted runs again.
 """
 
 import contextlib
@@ -86,6 +87,9 @@ class RunDir:
     def add(self, row: Row) -> None:
         """Append a row, and do not return before it is on the disk."""
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        if self._trace is not None:
+            with _saying(f"{self.path / 'trace.jsonl'} cannot be written"):
+                self._trace.flush()
         with _saying(f"{self.path / 'rows.jsonl'} cannot be written"):
             size = os.fstat(self._rows_fd).st_size
             try:
@@ -98,8 +102,6 @@ class RunDir:
                 raise
             os.fsync(self._rows_fd)
             self.rows.append(row)
-            if self._trace is not None:
-                self._trace.flush()
 
     def event(self, event: dict[str, Any]) -> None:
         """Append an event to trace.jsonl, some time before or with the next row."""
@@ -167,12 +169,16 @@ class RunDir:
         path = self.path / name
         draft = path.with_suffix(".json.tmp")
         with _saying(f"{path} cannot be written"):
-            with draft.open("w", encoding="utf-8") as file:
-                json.dump(value, file, ensure_ascii=False, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
+            try:
+                with draft.open("w", encoding="utf-8") as file:
+                    json.dump(value, file, ensure_ascii=False, indent=2)
+                    file.write("\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                draft.replace(path)
+            except OSError:
+                draft.unlink(missing_ok=True)
+                raise
 
 
 def mend_tail(path: Path) -> bool:

@@ -34,12 +34,18 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
-    """One node's linearised transcript: its prompt, what it wrote, and what was appended in between."""
+    """One node's linearised transcript: its prompt, what it wrote, and what was appended in between.
+
+    From the token ``approximate_from`` on KV was attached instead of computed (None: nowhere); ``splice_kl`` is what
+    the run measured of that, in nats.
+    """
 
     job: str
     node: str
     tokens: list[int]
     segments: tuple[Segment, ...]
+    approximate_from: int | None = None
+    splice_kl: tuple[float, ...] = ()
 
     @property
     def key(self) -> str:
@@ -181,7 +187,8 @@ def _node(trace: JobTrace, node: str) -> NodeRecord | None:
     edges = [edge for segment in segments for edge in (segment.start, segment.stop)]
     if edges[0] < 1 or edges != sorted(edges) or edges[-1] != len(tokens):
         raise VerifyError(f"the trace of {trace.key} contradicts itself: {node} has {len(tokens)} tokens, not {edges}")
-    return NodeRecord(trace.key, node, tokens, segments)
+    attached = min((start for start, _ in over.get("spliced", ())), default=None)
+    return NodeRecord(trace.key, node, tokens, segments, attached, tuple(over.get("splice_kl", ())))
 
 
 def _segment(event: Event, start: int, stop: int) -> Segment:

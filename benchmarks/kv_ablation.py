@@ -1,0 +1,100 @@
+"""What each kind of KV reuse is worth: the same graphs under every policy, with plenty of memory and with too little.
+
+    scripts/kv_ablation OUT_DIR --model embedded --model DIR
+
+Writes table.md, plot.png, plot.svg and result.json. The measurement is that of graph_replay.py.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graph_replay import about, add_settings, compared_steps, load, load_graphs, memory_for, progress, write_result
+from rich.console import Console
+from torch import float32
+
+from rrm_engine.replay.driver import Ours
+from rrm_engine.replay.generate import SHAPES
+from rrm_engine.replay.measure import as_json, describe, limit_pools, measure, summarise
+from rrm_engine.replay.report import CAPTION, markdown_table, rich_table
+from rrm_engine.replay.variant import parse_variant
+
+POLICIES = "pin,offload,drop,lru,auto,pin+nocache,no-reuse,pin+fork,drop+fork,serial,serial+no-reuse"
+PLENTY, TIGHT = "plenty", "tight"
+Result = dict[str, Any]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="where the four files go")
+    parser.add_argument("--model", action="append", help="as graph_replay.py's; several are measured one after another")
+    parser.add_argument("--graphs", default="small", help=f"a graph file, or a shape: {', '.join(SHAPES)}")
+    parser.add_argument("--policies", default=POLICIES, help="as graph_replay.py's")
+    parser.add_argument("--tight", type=int, default=60, metavar="P", help="percent of pin's blocks when tight")
+    add_settings(parser)
+    return parser
+
+
+def ablate(name: str, args: argparse.Namespace, console: Console) -> Result:
+    """One model's figures under both memory settings."""
+    variants = [parse_variant(policy) for policy in args.policies.split(",")]
+    model = load(name, args)
+    graphs = [graph.drawn(model.model.config.get_text_config().vocab_size) for graph in load_graphs(args.graphs, args)]
+    memory = memory_for(model, graphs, args)
+    result: Result = {**about(memory), "graphs": [describe(graph) for graph in graphs], "memory": {}}
+    for setting in (PLENTY, TIGHT):
+        if setting == TIGHT:
+            limit_pools(memory, graphs, args.tight / 100)
+        compared = compared_steps(console, memory, variants, graphs) if model.dtype is float32 else None
+        contenders = [Ours(variant, memory) for variant in variants]
+        with progress(console, f"{name}, {setting}", len(contenders) * len(graphs) * (args.repeats + 1)) as done:
+            rows = measure(contenders, graphs, args.repeats, done)
+        summary = summarise(rows)
+        console.print(rich_table(summary, heading(name, setting, args), wide=console.width >= 100))
+        result["memory"][setting] = {"compared_steps": compared, "rows": as_json(rows), "summary": summary}
+    return result
+
+
+def heading(model: str, setting: str, args: argparse.Namespace) -> str:
+    room = "room for everything" if setting == PLENTY else f"{args.tight} % of the blocks that pin takes"
+    return f"{model}: {room}"
+
+
+def markdown(results: Sequence[Result], args: argparse.Namespace) -> str:
+    """All tables, and what was measured."""
+    parts = [f"# KV policies on replayed graphs\n\nGraphs: {args.graphs}, {args.count}; {args.repeats} rounds.\n"]
+    for result in results:
+        nodes = sum(graph["nodes"] for graph in result["graphs"])
+        parts.append(
+            f"{result['model']}: {result['parameters']:,} parameters, {result['dtype']} on {result['device']}, "
+            f"{result['threads']} threads, blocks of {result['block_size']} tokens, {nodes} nodes.\n"
+        )
+        for setting, figures in result["memory"].items():
+            parts.append(f"## {heading(result['model'], setting, args)}\n\n{markdown_table(figures['summary'])}")
+            if figures["compared_steps"]:
+                parts.append(f"The logits of {figures['compared_steps']:,} decode steps are those of pin.\n")
+    return "\n".join([*parts, CAPTION[0].upper() + CAPTION[1:] + ".\n"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    console = Console()
+    try:
+        from ablation_plot import plot
+    except ImportError:
+        parser.error("the plot needs matplotlib: pip install 'rrm-engine[plot]'")
+    try:
+        results = [ablate(name, args, console) for name in args.model or ["embedded"]]
+    except ValueError as error:
+        parser.error(str(error))
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_result(args.out / "result.json", args, results=results)
+    (args.out / "table.md").write_text(markdown(results, args))
+    plot(results, args.tight, [args.out / "plot.png", args.out / "plot.svg"])
+    console.print(f"Written to {args.out}: table.md, plot.png, plot.svg, result.json", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

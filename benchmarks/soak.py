@@ -1,0 +1,418 @@
+"""Random graphs on the engine, without end: nothing wedges, nothing leaks, and every token is plain transformers'.
+
+A *life* is one engine with settings drawn from its seed: pools from the smallest that holds one longest sequence, all
+wait policies, with and without the prefix cache. In it random graphs start, fork in the middle of blocks, pause, wait,
+resume, forget and are cancelled in every state. All references are recounted after every step, and at a life's end
+every greedy token of every sequence is compared with plain transformers on that sequence's own tokens, in fp32.
+
+Life n of a soak has the seed S + n: a failure names the seed that brings it back as the first life of a new soak.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rrm_engine.bench.environment import environment
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.prepare import LoadedModel, prepare_model
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.scheduler import WaitPolicy
+from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.host import SwapCosts
+from rrm_engine.kv.pool import BlockPool
+from rrm_engine.models.load import load_pretrained, resolve_device
+
+GREEDY = SamplingParams()
+MAX_DEPTH = 3
+TIE = 1e-3  # of a row's standard deviation: logits closer than this may come out in another order
+SURVIVED = ("preemptions", "dropped", "offloaded_blocks", "restored_blocks", "forked_blocks", "copied_blocks", "reused")
+
+
+class Wrong(AssertionError):
+    """The engine did what it must not do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one life runs under."""
+
+    seed: int
+    graphs: int
+    longest: int  # tokens of a sequence
+    block_size: int
+    blocks: int
+    max_sequences: int
+    step_tokens: int
+    prefix_cache: bool
+    wait_policy: WaitPolicy
+    host_blocks: int
+    costs: SwapCosts | None
+    stops: float  # share of the vocabulary that ends a sequence
+
+    @classmethod
+    def draw(cls, seed: int, longest: int) -> "Settings":
+        """``longest`` is the model's limit."""
+        draw = random.Random(f"settings {seed}")
+        longest, size = draw.randint(16, min(longest, 240)), draw.choice([1, 2, 3, 4, 8, 16])
+        blocks = -(-longest // size) + draw.choice([0, 0, 1, 2, 5, 20, 100])
+        return cls(
+            seed,
+            draw.randint(3, 12),
+            longest,
+            size,
+            blocks,
+            draw.choice([1, 2, 4, 64]),
+            draw.choice([1, 4, 16, 64, 512]),
+            draw.random() < 0.6,
+            draw.choice(get_args(WaitPolicy)),
+            draw.choice([0, 3, blocks, 1000]),
+            draw.choice([None, SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)]),
+            draw.choice([0.0, 0.05]),
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A sequence, its children, and which of its tokens the engine sampled, as ranges."""
+
+    sequence: Sequence
+    depth: int
+    parent: "Node | None"
+    children: "list[Node]" = field(default_factory=list)
+    sampled: list[list[int]] = field(default_factory=list)
+
+    @property
+    def alive(self) -> bool:
+        return self.sequence.state is not State.FINISHED
+
+    @property
+    def paused(self) -> bool:
+        return self.sequence.state is State.PAUSED
+
+    def begin(self) -> None:
+        """What is sampled from here on is a range of its own."""
+        length = len(self.sequence.tokens)
+        self.sampled.append([length, length])
+
+    def forget(self, length: int) -> None:
+        self.sampled = [[start, min(stop, length)] for start, stop in self.sampled if start < length]
+
+    def below(self) -> "Iterator[Node]":
+        """Itself and its descendants, children first."""
+        for child in self.children:
+            yield from child.below()
+        yield self
+
+
+class Life:
+    """Random graphs on one engine, from its start to its end."""
+
+    def __init__(self, model: LoadedModel, vocabulary: int, settings: Settings) -> None:
+        self.settings = settings
+        self.chance = random.Random(settings.seed)
+        self.vocabulary = vocabulary
+        stops = range(2, 2 + int(settings.stops * vocabulary))
+        pool = BlockPool(settings.blocks, settings.block_size, settings.prefix_cache)
+        cache = KVCache(settings.blocks, settings.block_size, model.shapes)
+        self.engine = Engine(
+            ModelRunner(model.forward, cache, model.device, model.attend),
+            pool,
+            max_sequences=settings.max_sequences,
+            step_tokens=settings.step_tokens,
+            max_sequence_tokens=settings.longest,
+            eos_ids=frozenset(stops),
+            wait_policy=settings.wait_policy,
+            host_blocks=settings.host_blocks,
+        )
+        self.engine.scheduler.costs = settings.costs
+        self.system = self.tokens(1, max(2, settings.longest // 2))  # what fresh prompts share
+        self.nodes: dict[str, Node] = {}
+        self.graphs = 0
+
+    def run(self) -> None:
+        """Live. Raises Wrong, AssertionError of ``Engine.check`` or EngineStuck."""
+        while self.graphs < self.settings.graphs:
+            for _ in range(self.chance.choice([0, 0, 1, 2, 6])):
+                self.act()
+            self.step()
+        self.end()
+
+    def step(self) -> None:
+        for one in self.engine.step():
+            self.nodes[one.sequence.key].sampled[-1][1] = len(one.sequence.tokens)
+        self.engine.check()
+
+    def end(self) -> None:
+        """What waits goes on with conclusions, a level at a time; then all is over."""
+        for _ in range(MAX_DEPTH):
+            self.drain()
+            for node in [node for node in self.nodes.values() if node.alive]:
+                self.resume(node)
+        self.drain()
+        for node in self.nodes.values():
+            self.engine.finish(node.sequence)
+        self.engine.check()
+        used, host = self.engine.pool.num_used, self.engine.space.num_used
+        if used or host or self.engine.scheduler.running or self.engine.scheduler.paused:
+            raise Wrong(f"{used} blocks and {host} host blocks are left when all is over")
+
+    def drain(self) -> None:
+        """Run what is live to its end. While nobody joins, the first sequence gains a token in every step: a bound."""
+        left = sum(len(s.tokens) + s.budget for s in self.engine.scheduler.live)
+        while self.engine.has_work:
+            if left < 0:
+                raise Wrong("more steps than there were tokens to run")
+            left -= 1
+            self.step()
+
+    # what may happen between two steps
+
+    def act(self) -> None:
+        """One random thing to one random node."""
+        alive = [node for node in self.nodes.values() if node.alive]
+        if not alive or (self.chance.random() < 0.1 and len(alive) < 60):
+            self.start()
+            return
+        node = self.chance.choice(alive)
+        actions: list[tuple[Callable[[Node], None], int]] = [
+            (self.child, 4),
+            (self.fork, 4),
+            (self.pause, 1),
+            (self.wait, 4),
+            (self.truncate, 1),
+            (self.finish, 1),
+            (self.resume, 9),
+        ]
+        (action,) = self.chance.choices([a for a, _ in actions], [weight for _, weight in actions])
+        action(node)
+
+    def start(self) -> None:
+        self.graphs += 1
+        self.submit(None, f"g{self.graphs}", self.prompt())
+
+    def child(self, node: Node) -> None:
+        if node.depth < MAX_DEPTH:
+            self.submit(node, self.name(node), self.prompt())
+
+    def fork(self, node: Node) -> None:
+        """A child that goes on from any place in what its parent has."""
+        length = self.chance.randint(1, len(node.sequence.tokens))
+        tokens = [*node.sequence.tokens[:length], *self.tokens(0, 6)]
+        if node.depth < MAX_DEPTH and len(tokens) < self.settings.longest:
+            self.submit(node, self.name(node), tokens, fork_of=(node.sequence, length))
+
+    def pause(self, node: Node) -> None:
+        if not node.paused:
+            self.engine.pause(node.sequence)
+
+    def wait(self, node: Node) -> None:
+        self.pause(node)
+        self.engine.wait(node.sequence)
+
+    def resume(self, node: Node) -> None:
+        """With conclusions: the last tokens of some children, who end then."""
+        if not node.paused:
+            return
+        conclusions = self.tokens(0, 4)
+        for child in [c for c in node.children if c.alive and c.paused][:2]:
+            conclusions += child.sequence.tokens[-3:]
+            self.finish(child)
+        if len(node.sequence.tokens) + len(conclusions) >= self.settings.longest:
+            self.finish(node)
+            return
+        self.engine.resume(node.sequence, conclusions, self.budget())
+        node.begin()
+
+    def truncate(self, node: Node) -> None:
+        if node.paused:
+            length = self.chance.randint(1, len(node.sequence.tokens))
+            self.engine.truncate(node.sequence, length)
+            node.forget(length)
+
+    def finish(self, node: Node) -> None:
+        """In whatever state it is, with all its descendants: what is held then is what others hold."""
+        for one in node.below():
+            self.engine.finish(one.sequence)
+        self.engine.check()
+
+    # small things
+
+    def submit(self, parent: Node | None, key: str, tokens: list[int], **options: Any) -> None:
+        depth = parent.depth + 1 if parent else 0
+        root = int(key.split(".")[0][1:])
+        sequence = self.engine.submit(key, tokens, self.budget(), GREEDY, root=root, depth=depth, **options)
+        self.nodes[key] = node = Node(sequence, depth, parent)
+        node.begin()
+        if parent:
+            parent.children.append(node)
+
+    def name(self, parent: Node) -> str:
+        return f"{parent.sequence.key}.{len(parent.children)}"
+
+    def prompt(self) -> list[int]:
+        shared = self.system[: self.chance.choice([0, len(self.system), self.chance.randint(0, len(self.system))])]
+        return [*shared, *self.tokens(1, max(1, self.settings.longest // 3))][: self.settings.longest - 1]
+
+    def tokens(self, least: int, most: int) -> list[int]:
+        return [self.chance.randrange(2, self.vocabulary) for _ in range(self.chance.randint(least, most))]
+
+    def budget(self) -> int:
+        return self.chance.choice([1, 3, 6, 12, 40])
+
+
+class Soak:
+    """Lives, one after another, and what they lived through."""
+
+    def __init__(self, plain: Any, model: LoadedModel) -> None:
+        self.plain = plain
+        self.model = model
+        self.totals: Counter[str] = Counter()
+        config = plain.config.get_text_config()
+        self._vocabulary, self._longest = config.vocab_size, model.max_position
+
+    def live(self, seed: int) -> None:
+        """One life and the comparison of its tokens. Raises what ``Life.run`` raises, with the settings as a note."""
+        settings = Settings.draw(seed, self._longest)
+        try:
+            life = Life(self.model, self._vocabulary, settings)
+            life.run()
+            tokens = sum(self.compare(node) for node in life.nodes.values())
+        except Exception as error:
+            error.add_note(str(settings))
+            raise
+        counters = [node.sequence.counters for node in life.nodes.values()]
+        self.totals.update({f"lives {settings.wait_policy}": 1, "lives": 1, "graphs": life.graphs})
+        self.totals.update({"sequences": len(life.nodes), "tokens": tokens, "steps": life.engine.steps})
+        self.totals.update({name: sum(getattr(c, name) for c in counters) for name in SURVIVED})
+
+    @torch.inference_mode()
+    def compare(self, node: Node) -> int:
+        """The sampled tokens of one sequence, every one of which plain transformers would have taken."""
+        tokens, ranges = node.sequence.tokens, [(start, stop) for start, stop in node.sampled if start < stop]
+        if not ranges:
+            return 0
+        ids = torch.tensor([tokens], device=self.plain.device)
+        logits = self.plain(input_ids=ids, use_cache=False).logits[0]
+        for start, stop in ranges:
+            rows = logits[start - 1 : stop - 1]
+            gap = rows.amax(-1) - rows.gather(-1, ids[0, start:stop, None])[:, 0]
+            for i in (gap > TIE * rows.std(-1)).nonzero()[:1]:
+                place = start + int(i)
+                raise Wrong(f"{node.sequence.key}: token {place} is {tokens[place]}, not {int(rows[i].argmax())}")
+        return sum(stop - start for start, stop in ranges)
+
+
+def tiny() -> tuple[Any, Any]:
+    """A tiny random Qwen3, always the same, whose greedy choices are far apart; and no tokenizer."""
+    config = AutoConfig.for_model(
+        "qwen3",
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    return model, SimpleNamespace(eos_token_id=1)
+
+
+def load(name: str, device: str) -> Soak:
+    """The model in fp32, plain and prepared."""
+    target = resolve_device(device)
+    plain, tokenizer = tiny() if name == "tiny" else load_pretrained(name, "float32", target)
+    plain.set_attn_implementation("eager")
+    plain = plain.to(target).eval()
+    return Soak(plain, prepare_model(copy.deepcopy(plain), tokenizer, name, target))
+
+
+def report(totals: Counter[str], seconds: float) -> str:
+    policies = ", ".join(f"{totals[f'lives {p}']} {p}" for p in get_args(WaitPolicy))
+    return (
+        f"{totals['lives']:,} lives ({policies}) in {seconds:,.0f} s: {totals['graphs']:,} graphs, "
+        f"{totals['sequences']:,} sequences, {totals['steps']:,} steps, {totals['tokens']:,} tokens equal to plain "
+        f"transformers\nsurvived: {totals['preemptions']:,} preemptions, {totals['dropped']:,} drops, "
+        f"{totals['offloaded_blocks']:,} blocks offloaded, {totals['restored_blocks']:,} restored, "
+        f"{totals['forked_blocks']:,} forked, {totals['copied_blocks']:,} copied, {totals['reused']:,} tokens reused"
+    )
+
+
+def soak(name: str, device: str, seed: int, seconds: float) -> tuple[Counter[str], float, BaseException | None]:
+    """Lives from ``seed`` on until ``seconds`` are over, at least one: totals, seconds, and what ended it early."""
+    run = load(name, device)
+    console = Console(stderr=True)
+    columns = (BarColumn(None), TextColumn("{task.fields[now]}"), TimeRemainingColumn())
+    began = time.monotonic()
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=seconds, now="")
+        for life in itertools.count(seed):
+            try:
+                run.live(life)
+            except KeyboardInterrupt as error:
+                return run.totals, time.monotonic() - began, error
+            except Exception as error:
+                error.add_note(f"python benchmarks/soak.py --model {name} --device {device} --seed {life} --minutes 0")
+                return run.totals, time.monotonic() - began, error
+            elapsed = time.monotonic() - began
+            now = f"{run.totals['lives']:,} lives, {run.totals['tokens']:,} tokens"
+            progress.update(bar, completed=elapsed, now=now)
+            if elapsed >= seconds:
+                break
+    return run.totals, elapsed, None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, required=True, help="how long; 0: one life")
+    parser.add_argument("--model", default="tiny", help="tiny (random), embedded, a directory, GGUF file or hub id")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the first life; the next ones have the next seeds")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    args = parser.parse_args()
+    totals, seconds, error = soak(args.model, args.device, args.seed, args.minutes * 60)
+    failed = error is not None and not isinstance(error, KeyboardInterrupt)
+    print(report(totals, seconds))
+    if failed:
+        traceback.print_exception(error)
+        print(f"FAILED in the life with seed {args.seed + totals['lives']}; the last line above brings it back.")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {
+            "command": " ".join(["python", *sys.argv]),
+            **environment(),
+            "seed": args.seed,
+            "seconds": seconds,
+            "failure": repr(error) if failed else None,
+            **totals,
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

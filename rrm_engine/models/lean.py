@@ -1,0 +1,128 @@
+"""A decoder's forward pass without modules: the layers of the Llama shape on CPU, four products and five kernels each.
+
+transformers' own forward spends more time in Python than a small model's products take. This runs the same
+operations on the same (fused) weights, in the same order and with the same roundings; the check at load compares it
+with the plain model like any other path, and whatever is not recognised keeps transformers' forward.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rrm_kernels.native import DTYPES, NativeLayer, NativeUnavailable, load_native_layer
+
+from rrm_engine.kv.cache import LayerShape
+from rrm_engine.models.attention import PagedForward
+from rrm_engine.models.fuse import FusedRMSNorm, MergedPart, PackedLinear
+
+# Models whose layers are: norm, attention, add, norm, gated SiLU MLP, add; with one RoPE, half-split.
+MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights; ``norms`` are those of queries and keys, if it has them."""
+
+    index: int
+    shape: LayerShape
+    heads: int
+    scale: float
+    window: int | None
+    input_norm: FusedRMSNorm
+    qkv: PackedLinear
+    norms: tuple[torch.Tensor, torch.Tensor] | None
+    norm_eps: float
+    output: PackedLinear
+    mlp_norm: FusedRMSNorm
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+class LeanForward:
+    """A ``Forward``: packed tokens in, logits of the sampled rows out."""
+
+    def __init__(self, model: Any, layers: list[Layer], native: NativeLayer) -> None:
+        inner = model.model
+        self._embedding = inner.embed_tokens.weight.detach()
+        self._rotary = inner.rotary_emb
+        self._head: PackedLinear = model.lm_head
+        self._layers = layers
+        self._norms = [*(layer.input_norm for layer in layers), inner.norm]
+        self._native = native
+        self._tables = self._rotation(256)
+
+    def __call__(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, paged: PagedForward
+    ) -> torch.Tensor:
+        native, slots, tokens = self._native, paged.batch.slots, len(token_ids)
+        if (last := int(positions.max())) >= len(self._tables[0]):
+            self._tables = self._rotation(2 * last)
+        residual = self._embedding[token_ids]
+        normed = torch.empty_like(residual)
+        query = residual.new_empty(tokens, self._layers[0].heads, self._layers[0].shape.key_width)
+        gated = residual.new_empty(tokens, self._layers[0].down.in_features)
+        native.norm(residual, self._norms[0].weight, self._norms[0].eps, normed)
+        for layer, norm in zip(self._layers, self._norms[1:], strict=True):
+            keys, values = paged.cache.pools(layer.index, layer.shape)
+            qkv = layer.qkv(normed)
+            native.rope_store(qkv, layer.norms, layer.norm_eps, self._tables, positions, slots, query, keys, values)
+            mixed = paged.attend(query, keys, values, paged.batch, layer.scale, layer.window)
+            native.add_norm(layer.output(mixed.flatten(1)), residual, layer.mlp_norm.weight, layer.mlp_norm.eps, normed)
+            native.silu_mul(layer.gate_up(normed), gated)
+            native.add_norm(layer.down(gated), residual, norm.weight, norm.eps, normed)
+        return self._head(normed[sampled])
+
+    def _rotation(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the first ``count`` positions, fp32 ``[count, rotary / 2]``, rounded as in the model."""
+        cos, sin = self._rotary(self._embedding, torch.arange(count)[None])
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+
+
+def lean_forward(model: Any, device: torch.device) -> LeanForward | None:
+    """The lean forward of a fused model, or None where its class, type or device is not one that is known."""
+    if type(model).__name__ not in MODELS or device.type != "cpu" or model.dtype not in DTYPES:
+        return None
+    layers = [_layer(index, module, model) for index, module in enumerate(model.model.layers)]
+    known = [layer for layer in layers if layer is not None]
+    ends_known = isinstance(model.model.norm, FusedRMSNorm) and isinstance(model.lm_head, PackedLinear)
+    if len(known) < len(layers) or not ends_known:
+        return None
+    try:
+        return LeanForward(model, known, load_native_layer())
+    except NativeUnavailable:
+        return None
+
+
+def _layer(index: int, module: Any, model: Any) -> Layer | None:
+    attention, mlp, config = module.self_attn, module.mlp, model.config
+    norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    parts = (module.input_layernorm, module.post_attention_layernorm, *norms)
+    linears = (attention.o_proj, mlp.down_proj)
+    merged = (attention.q_proj, mlp.gate_proj)
+    whole = (
+        all(isinstance(part, FusedRMSNorm) for part in parts)
+        and all(isinstance(linear, PackedLinear) for linear in linears)
+        and all(isinstance(part, MergedPart) for part in merged)
+        and config.hidden_act == "silu"
+    )
+    if not whole:
+        return None
+    width = attention.head_dim
+    kv_heads = attention.k_proj.out_features // width
+    has_window = "Mistral" in type(model).__name__
+    return Layer(
+        index=index,
+        shape=LayerShape(kv_heads, width, width, model.dtype, torch.device("cpu")),
+        heads=attention.q_proj.out_features // width,
+        scale=attention.scaling,
+        window=config.sliding_window if has_window else getattr(attention, "sliding_window", None),
+        input_norm=module.input_layernorm,
+        qkv=attention.q_proj.merged,
+        norms=(norms[0].weight, norms[1].weight) if norms else None,
+        norm_eps=norms[0].eps if norms else 0.0,
+        output=attention.o_proj,
+        mlp_norm=module.post_attention_layernorm,
+        gate_up=mlp.gate_proj.merged,
+        down=mlp.down_proj,
+    )

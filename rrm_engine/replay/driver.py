@@ -1,0 +1,233 @@
+"""One graph on our engine: every sampled token is overwritten by the graph's before it is run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+import torch
+
+from rrm_engine.engine.costs import measure_swap_costs
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.sequence import Sequence
+from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.host import SwapCosts
+from rrm_engine.kv.pool import NULL_BLOCK, BlockPool
+from rrm_engine.replay.check import RecordingRunner
+from rrm_engine.replay.graph import Graph
+from rrm_engine.replay.variant import Variant
+from rrm_engine.replay.walk import Command, End, Resume, Start, Wait, Walk
+
+GREEDY = SamplingParams()
+RUBBISH = 3.0
+
+
+@dataclass(slots=True)
+class Replayed:
+    """One replay. Times in seconds; of the counters those that a contender does not know are None."""
+
+    answer_s: float  # from the first submit to the last token of the last root
+    resume_s: list[float]  # from the last token of the last one awaited to the node's next token; one per resume
+    steps: int
+    prefilled: int  # tokens run that were not sampled in the step before
+    reused: int  # tokens whose KV was there already: prefix cache or fork
+    copied_blocks: int | None = None  # copy-on-write
+    offloaded_blocks: int | None = None
+    restored_blocks: int | None = None
+    preemptions: int | None = None  # times memory ran out and a sequence lost its place or its KV
+    peak_blocks: int | None = None
+    peak_host_blocks: int | None = None
+    tokens: dict[str, list[int]] = field(default_factory=dict)  # every node's transcript
+    sampled: dict[str, list[int]] = field(default_factory=dict)  # what the model would have written
+
+
+class Contender(Protocol):
+    """Replays a graph in its own way; ``graph`` is drawn."""
+
+    name: str
+
+    def replay(self, graph: Graph) -> Replayed: ...
+
+
+class Clock:
+    """When the answer was there, and how long resumes took."""
+
+    def __init__(self) -> None:
+        self.began = perf_counter()
+        self.answer_s: float | None = None
+        self.resume_s: list[float] = []
+        self._resumed: dict[str, float] = {}
+
+    def token(self, node: str, now: float) -> None:
+        """``node`` has a new token."""
+        if (since := self._resumed.pop(node, None)) is not None:
+            self.resume_s.append(now - since)
+
+    def commands(self, commands: list[Command], answered: bool, now: float) -> None:
+        """What followed from a token that came at ``now``."""
+        self._resumed |= {command.node: now for command in commands if isinstance(command, Resume)}
+        if answered and self.answer_s is None:
+            self.answer_s = now - self.began
+
+
+class Ours:
+    """A variant on one loaded model. The KV tensors are shared by all variants: one replay runs at a time."""
+
+    def __init__(self, variant: Variant, memory: "Memory") -> None:
+        self.name = variant.name
+        self.variant = variant
+        self.memory = memory
+
+    def replay(self, graph: Graph, check: Callable[[Engine], None] | None = None) -> Replayed:
+        """Run ``graph`` in an empty pool. ``check`` is called after every step.
+
+        Raises ValueError, with the numbers, if the graph's longest node does not fit.
+        """
+        graph = self.variant.graph(graph)
+        engine = self.memory.engine(self.variant, graph)
+        play = _Play(engine, graph, Walk(graph, self.variant.serial))
+        clock = Clock()
+        play.carry_out(play.walk.start())
+        while engine.has_work:
+            sampled = engine.step()
+            now = perf_counter()
+            for one in sampled:
+                name = one.sequence.key
+                play.sampled[name].append(one.token)
+                one.sequence.tokens[-1] = play.walk.forced(name)  # not run yet, so nothing depends on it
+                clock.token(name, now)
+                commands = play.walk.token(name)
+                play.carry_out(commands)
+                clock.commands(commands, play.walk.answered, now)
+            if check is not None:
+                check(engine)
+        return play.result(clock)
+
+
+class _Play:
+    """The sequences of one replay."""
+
+    def __init__(self, engine: Engine, graph: Graph, walk: Walk) -> None:
+        self.engine = engine
+        self.graph = graph
+        self.walk = walk
+        self.sequences: dict[str, Sequence] = {}
+        self.sampled: dict[str, list[int]] = {}
+
+    def carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case Start():
+                    self._start(command)
+                case Wait(node=name):  # its budget was spent, so the engine has paused it
+                    self.engine.wait(self.sequences[name])
+                case Resume(node=name, tokens=tokens, decode=decode):
+                    self.engine.resume(self.sequences[name], tokens, decode)
+                case End(node=name):
+                    self.engine.finish(self.sequences[name])
+
+    def _start(self, start: Start) -> None:
+        tokens, fork = start.tokens, None
+        if start.fork_of is not None:
+            parent, shared = start.fork_of
+            fork = (self.sequences[parent], shared)
+            tokens = self.sequences[parent].tokens[:shared] + tokens
+        depth = self.graph.depth(start.node)
+        sequence = self.engine.submit(start.node, tokens, start.decode, GREEDY, depth=depth, fork_of=fork)
+        self.sequences[start.node] = sequence
+        self.sampled[start.node] = []
+
+    def result(self, clock: Clock) -> Replayed:
+        if clock.answer_s is None or self.walk.unfinished:
+            raise RuntimeError(f"the replay of {self.graph.id} ended before {', '.join(self.walk.unfinished)} did")
+        counters = [sequence.counters for sequence in self.sequences.values()]
+        engine = self.engine
+        return Replayed(
+            answer_s=clock.answer_s,
+            resume_s=clock.resume_s,
+            steps=engine.steps,
+            prefilled=sum(c.prefilled for c in counters),
+            reused=sum(c.reused for c in counters),
+            copied_blocks=sum(c.copied_blocks for c in counters),
+            offloaded_blocks=sum(c.offloaded_blocks for c in counters),
+            restored_blocks=sum(c.restored_blocks for c in counters),
+            preemptions=sum(c.preemptions + c.dropped for c in counters),
+            peak_blocks=engine.pool.peak_used,
+            peak_host_blocks=engine.space.peak_used,
+            tokens={name: list(sequence.tokens) for name, sequence in self.sequences.items()},
+            sampled=self.sampled,
+        )
+
+
+class Memory:
+    """The model, its KV tensors, and how much of them a replay may use."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        blocks: int,
+        *,
+        block_size: int = 16,
+        step_tokens: int = 512,
+        max_sequences: int = 64,
+        host_blocks: int | None = None,
+    ) -> None:
+        """``blocks`` is the size of the pool, ``host_blocks`` the room for what is offloaded (None: as many)."""
+        self.model = model
+        self.blocks = blocks
+        self.block_size = block_size
+        self.step_tokens = step_tokens
+        self.max_sequences = max_sequences
+        self.host_blocks = blocks if host_blocks is None else host_blocks
+        cache = KVCache(blocks, block_size, model.shapes)
+        self.runner = RecordingRunner(model.forward, cache, model.device, model.attend)
+        self.limits: dict[str, int] = {}  # smaller pools, by graph id
+        self._costs: SwapCosts | None = None
+
+    @torch.inference_mode()
+    def spoil(self) -> None:
+        """Overwrite every block: what an earlier replay of the same graph left is right even where nothing was done."""
+        cache = self.runner.cache
+        for index, shape in cache.shapes.items():
+            for pool in cache.pools(index, shape):
+                pool[NULL_BLOCK + 1 :] = RUBBISH
+
+    def pool_blocks(self, graph: Graph) -> int:
+        """Blocks that a replay of ``graph`` may use. A limit never cuts off what the longest node takes."""
+        limit = self.limits.get(graph.id, self.blocks)
+        return min(max(limit, -(-_longest(graph) // self.block_size)), self.blocks)
+
+    def engine(self, variant: Variant, graph: Graph) -> Engine:
+        """An engine with an empty pool, for sequences as long as the graph's longest."""
+        longest = _longest(graph)
+        if longest > self.model.max_position:
+            raise ValueError(
+                f"graph {graph.id} has a node of {longest - 1} tokens and {self.model.name} knows "
+                f"{self.model.max_position} positions: choose other --graphs or a --model with a longer context"
+            )
+        engine = Engine(
+            self.runner,
+            BlockPool(self.pool_blocks(graph), self.block_size, variant.prefix_cache),
+            max_sequences=self.max_sequences,
+            step_tokens=self.step_tokens,
+            max_sequence_tokens=longest,
+            eos_ids=frozenset(),
+            wait_policy=variant.wait_policy,
+            host_blocks=self.host_blocks if variant.wait_policy in ("offload", "auto") else 0,
+        )
+        if variant.wait_policy == "auto":
+            self._costs = self._costs or measure_swap_costs(engine)
+            engine.scheduler.costs = self._costs
+        return engine
+
+
+def blocks_needed(graph: Graph, block_size: int) -> int:
+    """Blocks that always suffice: every node at its full length, nothing shared, one copied block each."""
+    return sum(-(-(graph.length(name) + 1) // block_size) + 1 for name in graph.nodes)
+
+
+def _longest(graph: Graph) -> int:
+    """Tokens of the longest node, and one more that the engine wants to have room for."""
+    return max(map(graph.length, graph.nodes)) + 1

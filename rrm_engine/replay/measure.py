@@ -1,0 +1,168 @@
+"""Every contender on every graph, in turns, so that a drift of the machine hits all; medians over the repeats."""
+
+import gc
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from rrm_engine.replay.check import Places, check_logits, check_transcripts
+from rrm_engine.replay.driver import Contender, Memory, Ours, Replayed
+from rrm_engine.replay.graph import Graph
+from rrm_engine.replay.variant import Variant
+
+NOT_COUNTERS = ("answer_s", "resume_s", "tokens", "sampled")
+COUNTERS = tuple(f.name for f in fields(Replayed) if f.name not in NOT_COUNTERS)
+
+
+@dataclass(slots=True)
+class Row:
+    """One contender on one graph: seconds of every repeat, counters of the last."""
+
+    graph: str
+    name: str
+    kv_blocks: int | None  # the pool it had
+    answer_s: list[float] = field(default_factory=list)
+    resume_s: list[list[float]] = field(default_factory=list)
+    counters: dict[str, int | None] = field(default_factory=dict)
+
+    def add(self, replayed: Replayed) -> None:
+        self.answer_s.append(replayed.answer_s)
+        self.resume_s.append(replayed.resume_s)
+        self.counters = {name: getattr(replayed, name) for name in COUNTERS}
+
+
+def measure(
+    contenders: Sequence[Contender], graphs: Sequence[Graph], repeats: int, done: Callable[[], None] = lambda: None
+) -> list[Row]:
+    """``repeats`` rounds on each drawn graph after one that does not count; ``done`` is called after each replay.
+
+    Raises ReplayMismatch if one of ours ends with other tokens than the graph's.
+    """
+    rows: list[Row] = []
+    gc.collect()
+    gc.freeze()  # models and modules are never rubbish: what is left to look through is small
+    try:
+        for graph in graphs:
+            rows += _rounds(contenders, graph, repeats, done)
+    finally:
+        gc.unfreeze()
+    return rows
+
+
+def check(
+    memory: Memory, variants: Sequence[Variant], graphs: Sequence[Graph], done: Callable[[], None] = lambda: None
+) -> int:
+    """Compare every variant's logits with those of pin, or pin+fork; returns the decode steps compared.
+
+    The model has to be in fp32. Raises ReplayMismatch.
+    """
+    compared = 0
+    for graph in graphs:
+        references: dict[str, Places] = {}
+        for variant in variants:
+            reference = variant.reference
+            if reference.name not in references:
+                references[reference.name] = best_logits(memory, reference, graph)
+            found = best_logits(memory, variant, graph)
+            check_logits(variant.name, graph, found, references[reference.name])
+            compared += len(found)
+            done()
+    return compared
+
+
+def _rounds(contenders: Sequence[Contender], graph: Graph, repeats: int, done: Callable[[], None]) -> list[Row]:
+    rows = {contender.name: Row(graph.id, contender.name, _pool(contender, graph)) for contender in contenders}
+    for turn in range(repeats + 1):
+        first = turn % len(contenders)
+        for contender in [*contenders[first:], *contenders[:first]]:
+            gc.collect()
+            replayed = contender.replay(graph)
+            if isinstance(contender, Ours):
+                check_transcripts(contender.name, contender.variant.graph(graph), replayed.tokens)
+            if turn:
+                rows[contender.name].add(replayed)
+            done()
+    return list(rows.values())
+
+
+def best_logits(memory: Memory, variant: Variant, graph: Graph) -> Places:
+    """The best logit of every decode step of ``variant`` on the drawn ``graph``. Raises ReplayMismatch on tokens."""
+    memory.spoil()
+    memory.runner.places = {}
+    try:
+        replayed = Ours(variant, memory).replay(graph)
+        places = memory.runner.places
+    finally:
+        memory.runner.places = None
+    check_transcripts(variant.name, variant.graph(graph), replayed.tokens)
+    return {place: best for place, best in places.items() if place[0] in graph.nodes}
+
+
+def limit_pools(memory: Memory, graphs: Sequence[Graph], share: float) -> None:
+    """Give every graph ``share`` of the blocks that pin takes when there are plenty."""
+    for graph in graphs:
+        memory.limits.pop(graph.id, None)
+        peak = Ours(Variant("pin"), memory).replay(graph).peak_blocks
+        assert peak is not None
+        memory.limits[graph.id] = math.ceil(share * peak)
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One entry per contender over all graphs. Times are means over the graphs of medians over the repeats.
+
+    ``ratio`` is its time to answer over that of the first contender: the geometric mean over the graphs of the median
+    over the rounds. ``resume_worst_s`` is each graph's slowest resume, taken and averaged in the same way.
+    """
+    first = {row.graph: row for row in rows if row.name == rows[0].name}
+    summary = []
+    for name in dict.fromkeys(row.name for row in rows):
+        own = [row for row in rows if row.name == name]
+        ratios = [
+            statistics.median(a / b for a, b in zip(row.answer_s, first[row.graph].answer_s, strict=True))
+            for row in own
+        ]
+        resuming = [row for row in own if any(row.resume_s)]
+        entry: dict[str, Any] = {
+            "name": name,
+            "answer_s": statistics.mean(statistics.median(row.answer_s) for row in own),
+            "ratio": statistics.geometric_mean(ratios),
+            "resume_s": _mean(statistics.median(s for turn in row.resume_s for s in turn) for row in resuming),
+            "resume_worst_s": _mean(statistics.median(max(turn) for turn in row.resume_s) for row in resuming),
+        }
+        for counter in COUNTERS:
+            values = [row.counters[counter] for row in own]
+            known = [value for value in values if value is not None]
+            combine = max if counter.startswith("peak") else sum
+            entry[counter] = combine(known) if len(known) == len(values) else None
+        summary.append(entry)
+    return summary
+
+
+def describe(graph: Graph) -> dict[str, Any]:
+    """A graph in figures."""
+    nodes = graph.nodes
+    return {
+        "id": graph.id,
+        "nodes": len(nodes),
+        "max_depth": max(map(graph.depth, nodes)),
+        "tokens": sum(map(graph.length, nodes)),
+        "decoded": sum(node.decoded for node in nodes.values()),
+        "critical_path_tokens": graph.critical_path(),
+        "longest_node": max(map(graph.length, nodes)),
+    }
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows for a result file."""
+    return [asdict(row) for row in rows]
+
+
+def _pool(contender: Contender, graph: Graph) -> int | None:
+    return contender.memory.pool_blocks(contender.variant.graph(graph)) if isinstance(contender, Ours) else None
+
+
+def _mean(values: Any) -> float | None:
+    found = list(values)
+    return statistics.mean(found) if found else None

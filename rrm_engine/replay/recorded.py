@@ -1,0 +1,140 @@
+"""From a recorded run to graphs: who started whom after which token, and every node's true token ids."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, Step
+from rrm_engine.replay.reader import GraphError
+from rrm_engine.trace.checks import check_samples, check_whole
+from rrm_engine.trace.reader import TraceError, json_lines
+from rrm_engine.trace.record import row_key
+from rrm_engine.trace.timeline import FALLBACK, ROOT, Event, Incomplete, JobTrace, follow_nodes
+
+
+def recorded_graphs(directory: Path) -> list[Graph]:
+    """One graph per finished job of a run, under the job's key ``id/mode/sample``. Raises GraphError.
+
+    What a node wrote behind an await and lost is not in its tokens and not replayed, nodes that never wrote a token
+    are left out, and one that was cancelled ends where it was. The fallback of a broken graph is a second root.
+    """
+    forks = _forks(directory)
+    try:
+        groups: dict[tuple[str, int], list[Event]] = {}
+        for event in json_lines(directory / "trace.jsonl", {"t", "job", "node", "step", "event"}):
+            groups.setdefault((event["job"], event.get("session", 0)), []).append(event)
+        rows = list(json_lines(directory / "rows.jsonl", {"id", "mode", "sample"}))
+    except TraceError as error:
+        raise GraphError(f"--from {directory}: {error}") from None
+    graphs = []
+    for row in rows:
+        key, session = row_key(row), row.get("session", 0)
+        trace = JobTrace(key, session, row, groups.get((key, session), []))
+        try:
+            check_whole(trace.events)
+            follow_nodes(trace)
+            check_samples(trace)
+            graph = _graph(trace, forks)
+        except Incomplete as error:
+            raise GraphError(f"--from {directory}: the trace of {key} cannot be replayed: {error}") from None
+        if graph is not None:
+            graphs.append(graph)
+    if not graphs:
+        raise GraphError(f"--from {directory}: no finished job of this run has written a token")
+    return graphs
+
+
+def _forks(directory: Path) -> bool:
+    """Whether the run's children started from their parents' contexts."""
+    try:
+        return json.loads((directory / "run.json").read_text(encoding="utf-8"))["resolved"]["child_context"] == "parent"
+    except FileNotFoundError:
+        raise GraphError(f"--from {directory} holds no run.json; pass the directory of a recorded run") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GraphError(f"--from {directory}: its run.json cannot be read ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """Tokens ``start`` to ``stop`` of a node, sampled in one go once the ``awaited`` had ended."""
+
+    start: int
+    stop: int
+    awaited: tuple[str, ...]
+
+
+def _graph(trace: JobTrace, forks: bool) -> Graph | None:
+    """The graph of a job; None if no node wrote a token."""
+    phases = {name: found for name in trace.nodes if (found := _phases(trace, name))}
+    if not phases:
+        return None
+    tokens = {name: tuple(trace.events[trace.over[name]]["token_ids"]) for name in phases}
+    contexts = {name: tokens[name][: phases[name][0].start] for name in phases}
+    starts = _child_places(trace, phases)
+    shared: dict[str, int] = {}  # child -> tokens of its parent that it starts with
+    for child in starts if forks else ():
+        parent = child.rpartition(".")[0]
+        # Where an event ended inside a token, the fork ends before that token: the child starts there.
+        place = _common(contexts[child][:-1], tokens[parent][: starts[child]])
+        if any(phase.start < place <= phase.stop for phase in phases[parent]):
+            starts[child] = shared[child] = place
+    fresh = [context for name, context in contexts.items() if name not in shared]
+    prefix = reduce(lambda a, b: a[: _common(a, b[:-1])], fresh, fresh[0][:-1]) if len(fresh) > 1 else ()
+    nodes = {}
+    for name, found in phases.items():
+        own = {child: place for child, place in starts.items() if child.rpartition(".")[0] == name}
+        after = [other for other in trace.events[trace.real(name)[0].begin]["after"] if other in phases]
+        after += [ROOT] if name == FALLBACK and ROOT in phases else []
+        prompt = contexts[name][shared.get(name, len(prefix)) :]
+        nodes[name] = Node(prompt, _steps(tokens[name], found, own), tuple(after), name in shared)
+    return Graph(trace.key, nodes, prefix)
+
+
+def _phases(trace: JobTrace, name: str) -> list[_Phase]:
+    """The node's phases that sampled something, with all that was awaited since the one before."""
+    phases: list[_Phase] = []
+    awaited: tuple[str, ...] = ()
+    ranges = trace.events[trace.over[name]].get("sampled", [])
+    for turn, (stretch, (start, stop)) in enumerate(zip(trace.real(name), ranges, strict=True)):
+        awaited += stretch.after if turn else ()  # the first one's are what it depends on
+        if start < stop:
+            phases.append(_Phase(start, stop, awaited))
+            awaited = ()
+    return phases
+
+
+def _child_places(trace: JobTrace, phases: dict[str, list[_Phase]]) -> dict[str, int]:
+    """Tokens that a child's parent had when it had written the child's event."""
+    places = {}
+    for event in trace.events:
+        child, parent = event.get("child"), event["node"]
+        if event["event"] == "event" and child in phases:
+            phase = [p for p in phases[parent] if p.start < event["tokens"]][-1]
+            places[child] = min(event["tokens"], phase.stop)
+    return places
+
+
+def _steps(tokens: tuple[int, ...], phases: list[_Phase], children: dict[str, int]) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    written = phases[0].start
+    for phase in phases:
+        if known := tuple(name for name in phase.awaited if name in children):
+            steps.append(Await(known))
+        if phase.start > written:
+            steps.append(Append(tokens[written : phase.start]))
+        written = phase.start
+        for child, place in sorted(children.items(), key=lambda item: item[1]):
+            if phase.start < place <= phase.stop:
+                steps += [Decode(tokens[written:place])] if place > written else []
+                steps.append(Child(child))
+                written = place
+        steps += [Decode(tokens[written : phase.stop])] if phase.stop > written else []
+        written = phase.stop
+    return tuple(steps)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

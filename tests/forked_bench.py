@@ -1,0 +1,225 @@
+"""Runs the bench many times in processes of its own, without paying for the imports of each.
+
+A fork server imports torch, transformers and the engine once. Every bench is then a forked process that runs the
+module ``rrm_engine.bench`` as ``python -m`` does, and can be killed, limited or sabotaged like any other process.
+"""
+
+import ctypes
+import multiprocessing as mp
+import os
+import re
+import runpy
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rrm_kernels.reference import PagedBatch
+
+from rrm_engine.backends import local
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.trace import record
+from rrm_engine.trace.record import Row, RunDir
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+SERVER = mp.get_context("forkserver")
+# Not this module: the server does not know its folder.
+SERVER.set_forkserver_preload(
+    ["rrm_engine.backends.local", "rrm_engine.bench.run", "transformers.models.qwen3.modeling_qwen3"]
+)
+
+
+class Bench:
+    """A bench that was started in ``cwd``. ``prepare`` runs in the new process first, ``after`` at its end."""
+
+    def __init__(
+        self,
+        cwd: Path,
+        *argv: str,
+        prepare: Sequence[Callable[[], None]] = (),
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        self._streams = [cwd / f".{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        for stream in self._streams:
+            stream.touch()
+        self.process = SERVER.Process(target=_run, args=(cwd, argv, prepare, after, *self._streams))
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        return self._streams[0].read_text()
+
+    @property
+    def err(self) -> str:
+        return self._streams[1].read_text()
+
+    @property
+    def ended(self) -> bool:
+        return self.process.exitcode is not None
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        self.process.kill()
+        self.process.join()
+
+    def wait(self, timeout: float = 300) -> int:
+        """Its exit code; negative: the signal that ended it."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"it still runs: {self.err}"
+        return self.process.exitcode
+
+
+def _run(
+    cwd: Path,
+    argv: tuple[str, ...],
+    prepare: Sequence[Callable[[], None]],
+    after: Callable[[], None] | None,
+    out: Path,
+    err: Path,
+) -> None:
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+    os.chdir(cwd)
+    sys.argv = ["bench", *argv]
+    for step in prepare:
+        step()
+    try:
+        runpy.run_module("rrm_engine.bench", run_name="__main__", alter_sys=True)
+    finally:
+        if after:
+            after()
+
+
+# ways to prepare a process
+
+
+def limit_files(size: int) -> None:
+    """No file may grow over ``size`` bytes: writing more fails as on a full disk."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def limit_memory(more: int) -> None:
+    """The process may take ``more`` bytes than it has now."""
+    import resource
+
+    have = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (have + more, have + more))
+
+
+def mount_small_disk(path: Path, size: int) -> None:
+    """A file system of ``size`` bytes at ``path``, seen by this process alone and gone with it. Raises OSError."""
+    user, group = os.getuid(), os.getgid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    _succeed(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS))
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    path.mkdir(exist_ok=True)
+    _succeed(libc.mount(b"none", os.fsencode(path), b"tmpfs", 0, f"size={size}".encode()))
+
+
+def _succeed(result: int) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def copy_out(source: Path, target: Path) -> None:
+    """Save what lies on a small disk before it is gone."""
+    shutil.copytree(source, target)
+
+
+def write_in_pieces(pause: float) -> None:
+    """Every write takes a few bytes at a time, as a file system may: a kill then falls into the middle of lines."""
+    write = os.write
+
+    def piece(descriptor: int, data: bytes) -> int:
+        time.sleep(pause)
+        return write(descriptor, data[:97])
+
+    os.write = piece  # type: ignore[assignment]
+
+
+def fail_forward(number: int, memory: bool) -> None:
+    """The engine's step ``number`` fails in the middle of its forward."""
+    build = Engine.__init__
+
+    def built(self: Engine, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        break_forward(self.runner, number, memory)
+
+    Engine.__init__ = built  # type: ignore[method-assign]
+
+
+def break_forward(runner: ModelRunner, number: int, memory: bool) -> None:
+    """Let ``runner``'s forward ``number`` fail in its second layer: out of memory, for real, or with another error."""
+    attend, step, layer, last = runner.attend, 0, 0, None
+
+    def failing(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, *rest: Any) -> Any:
+        nonlocal step, layer, last
+        step, layer, last = (step, layer + 1, last) if batch is last else (step + 1, 1, batch)
+        if (step, layer) == (number, 2):
+            torch.empty(1 << 50 if memory else -1)
+        return attend(query, keys, values, batch, *rest)
+
+    runner.attend = failing
+
+
+def let_allocations_fail() -> None:
+    """An allocation that fails is not turned into a sentence."""
+    local.refuse_out_of_memory = lambda sentence: nullcontext()  # type: ignore[assignment]
+
+
+def write_rows_before_events() -> None:
+    """The order of writing is the wrong one: a row goes to the disk before its events."""
+    add = RunDir.add
+
+    def added(self: RunDir, row: Row) -> None:
+        trace, self._trace = self._trace, None
+        add(self, row)
+        self._trace = trace
+        if trace is not None:
+            with record._saying("trace.jsonl cannot be written"):
+                trace.flush()
+
+    RunDir.add = added  # type: ignore[method-assign]
+
+
+def leave_torn_lines() -> None:
+    """A torn last line is not cut off."""
+    record.mend_tail = lambda path: False  # type: ignore[assignment]
+
+
+def skip_torn_lines() -> None:
+    """Nor complained about: lines that are not JSON are passed over."""
+    leave_torn_lines()
+    RunDir._load = _load_those(lambda line, before: None)  # type: ignore[method-assign]
+
+
+def accept_torn_lines() -> None:
+    """A torn line that still says whose row it is counts as that row."""
+    leave_torn_lines()
+
+    def guess(line: bytes, before: Row) -> Row | None:
+        found = re.match(rb'{"id": "(.+?)".*"mode": "(.+?)", "sample": (\d+)', line)
+        return found and {**before, "id": found[1].decode(), "mode": found[2].decode(), "sample": int(found[3])}
+
+    RunDir._load = _load_those(guess)  # type: ignore[method-assign]
+
+
+def _load_those(read_torn: Callable[[bytes, Row], Row | None]) -> Callable[[RunDir], None]:
+    def load(self: RunDir) -> None:
+        for line in (self.path / "rows.jsonl").read_bytes().splitlines():
+            row = record._parse(line) or read_torn(line, self.rows[-1])
+            if row is not None:
+                self.rows.append(row)
+
+    return load

@@ -1,0 +1,314 @@
+"""Faults of the machine under a whole bench: killed processes, full disks, too little memory, forwards that fail.
+
+Every bench here is a process of its own that runs the real command on the embedded model, and is really killed, really
+out of disk or really out of memory. What must come out is what an undisturbed run writes, token by token.
+"""
+
+import errno
+import json
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked_bench import (
+    Bench,
+    accept_torn_lines,
+    copy_out,
+    fail_forward,
+    leave_torn_lines,
+    let_allocations_fail,
+    limit_files,
+    limit_memory,
+    mount_small_disk,
+    skip_torn_lines,
+    write_in_pieces,
+    write_rows_before_events,
+)
+
+from rrm_engine.kv.memory import is_out_of_memory
+from rrm_engine.trace.reader import read_run
+from rrm_engine.trace.record import row_key
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
+TASKS = {
+    "a": "Only the last three digits count. (a) Zeno begins at 227 and repeats one step 4 times: multiply by 9, then "
+    "add 8. (b) Mara begins at 890 and repeats one step 5 times: multiply by 7, then add 9. Find the total at the end.",
+    "b": "Work modulo 1000. Mo holds 218 keys, and every day for 5 days the count becomes 9 times the old one plus 2. "
+    "Find the final number.",
+}
+RUN = shlex.split(
+    "tasks.jsonl --samples 2 --temperature 0 --kv-blocks 500 --direct-max-tokens 30 --planner-max-tokens 120 "
+    "--solver-max-tokens 70 --continuation-max-tokens 40 --out"
+)
+ROWS = 8
+Contents = dict[str, tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("faults")
+    lines = [json.dumps({"id": name, "problem": text, "answer": 1}) for name, text in TASKS.items()]
+    (path / "tasks.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """The directory of an undisturbed run."""
+    bench = Bench(folder, *RUN, "whole", "--quiet")
+    assert bench.wait() == 0, bench.err
+    return folder / "whole"
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def contents(directory: Path) -> Contents:
+    """What each finished row says, and all tokens of its nodes; fails if a row is doubled or lacks events."""
+    rows, tokens = lines_of(directory / "rows.jsonl"), defaultdict(dict)
+    for event in lines_of(directory / "trace.jsonl"):
+        if "token_ids" in event:
+            tokens[event["job"], event["session"]][event["node"]] = event["token_ids"]
+    found = {}
+    for row in rows:
+        what = [row[name] for name in ("status", "answer", "total_tokens", "critical_path_tokens", "finish_reasons")]
+        found[row_key(row)] = (*what, tokens[row_key(row), row["session"]])
+    assert len(found) == len(rows), "a row is there twice"
+    assert read_run(directory).incomplete == {}, "a row lacks events"
+    return found
+
+
+def finished(directory: Path) -> bytes:
+    """The whole lines of rows.jsonl."""
+    data = (directory / "rows.jsonl").read_bytes()
+    return data[: data.rfind(b"\n") + 1]
+
+
+def finish(directory: Path, expected: Contents, *prepare: Callable[[], None]) -> Bench:
+    """Resume the run in ``directory``: it must keep what was finished, and end as if nothing had happened."""
+    before = finished(directory)
+    bench = Bench(directory.parent, "--resume", directory.name, "--quiet", prepare=prepare)
+    assert bench.wait() == 0, bench.err
+    assert finished(directory).startswith(before), "a finished row was changed"
+    assert contents(directory) == expected
+    return bench
+
+
+# killed
+
+
+class Victim(Bench):
+    """A bench that writes slowly, a few bytes at a time."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, "--quiet", prepare=[partial(write_in_pieces, 0.002)])
+
+
+def kill_somewhere(victim: Victim, rows: Path, chance: random.Random) -> None:
+    """At a random moment, or when a row is half written."""
+    if chance.random() < 0.3:
+        time.sleep(chance.uniform(0, 2))
+    else:
+        length = rows.stat().st_size + chance.randint(1, 2500)
+        while not victim.ended and (rows.stat().st_size < length or rows.read_bytes().endswith(b"\n")):
+            time.sleep(0.001)
+    victim.kill()
+
+
+def test_killed_over_and_over(folder: Path, whole: Path) -> None:
+    expected, directory = contents(whole), folder / "killed"
+    rows = directory / "rows.jsonl"
+    command = [sys.executable, "-m", "rrm_engine.bench", *RUN, "killed", "--quiet"]
+    first = subprocess.Popen(command, cwd=folder)
+    while not rows.exists() or not rows.read_bytes():
+        assert first.poll() is None
+        time.sleep(0.005)
+    first.kill()
+    first.wait()
+    chance, kept, torn, said = random.Random(4), b"", 0, 0
+    for _ in range(8):
+        half = not rows.read_bytes().endswith(b"\n")
+        assert finished(directory).startswith(kept), "a finished row was lost"
+        kept = finished(directory)
+        victim = Victim(folder, "--resume", "killed")
+        kill_somewhere(victim, rows, chance)
+        said += "Cut a half-written row" in victim.err
+        torn += half
+    assert torn >= 2 and said >= 1, "no kill hit a line, so nothing was tested"
+    finish(directory, expected)
+
+
+@pytest.fixture
+def torn(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the whole run whose last row is half written."""
+    directory = tmp_path / "torn"
+    shutil.copytree(whole, directory)
+    shutil.copy(whole.parent / "tasks.jsonl", tmp_path)
+    rows = (directory / "rows.jsonl").read_bytes()
+    (directory / "rows.jsonl").write_bytes(rows[: rows[:-1].rfind(b"\n") + 900])
+    return directory
+
+
+def test_a_torn_row_runs_again(torn: Path, whole: Path) -> None:
+    bench = finish(torn, contents(whole))
+    assert "Cut a half-written row off rows.jsonl; it runs again." in bench.err
+    assert lines_of(torn / "rows.jsonl")[-1]["session"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reader", "how"),
+    [
+        (leave_torn_lines, "line 8: not a row"),
+        (skip_torn_lines, r"line 1 column \d+"),  # a half line and a whole one became one that is no JSON
+        (accept_torn_lines, r"line 1 column \d+"),  # the half line is still there
+    ],
+)
+def test_a_wrong_reader_of_torn_rows_is_noticed(reader: Callable[[], None], how: str, torn: Path, whole: Path) -> None:
+    """Negative control."""
+    with pytest.raises((AssertionError, ValueError), match=how):
+        finish(torn, contents(whole), reader)
+
+
+# a full disk
+
+
+def run_on_small_disk(folder: Path, size: int) -> tuple[Bench, Path]:
+    """A run on a file system of ``size`` bytes, and a copy of what it left there."""
+    disk, saved = folder / "disk", folder / f"saved-{size}"
+    bench = Bench(
+        folder,
+        *RUN,
+        "disk/run",
+        "--quiet",
+        prepare=[partial(mount_small_disk, disk, size)],
+        after=partial(copy_out, disk, saved),
+    )
+    bench.process.join()
+    if "Operation not permitted" in bench.err or "Permission denied" in bench.err:
+        pytest.skip("this system lets no user mount a file system")
+    return bench, saved / "run"
+
+
+def check_broken_off(bench: Bench, expected: Contents, directory: Path) -> None:
+    """It said so in one sentence, and what it left is whole rows of the run that can be finished elsewhere."""
+    assert bench.wait() == 1
+    (sentence,) = bench.err.splitlines()
+    assert sentence.startswith("error: ") and ".jsonl cannot be written: " in sentence
+    assert "Go on with: python -m rrm_engine.bench --resume" in bench.out
+    assert (directory / "rows.jsonl").read_bytes() == finished(directory)
+    assert 0 < len(lines_of(directory / "rows.jsonl")) < ROWS
+    finish(directory, expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs user namespaces")
+@pytest.mark.parametrize("kilobytes", [24, 40])
+def test_a_full_disk(kilobytes: int, folder: Path, whole: Path) -> None:
+    bench, left = run_on_small_disk(folder, kilobytes * 1024)
+    shutil.copy(folder / "tasks.jsonl", left.parent)
+    check_broken_off(bench, contents(whole), left)
+    assert "No space left on device" in bench.err
+
+
+def test_a_file_that_cannot_grow(folder: Path, whole: Path) -> None:
+    bench = Bench(folder, *RUN, "limited", "--quiet", prepare=[partial(limit_files, 15_000)])
+    check_broken_off(bench, contents(whole), folder / "limited")
+
+
+def test_rows_that_go_before_their_events_are_noticed(folder: Path, whole: Path) -> None:
+    """Negative control: the events of the row that filled the disk are missing."""
+    sabotage = [partial(limit_files, 15_000), write_rows_before_events]
+    bench = Bench(folder, *RUN, "wrong order", "--quiet", prepare=sabotage)
+    with pytest.raises(AssertionError, match="a row lacks events"):
+        check_broken_off(bench, contents(whole), folder / "wrong order")
+
+
+def test_a_disk_without_room_for_the_settings_is_left_as_it_was(folder: Path) -> None:
+    bench = Bench(folder, *RUN, "no room", prepare=[partial(limit_files, 1000)])
+    assert bench.wait() == 2
+    assert bench.err == "error: no room/run.json cannot be written: File too large\n"
+    assert not (folder / "no room").exists()
+
+
+# too little memory, and forwards that fail
+
+
+def test_a_pool_larger_than_memory_is_refused_with_the_numbers(folder: Path) -> None:
+    bench = Bench(folder, "--kv-blocks", "100000000", "--out", "large")
+    assert bench.wait() == 2
+    (sentence,) = bench.err.splitlines()
+    assert sentence.startswith("error: --kv-blocks 100000000 takes 4,577.64 GiB of KV and ")
+    assert "GiB are free on cpu: lower --kv-blocks, to " in sentence
+    assert not (folder / "large").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
+def test_a_pool_that_cannot_be_allocated_is_refused(folder: Path) -> None:
+    """Whatever seems to be free: here the process may not take it."""
+    limit, argv = partial(limit_memory, 100 << 20), ("--kv-blocks", "20000", "--out", "limited memory")
+    bench = Bench(folder, *argv, prepare=[limit])
+    assert bench.wait() == 2
+    assert bench.err == "error: --kv-blocks 20000 takes 0.92 GiB of KV, more than cpu gives: lower --kv-blocks\n"
+    broken = Bench(folder, *argv, prepare=[limit, let_allocations_fail])  # negative control
+    assert broken.wait() == 1 and "Traceback" in broken.err
+    assert not (folder / "limited memory").exists()
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    def of(act: Callable[[], object]) -> BaseException:
+        with pytest.raises(Exception) as caught:
+            act()
+        return caught.value
+
+    assert is_out_of_memory(of(lambda: torch.empty(1 << 50)))
+    assert is_out_of_memory(of(lambda: bytearray(1 << 60)))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert not is_out_of_memory(of(lambda: torch.empty(-1)))
+    assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def running(directory: Path, job: str, step: int) -> list[str]:
+    """The nodes of ``job`` that decode in a step, by the events before it."""
+    nodes: dict[str, None] = {}
+    for event in lines_of(directory / "trace.jsonl"):
+        if event["job"] == job and event["step"] < step:
+            if event["event"] in ("start", "resume"):
+                nodes[event["node"]] = None
+            elif event["event"] == "pause":
+                nodes.pop(event["node"], None)
+    return list(nodes)
+
+
+@pytest.mark.parametrize("memory", [True, False], ids=["out of memory", "another error"])
+def test_a_forward_that_fails_costs_its_row_only(memory: bool, folder: Path, whole: Path) -> None:
+    job, directory = "a/rrm/0", folder / f"failed {memory}"
+    starts = [e["step"] for e in lines_of(whole / "trace.jsonl") if e["job"] == job and e["event"] == "start"]
+    step = max(starts) + 5
+    bench = Bench(folder, *RUN, directory.name, prepare=[partial(fail_forward, step, memory)])
+    assert bench.wait() == 1
+    assert "Traceback" not in bench.err
+    assert "1 row with an error" in bench.out
+    (row,) = [row for row in lines_of(directory / "rows.jsonl") if row["error"]]
+    assert (row_key(row), row["status"], row["correct"]) == (job, "failed", False)
+    nodes = running(whole, job, step)
+    assert len(nodes) == 3
+    sentence = r"out of memory on cpu in a step of (.+): lower --kv-blocks \(now 500\) or --step-tokens \(now 512\): .*"
+    found = re.match(sentence if memory else r"RuntimeError in a step of (.+): Trying to create tensor", row["error"])
+    assert found, row["error"]
+    assert sorted(found[1].split(", ")) == sorted(nodes)
+    others, expected = contents(directory), contents(whole)
+    del others[job], expected[job]
+    assert others == expected

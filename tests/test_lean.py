@@ -1,0 +1,155 @@
+"""The forward without modules and its kernels: the same numbers as transformers' own, or not used at all."""
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import FAMILIES, engine_for, plain_model, prepared, prompt, wrong_tokens
+from rrm_kernels.native import NativeLayer, NativeUnavailable, load_native_layer
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from rrm_engine.engine.prepare import prepare_model
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.models.lean import LeanForward
+
+LEAN = {"llama", "mistral", "qwen2", "qwen3"}
+DTYPES = [torch.float32, torch.bfloat16]
+ROWS, WIDTH = 5, 96
+
+
+@pytest.fixture(scope="module")
+def native() -> NativeLayer:
+    try:
+        return load_native_layer()
+    except NativeUnavailable as error:
+        pytest.skip(f"no compiled kernels here: {error}")
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def assert_same(result: torch.Tensor, expected: torch.Tensor) -> None:
+    """bf16 to the last bit but for a few roundings of a value in between; fp32 to a few units in the last place."""
+    if result.dtype == torch.bfloat16:
+        assert (result != expected).float().mean() < 0.01
+    torch.testing.assert_close(result, expected, rtol=4 * torch.finfo(result.dtype).eps, atol=1e-6)
+
+
+def differs(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    try:
+        assert_same(result, expected)
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms(native: NativeLayer, dtype: torch.dtype) -> None:
+    x, residual = random(ROWS, WIDTH, dtype=dtype), random(ROWS, WIDTH, dtype=dtype, seed=1) * 3
+    module = qwen3.Qwen3RMSNorm(WIDTH, eps=1e-5).to(dtype)
+    module.weight.data = random(WIDTH, dtype=dtype)
+    out = torch.empty_like(x)
+    native.norm(x, module.weight, 1e-5, out)
+    assert_same(out, module(x))
+    total = residual + x
+    native.add_norm(x, residual, module.weight, 1e-5, out)
+    assert torch.equal(residual, total)
+    assert_same(out, module(total))
+    assert differs(out, module(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_silu(native: NativeLayer, dtype: torch.dtype) -> None:
+    both = random(ROWS, 2 * WIDTH, dtype=dtype) * 8
+    both[0, :4] = torch.tensor([0.0, -200.0, 200.0, -0.0])
+    gate, up = both.split(WIDTH, dim=-1)
+    out = torch.empty(ROWS, WIDTH, dtype=dtype)
+    native.silu_mul(both, out)
+    assert_same(out, torch.nn.functional.silu(gate) * up)
+    assert differs(out, gate * up)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("rotary", [32, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation_and_store(native: NativeLayer, dtype: torch.dtype, rotary: int, normed: bool) -> None:
+    heads, kv_heads, width = 6, 2, 32
+    qkv = random(ROWS, (heads + 2 * kv_heads) * width, dtype=dtype)
+    norms = (random(width, dtype=dtype), random(width, dtype=dtype, seed=1)) if normed else None
+    angle = torch.arange(50)[:, None] * 0.9 ** torch.arange(rotary // 2)
+    tables = (angle.cos().to(dtype).float(), angle.sin().to(dtype).float())
+    positions, slots = torch.tensor([7, 0, 49, 8, 30]), torch.tensor([9, 4, 15, 5, 11])
+    query = torch.empty(ROWS, heads, width, dtype=dtype)
+    caches = [torch.zeros(4, 4, kv_heads, width, dtype=dtype) for _ in range(2)]
+    native.rope_store(qkv, norms, 1e-6, tables, positions, slots, query, *caches)
+
+    parts = qkv.view(ROWS, -1, width).split([heads, kv_heads, kv_heads], dim=1)
+    q, k = (_normed(part, norms and norms[i]) for i, part in enumerate(parts[:2]))
+    cos, sin = (torch.cat([t[positions], t[positions]], -1).to(dtype)[None] for t in tables)
+    rotated = qwen3.apply_rotary_pos_emb(q[None, ..., :rotary], k[None, ..., :rotary], cos, sin, unsqueeze_dim=2)
+    expected = [torch.cat([r[0], x[..., rotary:]], -1) for r, x in zip(rotated, (q, k), strict=True)]
+    assert_same(query, expected[0])
+    assert_same(caches[0].flatten(0, 1)[slots], expected[1])
+    assert torch.equal(caches[1].flatten(0, 1)[slots], parts[2])
+    assert differs(query, q)
+    others = [i for i in range(16) if i not in slots.tolist()]
+    assert all(not cache.flatten(0, 1)[others].any() for cache in caches)
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    if weight is None:
+        return x
+    module = qwen3.Qwen3RMSNorm(x.shape[-1], eps=1e-6).to(x.dtype)
+    module.weight.data = weight
+    return module(x)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_which_models_run_lean(native: NativeLayer, family: str) -> None:
+    plain = plain_model(family)
+    assert isinstance(prepared(plain).forward, LeanForward) == (family in LEAN)
+    assert not isinstance(prepared(plain, "sdpa").forward, LeanForward)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_act": "gelu"}, {"rms_norm_eps": 0.5}, {"attention_bias": True}], ids=str)
+def test_variants_of_a_known_class_are_run_exactly(native: NativeLayer, changes: dict[str, Any]) -> None:
+    plain = plain_model("llama", **changes)
+    model = prepared(plain)
+    assert isinstance(model.forward, LeanForward) == ("hidden_act" not in changes)
+    engine = engine_for(model)
+    sequence = engine.submit("root", prompt(1, 30), 20, SamplingParams())
+    while engine.has_work:
+        engine.step()
+    assert wrong_tokens(plain, sequence.tokens, [(30, 50)]) == []
+
+
+def test_positions_behind_the_first_table(native: NativeLayer) -> None:
+    """cos and sin are computed as far as they are needed."""
+    plain = plain_model("qwen3")
+    engine = engine_for(prepared(plain), blocks=120)
+    sequence = engine.submit("root", prompt(1, 250), 40, SamplingParams())
+    while engine.has_work:
+        engine.step()
+    assert wrong_tokens(plain, sequence.tokens, [(250, 290)]) == []
+
+
+def test_a_lean_forward_that_is_wrong_is_not_used(native: NativeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the check at load: a rotation by the wrong angles, and the model runs without it."""
+    rotation = LeanForward._rotation
+    monkeypatch.setattr(LeanForward, "_rotation", lambda self, count: rotation(self, count + 1)[::-1])
+    plain = plain_model("qwen3")
+    model = prepared(plain)
+    assert not isinstance(model.forward, LeanForward)
+    assert model.probe_error < 1e-3
+
+
+def test_bf16_logits_agree_with_transformers_forward(native: NativeLayer) -> None:
+    """Same roundings in the same places: what is left is the order of sums in products and attention."""
+    tokenizer: Any = type("Tokenizer", (), {"eos_token_id": 1})()
+    errors = {}
+    for attention in ("auto", "sdpa"):
+        model = prepare_model(plain_model("qwen3").to(torch.bfloat16), tokenizer, "qwen3", attention=attention)
+        errors[type(model.forward).__name__] = model.probe_error
+    assert errors.keys() == {"LeanForward", "function"}
+    assert max(errors.values()) < 0.1
