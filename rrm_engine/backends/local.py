@@ -226,7 +226,7 @@ class Solver:
         """What a row of ``job`` says about an error in a step: which of its nodes were in it, and what to do."""
         work = self.engine.plan.work if self.engine.plan else ()
         keys = (one.sequence.key.rpartition(":") for one in work)
-        nodes = ", ".join(node for key, _, node in keys if key == job.key)
+        nodes = ", ".join(dict.fromkeys(node for key, _, node in keys if key == job.key))
         where = f"in a step of {nodes}" if nodes else "in a step of other jobs"
         if not is_out_of_memory(error):
             return f"{type(error).__name__} {where}: {error}"

@@ -83,6 +83,18 @@ def kv_figures(rows: Sequence[Row]) -> dict[str, Any]:
         "restored_blocks": total("restored_blocks"),
         "resumes": total("resumes"),
         "resume_latency_median": median(seconds for row in rows for seconds in row["resume_latency_s"]),
+        **splice_figures(rows),
+    }
+
+
+def splice_figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """KV that was attached instead of computed, and how far the next token was from that behind the text."""
+    same = [agree for row in rows for agree in row.get("splice_top1", ())]
+    return {
+        "spliced_rows": sum(row.get("spliced_tokens", 0) > 0 for row in rows),
+        "spliced_tokens": sum(row.get("spliced_tokens", 0) for row in rows),
+        "splice_kl_median": median(kl for row in rows for kl in row.get("splice_kl", ())),
+        "splice_top1_agreement": sum(same) / len(same) if same else None,
     }
 
 

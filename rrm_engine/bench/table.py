@@ -83,9 +83,22 @@ def sentences(summary: Figures, concurrency: int) -> list[str]:
     if kv["resume_latency_median"] is not None:
         line += f", median {1000 * kv['resume_latency_median']:.0f} ms"
     lines.append(line + ".")
+    if kv["spliced_rows"]:
+        lines.append(splice_line(kv))
     if concurrency > 1:
         lines.append(f"Latencies were measured with {concurrency} tasks in flight and disturb each other.")
     return lines
+
+
+def splice_line(kv: Figures) -> str:
+    """That rows are approximate, and by how much."""
+    line = f"Approximate: in {plural(kv['spliced_rows'], 'row')} KV of {kv['spliced_tokens']:,} tokens was attached"
+    if kv["splice_kl_median"] is None:
+        return line + "."
+    return (
+        f"{line}; next token against the text: median KL divergence {kv['splice_kl_median']:.2g} nats, likeliest the "
+        f"same in {100 * kv['splice_top1_agreement']:.0f} %."
+    )
 
 
 def headline_line(figures: Figures) -> str:
