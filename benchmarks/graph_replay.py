@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the graphs to a graph file too")
     parser.add_argument("--policies", default="pin,offload,drop,lru,auto", help=HELP.replace("%", "%%"))
     parser.add_argument("--compare", default="", help=f"other engines on the same graphs: {', '.join(PEERS)}")
-    parser.add_argument("--vllm-block-size", type=int, metavar="N", help="tokens of its KV blocks (default: its own)")
+    parser.add_argument("--vllm-block-size", type=int, metavar="N", help="of its KV blocks; a multiple of 32 on CPU")
     parser.add_argument("--kv-blocks", default="", metavar="N|P%", help="the pool, or a share of what pin takes")
     parser.add_argument("--check", action="store_true", help="compare every decode step's logits with pin's (float32)")
     parser.add_argument("--json", type=Path, help="where to write the result")

@@ -78,6 +78,18 @@ def test_whole_answers(lab: Lab, transcripts: Recorded) -> None:
     assert max(r.spliced_tokens for r in transcripts.results.values()) > 20
 
 
+def test_the_first_tokens_of_every_span_are_computed_again(lab: Lab) -> None:
+    run = recorded(lab, join="transcript", boundary_tokens=5)
+    check_marked(lab.plain, run)
+    ends = run.ends()
+    for event in [e for e in run.events if e["event"] == "resume"]:
+        parent = ends[f"{event['job']}:{event['node']}"]["token_ids"]
+        children = [ends[f"{event['job']}:{path}"] for path in event["after"]]
+        answers = [child["token_ids"][child["sampled"][-1][0] :] for child in children]
+        for start, stop in event["spliced"]:
+            assert any(answer[: stop - start + 5] == parent[start - 5 : stop] for answer in answers)
+
+
 def test_a_boundary_longer_than_every_span_is_the_text(lab: Lab, reference: Recorded) -> None:
     run = recorded(lab, join="splice", boundary_tokens=ALL)
     assert run.rows() == reference.rows()

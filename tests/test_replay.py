@@ -289,6 +289,7 @@ def test_rounds_rotate_and_medians_leave_the_first_round_out() -> None:
     assert (b["answer_s"], b["ratio"]) == (5, pytest.approx((2 * 0.5) ** 0.5))
     assert (a["resume_s"], a["resume_worst_s"]) == (pytest.approx((0.3 + 0.6) / 2), pytest.approx((0.4 + 0.8) / 2))
     assert (a["prefilled"], a["peak_blocks"], a["copied_blocks"]) == (20, 7, None)
+    assert (a["resume_ratio"], b["resume_ratio"]) == (pytest.approx(1), pytest.approx((2 * 0.5) ** 0.5))
     assert set(COUNTERS) <= a.keys()
     lines = markdown_table([a, b]).splitlines()
     assert len(lines) == 4

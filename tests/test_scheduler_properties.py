@@ -42,9 +42,9 @@ ACTIONS = st.lists(
 
 
 @st.composite
-def lives(draw: st.DrawFn) -> Life:
+def lives(draw: st.DrawFn, least: int = 4, most: int = 24) -> Life:
     """Pools from the smallest that holds one longest sequence up to a comfortable one."""
-    size, longest = draw(st.integers(1, 5)), draw(st.integers(4, 24))
+    size, longest = draw(st.integers(1, 5)), draw(st.integers(least, most))
     return Life(
         -(-longest // size) + draw(st.sampled_from([0, 0, 0, 1, 2, 5, 30])),
         size,
@@ -86,15 +86,16 @@ def act(life: Life, action: tuple[Any, ...]) -> None:
             life.resume(sequence, list(args[1]), args[2])
         elif name == "truncate" and paused:
             engine.truncate(sequence, max(1, round(args[1] * len(sequence.tokens))))
-        elif name == "keep":
-            source = life.sequences[args[1] % len(life.sequences)]
-            start, stop = sorted(round(share * source.table.length) for share in args[2:])
-            if start < stop and not source.table.host:
-                life.keep(sequence, source, start, stop)
-        elif name == "join" and paused and not sequence.splices:
-            life.join(sequence, list(args[1]), args[2])
         elif name == "finish":
             life.finish(sequence)
+        elif name in ("keep", "keep and join"):
+            source = life.sequences[args[1] % len(life.sequences)]
+            start, stop = sorted(round(share * source.table.length) for share in args[2:4])
+            if start < stop and not source.table.host:
+                life.keep(sequence, source, start, stop)
+        if name in ("join", "keep and join") and not sequence.splices:
+            engine.pause(sequence)
+            life.join(sequence, list(args[-2]), args[-1])
     life.check()
 
 
@@ -113,8 +114,9 @@ def test_any_life_ends_and_every_query_reads_its_own_history(life: Life, actions
     live_through(life, actions)
 
 
-def assert_noticed(how: str, actions: st.SearchStrategy[list[tuple[Any, ...]]] = ACTIONS) -> None:
+def assert_noticed(how: str, actions: Any = ACTIONS, some_lives: Any = None) -> None:
     """The property fails with what matches ``how``; the search ends at the first such life."""
+    some_lives = lives() if some_lives is None else some_lives
     search: dict[str, Any] = {
         "database": None,
         "phases": [Phase.generate],
@@ -122,7 +124,7 @@ def assert_noticed(how: str, actions: st.SearchStrategy[list[tuple[Any, ...]]] =
         "print_blob": False,
     }
     with pytest.raises((AssertionError, RuntimeError), match=how):
-        settings(SETTINGS, max_examples=20_000, **search)(given(lives(), actions)(live_through))()
+        settings(SETTINGS, max_examples=20_000, **search)(given(some_lives, actions)(live_through))()
 
 
 def test_reclaiming_a_scheduled_sequence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lives import Life, Memory, base, prompt, submitted
 from oracle import FAMILIES, engine_for, plain_model, prepared
 from test_engine_oracle import GREEDY
 from test_engine_oracle import prompt as tokens
-from test_scheduler_properties import MORE, SHARE, WHO, assert_noticed
+from test_scheduler_properties import MORE, SETTINGS, SHARE, WHO, assert_noticed, live_through, lives
 from transformers import DynamicCache
 
 from rrm_engine.engine.engine import Engine
@@ -318,6 +319,7 @@ def test_a_modest_sequence_takes_blocks_from_nobody() -> None:
 # random lives (tests/test_scheduler_properties.py keeps and joins spans in all of them)
 
 
+LONG = lives(20, 40)
 START = st.tuples(st.just("submit"), st.lists(st.integers(0, 1), min_size=3, max_size=9), st.just(1), st.integers(0, 2))
 JOINS = st.builds(
     lambda first, second, rest: [first, second, ("step", 6), *rest],
@@ -327,6 +329,7 @@ JOINS = st.builds(
         st.one_of(
             st.tuples(st.just("keep"), WHO, WHO, SHARE, SHARE),
             st.tuples(st.just("join"), WHO, MORE.filter(len), st.integers(1, 2)),
+            st.tuples(st.just("keep and join"), WHO, WHO, SHARE, SHARE, MORE.filter(len), st.integers(1, 2)),
             st.tuples(st.just("fork"), WHO, SHARE, MORE, st.just(1)),
             st.tuples(st.just("finish"), WHO),
             st.tuples(st.just("step"), st.integers(1, 6)),
@@ -335,6 +338,12 @@ JOINS = st.builds(
         max_size=20,
     ),
 )
+
+
+@settings(SETTINGS, max_examples=250)
+@given(LONG, JOINS)
+def test_any_life_with_attached_spans_ends_and_loses_nothing(life: Life, actions: list[tuple[Any, ...]]) -> None:
+    live_through(life, actions)
 
 
 def unmoved(self: Memory, sources: list[int], destinations: list[int], positions: list[int]) -> None:
@@ -350,12 +359,12 @@ def displaced(self: Memory, sources: list[int], destinations: list[int], positio
 @pytest.mark.parametrize("attach", [unmoved, displaced])
 def test_kv_attached_in_a_wrong_way_is_noticed(attach: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Memory, "attach", attach)
-    assert_noticed("reads what is not its own", JOINS)
+    assert_noticed("reads what is not its own", JOINS, LONG)
 
 
 def test_spans_kept_at_any_price_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sequence, "give_up_spans", lambda self: False)
-    assert_noticed("the first sequence runs in every step|nothing to run", JOINS)
+    assert_noticed("the first sequence runs in every step|nothing to run", JOINS, LONG)
 
 
 def test_spans_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +375,7 @@ def test_spans_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) -
         finish(self, sequence)
 
     monkeypatch.setattr(Scheduler, "finish", forgetful)
-    assert_noticed("counted", JOINS)
+    assert_noticed("counted", JOINS, LONG)
 
 
 def test_spans_given_back_before_the_step_has_run_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,4 +389,4 @@ def test_spans_given_back_before_the_step_has_run_are_noticed(monkeypatch: pytes
         return planned
 
     monkeypatch.setattr(Scheduler, "_run", hasty)
-    assert_noticed("given back before", JOINS)
+    assert_noticed("given back before", JOINS, LONG)
