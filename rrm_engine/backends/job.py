@@ -63,7 +63,6 @@ class Runtime:
     plans: Mapping[Phase, PhasePlan]
     limits: Limits
     child_context: Literal["task", "parent"]
-    queue: "list[NodeRun]" = field(default_factory=list)  # those of all jobs that were not admitted yet
     join: Join = field(default_factory=Join)
 
 
@@ -92,7 +91,6 @@ class NodeRun:
     sampled: list[tuple[int, int]] = field(default_factory=list)  # token ranges that the model wrote
     reasons: list[str] = field(default_factory=list)
     ready: tuple[float, int] = (0.0, 0)  # when the phase was handed to the engine: time and step
-    queued_s: float = 0.0  # from then to the end of the last step that did not admit it
     last: tuple[float, int] = (0.0, 0)  # when its last token came
 
     def text(self, end: int | None = None) -> str:
@@ -126,8 +124,6 @@ class JobRun:
         self._boundary: int | None = None  # end of the event being handled, in its node's text
         self._prompt = ""
         self._events = 0
-        self._step = (monotonic(), 0)  # the last one that brought a token: when it ended
-        self._step_began = 0.0
         self.machine: GraphMachine | None = None
         if job.mode == "rrm":
             self.machine = GraphMachine(job.task, runtime.limits, child_context=runtime.child_context)
@@ -146,11 +142,11 @@ class JobRun:
         node = self._by_key[sampled.sequence.key]
         now, step = monotonic(), self.runtime.engine.steps
         self._meter.token(node.path, now, is_child="." in node.path)
-        self._watch_queue(now, step)
         if node.running and not node.ends:
-            self._emit("first_token", node.path, queued_s=node.queued_s)
+            self._emit("first_token", node.path, queued_s=_queued_s(node.ready, sampled.sequence.admitted))
         elif node.running and step - node.last[1] > 1:  # others had its place or its memory
-            began = max(self._step_began, node.last[0])
+            admitted_t, admitted_step = sampled.sequence.admitted
+            began = admitted_t if admitted_step > node.last[1] else self.runtime.engine.began
             self._emit("readmitted", node.path, queued_s=began - node.last[0], ran_s=now - began)
         node.last = (now, step)
         piece = ""
@@ -304,7 +300,7 @@ class JobRun:
         node = NodeRun(command.node, sequence, command.phase, parser, first=len(tokens))
         self.nodes[node.path] = self._by_key[key] = node
         self._meter.start(node.path, monotonic(), after)
-        self._enqueue(node)
+        node.ready = (monotonic(), runtime.engine.steps)
         about = {"phase": command.phase, "after": given, "prompt_tokens": len(tokens), "task": command.task}
         self._emit("start", node.path, **about, **_decoding(plan, grammar))
 
@@ -339,7 +335,7 @@ class JobRun:
         node.stream, node.pieces, node.ends, node.events, node.cut = DecodeStream(), [], [], [], []
         after = [f"{node.path}.{c.id}" for c in command.conclusions]
         self._meter.resume(node.path, monotonic(), after)
-        self._enqueue(node)
+        node.ready = (monotonic(), runtime.engine.steps)
         spliced = [(base + at, base + at + len(span)) for at, span in splices]
         about = {"phase": command.phase, "after": after, "appended_tokens": len(tokens), "notes": command.notes}
         about |= {"spliced": spliced}  # unless memory runs out before they are attached
@@ -447,23 +443,6 @@ class JobRun:
             return "; ".join(self._errors)
         return finish.error if finish.status is Status.FAILED else None
 
-    def _enqueue(self, node: NodeRun) -> None:
-        node.ready, node.queued_s = (monotonic(), self.runtime.engine.steps), 0.0
-        self.runtime.queue.append(node)
-
-    def _watch_queue(self, now: float, step: int) -> None:
-        """Once a step: when it began, and who was not admitted in it, whoever's node it is."""
-        if step == self._step[1]:
-            return
-        self._step_began = self._step[0] if self._step[1] == step - 1 else now
-        self._step = (now, step)
-        queue = self.runtime.queue
-        queue[:] = [node for node in queue if node.sequence.state is State.WAITING]
-        for node in queue:
-            since, ready_step = node.ready
-            if step > ready_step:
-                node.queued_s = now - since
-
     def _split(self, node: NodeRun) -> tuple[int, list[int]]:
         """(tokens, rest): the sequence's tokens up to the event just read, and the kept part of a token cut in two.
 
@@ -521,6 +500,11 @@ class JobRun:
 
 def _matcher(plan: PhasePlan, grammar: tuple[int, bool] | None) -> Matcher | None:
     return None if plan.matcher is None or grammar is None else plan.matcher(*grammar)
+
+
+def _queued_s(ready: tuple[float, int], admitted: tuple[float, int]) -> float:
+    """How long a phase waited for the step that admitted it; nothing if that was the first one it could be in."""
+    return admitted[0] - ready[0] if admitted[1] > ready[1] + 1 else 0.0
 
 
 def _decoding(plan: PhasePlan, grammar: tuple[int, bool] | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from time import monotonic
 
 import torch
 
@@ -64,6 +65,7 @@ class Engine:
         self.eos_ids = eos_ids
         self.seed = seed
         self.steps = 0
+        self.began = 0.0  # when the last step did, on the monotonic clock
         self.ranges = Ranges()
         self.plan: SchedulerOutput | None = None  # of the last step; what was running if that failed
         self._arrivals = 0
@@ -180,9 +182,11 @@ class Engine:
         """Run one step; returns every sequence's new token. Raises EngineStuck, never spins."""
         if not self.has_work:
             return []
-        self.plan = None
+        self.plan, self.began = None, monotonic()
         with self.ranges("schedule", self.scheduler.live):
             self.plan = plan = self.scheduler.schedule()
+        for sequence in plan.admitted:
+            sequence.admitted = (self.began, self.steps + 1)
         logits, order = self.runner.run(plan)
         for splice in plan.splices:
             splice.sequence.attached(splice.span, splice.position)

@@ -49,6 +49,7 @@ class SchedulerOutput:
     swap_ins: tuple[SwapIn, ...] = ()
     swapped: tuple[str, ...] = ()  # keys of the sequences whose blocks are swapped
     splices: tuple[Splice, ...] = ()  # the spans are held until the step has run
+    admitted: tuple[Sequence, ...] = ()  # those that were waiting before
 
 
 class Scheduler:
@@ -81,6 +82,7 @@ class Scheduler:
         self.paused: dict[str, Sequence] = {}
         self._running = 0
         self._pressed = False  # this step had to take a live sequence's blocks
+        self._admitted: list[Sequence] = []  # in this step
         self._swap_outs: list[SwapOut] = []  # for the next step to carry out
         self._swap_ins: list[SwapIn] = []
         self._swapped: list[str] = []
@@ -139,7 +141,7 @@ class Scheduler:
         work: list[Work] = []
         copies: list[BlockCopy] = []
         splices: list[Splice] = []
-        self._pressed = False
+        self._pressed, self._admitted = False, []
         for index, sequence in enumerate(order):
             waiting = sequence.state is State.WAITING
             decode = not waiting and sequence.pending == 1
@@ -158,7 +160,7 @@ class Scheduler:
         if self.live and not work:
             raise EngineStuck(f"{len(self.live)} live sequences, {self.pool.num_free} free blocks, nothing to run")
         swaps = tuple(self._swap_outs), tuple(self._swap_ins), tuple(self._swapped)
-        output = SchedulerOutput(tuple(work), tuple(copies), *swaps, splices=tuple(splices))
+        output = SchedulerOutput(tuple(work), tuple(copies), *swaps, tuple(splices), tuple(self._admitted))
         self._swap_outs, self._swap_ins, self._swapped = [], [], []
         return output
 
@@ -225,6 +227,7 @@ class Scheduler:
             self._swapped.append(sequence.key)
         sequence.state = State.RUNNING
         self._running += 1
+        self._admitted.append(sequence)
         return True
 
     def _make_room(self, sequence: Sequence, count: int, victims: Iterator[Sequence], headroom: int = 0) -> bool:

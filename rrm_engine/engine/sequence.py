@@ -74,6 +74,7 @@ class Sequence:
     arrival: int = 0
     matcher: Matcher | None = None
     state: State = State.WAITING
+    admitted: tuple[float, int] = (0.0, 0)  # the step that let it run last: when it began, and its number
     counters: Counters = field(default_factory=Counters)
     unrun_samples: int = 0  # 1 while the last sampled token has not been run yet
     kept: list[Span] = field(default_factory=list)

@@ -119,16 +119,18 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     summary = []
     for name in dict.fromkeys(row.name for row in rows):
         own = [row for row in rows if row.name == name]
-        ratios = [
-            statistics.median(a / b for a, b in zip(row.answer_s, first[row.graph].answer_s, strict=True))
-            for row in own
-        ]
+        ratios = [_ratio(row.answer_s, first[row.graph].answer_s) for row in own]
         resuming = [row for row in own if any(row.resume_s)]
+        resumes = [
+            _ratio(list(map(statistics.median, row.resume_s)), list(map(statistics.median, first[row.graph].resume_s)))
+            for row in resuming
+        ]
         entry: dict[str, Any] = {
             "name": name,
             "answer_s": statistics.mean(statistics.median(row.answer_s) for row in own),
             "ratio": statistics.geometric_mean(ratios),
             "resume_s": _mean(statistics.median(s for turn in row.resume_s for s in turn) for row in resuming),
+            "resume_ratio": statistics.geometric_mean(resumes) if resumes else None,
             "resume_worst_s": _mean(statistics.median(max(turn) for turn in row.resume_s) for row in resuming),
         }
         for counter in COUNTERS:
@@ -161,6 +163,11 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _pool(contender: Contender, graph: Graph) -> int | None:
     return contender.memory.pool_blocks(contender.variant.graph(graph)) if isinstance(contender, Ours) else None
+
+
+def _ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds."""
+    return statistics.median(a / b for a, b in zip(values, base, strict=True))
 
 
 def _mean(values: Any) -> float | None:

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADER = ["policy", "answer", "ratio", "resume", "slowest", "prefilled", "reused", "copied", "swapped", "taken", "peak"]
-ONLY_WIDE = ("slowest", "copied", "taken")
+HEADER = (
+    *("policy", "answer", "ratio", "resume", "resume x", "slowest", "prefilled", "reused"),
+    *("copied", "swapped", "taken", "peak"),
+)
+ONLY_WIDE = ("resume x", "slowest", "copied", "taken")
 CAPTION = (
     "answer: time to answer, mean over the graphs of the median over the rounds; ratio: to the first line's, geometric "
-    "mean; resume: from the last conclusion to the next token, median, and slowest of a graph; prefilled, reused: "
-    "tokens; copied (on write), swapped (out + in), peak (device + host): blocks; taken: times memory ran out and a "
-    "node's blocks or place were taken"
+    "mean; resume: from the last conclusion to the next token, median, its ratio, and slowest of a graph; prefilled, "
+    "reused: tokens; copied (on write), swapped (out + in), peak (device + host): blocks; taken: times memory ran out "
+    "and a node's blocks or place were taken"
 )
 
 
@@ -21,8 +24,9 @@ def cells(entry: dict[str, Any]) -> list[str]:
     return [
         entry["name"],
         duration(entry["answer_s"]),
-        f"{entry['ratio']:.2f}x",
+        ratio(entry["ratio"]),
         duration(entry["resume_s"]),
+        ratio(entry["resume_ratio"]),
         duration(entry["resume_worst_s"]),
         number(entry["prefilled"]),
         number(entry["reused"]),
@@ -52,7 +56,7 @@ def rich_table(summary: Sequence[dict[str, Any]], title: str, wide: bool) -> "Ta
 
 def markdown_table(summary: Sequence[dict[str, Any]]) -> str:
     """The table for a README."""
-    lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *map(cells, summary)]
+    lines = [[*HEADER], ["---", *["---:"] * (len(HEADER) - 1)], *map(cells, summary)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -63,6 +67,11 @@ def duration(seconds: float | None) -> str:
     if seconds < 1:
         return f"{1000 * seconds:.{1 if seconds < 0.1 else 0}f} ms"
     return f"{seconds:.{2 if seconds < 10 else 1 if seconds < 100 else 0}f} s"
+
+
+def ratio(value: float | None) -> str:
+    """``1.08x``."""
+    return "-" if value is None else f"{value:.2f}x"
 
 
 def number(value: int | None) -> str:

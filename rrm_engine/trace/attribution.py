@@ -11,9 +11,9 @@ Every moment between the job's beginning and its finish is crossed exactly once,
 the row's latency may differ from it by TOLERANCE, or the row is reported as incomplete.
 
 In a stretch on the path, up to the event that the path leaves it by, time is
-    queued     ready but not taking part: from start or resume to the end of the last engine step that did not admit
-               the sequence, and later whenever it was put back because others had its place or its memory (KV that
-               was lost meanwhile is recomputed in that time, but for the last step of it)
+    queued     ready but not taking part: from start or resume to the begin of the step that admits the sequence, if
+               not the first it could be in, and later whenever it was put back because others had its place or its
+               memory (from the readmission on, what was lost is recomputed: that counts as decoding)
     prefill    from admission to the first token: the steps that ran its prompt or what was appended, other
                sequences' share of these steps included
     root       from the first token on, in the root or the direct solve that stood in for it
