@@ -3,6 +3,7 @@
     python benchmarks/graph_replay.py --model embedded --graphs small --policies pin,drop,no-reuse --json OUT
     python benchmarks/graph_replay.py --model DIR --from RUN_DIR --kv-blocks 60% --check --dtype float32
     python benchmarks/graph_replay.py --model DIR --graphs small --compare vllm
+    python benchmarks/graph_replay.py --model DIR --from RUN_DIR --split
 
 Forwards are real; what the model samples is replaced by the graph's tokens before it is run, so that variants differ
 in time and memory only. All take turns in every round, each round beginning with the next one, so that a drift of the
@@ -15,6 +16,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -37,6 +39,7 @@ from rrm_engine.replay.peers import Vllm, VllmEngine
 from rrm_engine.replay.reader import read_graphs, write_graphs
 from rrm_engine.replay.recorded import recorded_graphs
 from rrm_engine.replay.report import rich_table
+from rrm_engine.replay.split import recorded_pairs, sentence, split
 from rrm_engine.replay.variant import HELP, Variant, parse_variant
 
 PEERS = ("vllm", "vllm+fork")
@@ -58,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vllm-block-size", type=int, metavar="N", help="of its KV blocks; a multiple of 32 on CPU")
     parser.add_argument("--kv-blocks", default="", metavar="N|P%", help="the pool, or a share of what pin takes")
     parser.add_argument("--check", action="store_true", help="compare every decode step's logits with pin's (float32)")
+    parser.add_argument("--split", action="store_true", help="what made a recorded run faster: parallelism, KV reuse")
     parser.add_argument("--json", type=Path, help="where to write the result")
     return parser
 
@@ -199,6 +203,9 @@ def replay(args: argparse.Namespace, console: Console) -> None:
     graphs = [graph.drawn(model.model.config.get_text_config().vocab_size) for graph in graphs]
     memory = memory_for(model, graphs, args, blocks)
     compared = compared_steps(console, memory, variants, graphs) if args.check else None
+    if args.split:
+        split_recorded(args, memory, graphs, console)
+        return
     if share is not None:
         limit_pools(memory, graphs, share)
         compared = compared and compared + compared_steps(console, memory, variants, graphs)
@@ -215,6 +222,22 @@ def replay(args: argparse.Namespace, console: Console) -> None:
         figures = [describe(graph) for graph in graphs]
         parts = {"compared_steps": compared, "graphs": figures, "rows": as_json(rows), "summary": summary}
         write_result(args.json, args, **about(memory), **parts)
+
+
+def split_recorded(args: argparse.Namespace, memory: Memory, graphs: Sequence[Graph], console: Console) -> None:
+    """What ``--split`` does."""
+    replays = 4 * len(recorded_pairs(graphs)) * (args.repeats + 1)
+    with progress(console, "measure", replays) as done:
+        splits = split(memory, graphs, args.repeats, done)
+    for one in splits:
+        console.print(
+            f"{one.task:24} {one.speedup:5.2f}x = {one.parallelism:5.2f}x parallel * {one.reuse:4.2f}x reuse * "
+            f"{one.tokens:4.2f}x tokens",
+            highlight=False,
+        )
+    console.print(sentence(splits))
+    if args.json:
+        write_result(args.json, args, **about(memory), splits=[asdict(one) for one in splits])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

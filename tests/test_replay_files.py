@@ -1,6 +1,7 @@
 """Graph files: what the reader refuses, the shapes, a recorded run as a graph, and the walk through a graph."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 from rrm_engine import RunConfig, Solver
 from rrm_engine.backends.result import Job
 from rrm_engine.engine.prepare import load_model
-from rrm_engine.replay.driver import Memory, Ours, blocks_needed
+from rrm_engine.replay.driver import Memory, Ours, Replayed, blocks_needed
 from rrm_engine.replay.generate import SHAPES, generate
 from rrm_engine.replay.graph import Decode, Graph, Node
 from rrm_engine.replay.reader import GraphError, as_json, parse_graph, read_graphs, write_graphs
 from rrm_engine.replay.recorded import recorded_graphs
+from rrm_engine.replay.split import sentence, split
 from rrm_engine.replay.variant import parse_variant
 from rrm_engine.replay.walk import Resume, Start, Walk
 from rrm_engine.trace.record import RunDir
@@ -202,7 +204,8 @@ def test_serial_runs_one_node_at_a_time_depth_first() -> None:
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the embedded model as the bench records it, recursive and direct, greedy, also with forks."""
     tasks = [json.loads(line) for line in (SHIPPED.parents[1] / "rrm_engine/data/embedded_tasks.jsonl").open()]
-    texts = [task["problem"] for task in tasks if task["id"] in ("flat-000", "depends-042", "nested-054")]
+    kinds = {task["id"].rpartition("-")[0]: task["problem"] for task in reversed(tasks)}  # the first one of each
+    texts = [kinds[kind] for kind in ("flat", "depends", "nested")]
     config = RunConfig(temperature=0.0, child_context=request.param, planner_max_tokens=200, solver_max_tokens=60)
     directory = RunDir.create(tmp_path_factory.mktemp("run") / "run")
     directory.write_manifest({"resolved": {"child_context": request.param}})
@@ -250,6 +253,27 @@ def test_a_wrong_token_in_a_recording_is_noticed(recorded: Path) -> None:
     memory = Memory(load_model("embedded"), blocks_needed(graph, 16))
     variant = parse_variant("pin")
     assert Ours(variant, memory).replay(other).sampled != Ours(variant, memory).replay(graph).sampled
+
+
+def test_a_speed_up_is_split_by_replays_of_the_recorded_tokens(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factors come from the direct run, and from the graph serially, without reuse, and as it was."""
+    graphs = recorded_graphs(recorded)
+    memory = Memory(load_model("embedded"), max(blocks_needed(graph, 16) for graph in graphs))
+    seconds = {"direct/pin": 12.0, "rrm/serial+no-reuse": 10.0, "rrm/no-reuse": 4.0, "rrm/pin": 3.0}
+    replay, seen = Ours.replay, []
+
+    def timed(self: Ours, graph: Graph) -> Replayed:
+        seen.append(f"{graph.id.split('/')[1]}/{self.name}")
+        return replace(replay(self, graph), answer_s=seconds[seen[-1]])
+
+    monkeypatch.setattr(Ours, "replay", timed)
+    (found,) = split(memory, graphs, 1)
+    assert (found.task, found.tokens, found.parallelism, found.reuse) == ("t0/0", 1.2, 2.5, 4 / 3)
+    assert found.speedup == pytest.approx(12 / 3)
+    assert "4.00x faster than direct = 2.50x by parallelism * 1.33x by KV reuse * 1.20x" in sentence([found])
+    assert sorted(seen) == sorted(2 * list(seconds))
+    with pytest.raises(ValueError, match="--modes direct,rrm"):
+        split(memory, [graph for graph in graphs if "/direct/" not in graph.id], 1)
 
 
 def test_a_run_that_cannot_be_read_is_refused(recorded: Path, tmp_path: Path) -> None:
