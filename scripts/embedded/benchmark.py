@@ -17,9 +17,9 @@ from embedded.families import FAMILIES, Kind, Task
 from embedded.wording import random_task
 
 SHAPES: tuple[tuple[Kind, tuple[int, ...], int], ...] = (  # kind, widths, tasks per width
-    ("flat", (2, 3, 4, 5, 6, 7, 8), 6),
+    ("flat", (2, 3, 4, 5, 6, 7, 8), 5),
     ("depends", (3, 4, 5, 6), 3),
-    ("nested", (2, 3, 4), 4),
+    ("nested", (2, 3, 4), 3),
     ("atomic", (1,), 6),
 )
 

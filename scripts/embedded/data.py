@@ -20,9 +20,10 @@ from embedded.transcripts import (
 from embedded.wording import random_task
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-KIND_WEIGHTS = {"flat": 0.4, "depends": 0.3, "nested": 0.25, "atomic": 0.05}
-NODE_WEIGHTS = {"leaf": 0.27, "root": 0.4, "direct": 0.25, "group": 0.08}
+KIND_WEIGHTS = {"flat": 0.36, "depends": 0.38, "nested": 0.22, "atomic": 0.04}
+NODE_WEIGHTS = {"leaf": 0.08, "root": 0.38, "direct": 0.50, "group": 0.04}
 LEAF_FAMILY_WEIGHTS = {"grow": 0.4, "pair": 0.25, "mult": 0.35}
+FLAT_WIDTHS = (2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8)  # wide tasks ask for more copies over longer distances
 GIVEN_SHARE = 0.3  # leaves that start from another child's result
 POOL_BATCHES = 48  # batches' worth of transcripts that are sorted by length together
 
@@ -52,7 +53,7 @@ def sample_transcript(rng: random.Random, scale: float) -> Transcript:
         task = random_task(rng, "nested", scale=scale)
         return group_transcript(rng.choice([part for part in task.parts if len(part.leaves) > 1]))
     (kind,) = rng.choices(KINDS, [KIND_WEIGHTS[kind] for kind in KINDS])
-    task = random_task(rng, kind, scale=scale)
+    task = random_task(rng, kind, width=rng.choice(FLAT_WIDTHS) if kind == "flat" else None, scale=scale)
     return direct_transcript(task) if node == "direct" else root_transcript(task)
 
 

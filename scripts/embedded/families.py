@@ -21,6 +21,7 @@ MODULUS = 1000
 FAMILIES = ("grow", "pair", "mult")
 FACTORS = tuple(f for f in range(11, 100) if f % 2 and f % 5)  # units modulo 1000: a power never collapses to 0
 RESERVED_CLASSES = 8  # one residue class in so many is kept out of training
+LONGEST_LEAF = 195.0  # scratchpad tokens
 IDS = "abcdefgh"  # of the parts of a task, and of the leaves of a group
 
 Kind = Literal["flat", "depends", "nested", "atomic"]
@@ -202,9 +203,9 @@ def random_leaf(rng: random.Random, family: str, tokens: float, *, held_out: boo
                 leaf = Leaf(family, value, (rng.choice(FACTORS),), max(2, round((tokens - 8) / 18)))
         if leaf.reserved() == held_out:
             return leaf
-        tokens += rng.choice((-9, 9))
+        tokens = min(tokens + rng.choice((-9, 9)), LONGEST_LEAF)
 
 
 def leaf_tokens(leaves: int) -> float:
     """Scratchpad tokens per leaf so that a direct run of so many leaves stays under about 900 tokens."""
-    return min(260.0, (830 - 36 * leaves) / leaves)
+    return min(LONGEST_LEAF, (760 - 34 * leaves) / leaves)

@@ -76,20 +76,25 @@ def atomic(value: int) -> str:
 
 
 def direct_transcript(task: Task) -> Transcript:
-    """All leaves one after another with a running sum, in one assistant turn."""
-    out, total, results = [], 0, task.results()
-    for part in task.parts:
-        for inner, leaf in zip(IDS, part.leaves, strict=False):
-            label = part.id if len(part.leaves) == 1 else part.id + inner
-            given = {} if leaf.depends_on is None else {leaf.depends_on: results[leaf.depends_on]}
-            start = leaf.start if isinstance(leaf.start, int) else results[leaf.start]
-            value = leaf.result(start)
-            out.append(f"{label}{reversed_digits(total)}|{leaf.canonical()}\n")
-            out += [f"{name} = {known}\n" for name, known in given.items()]
-            out.append(f"{leaf.scratchpad(start)}{label} = {value}\n{sum_line(label, total, value)}")
-            total = (total + value) % MODULUS
-    out.append(f"FINAL: {total}{END}")
-    return Transcript("direct", task.family, ((direct_prompt(task.problem), False), ("".join(out), True)))
+    """A plan of all leaves, then one leaf after another with a running sum, in one assistant turn.
+
+    The leaves are labelled in their order, groups or not, and where there are no groups a leaf's label is its part's
+    id. The plan ends with the list of its labels, so that the next label stands behind the last one in it.
+    """
+    plan, work, total, results = [], [], 0, task.results()
+    leaves = [leaf for part in task.parts for leaf in part.leaves]
+    for label, leaf in zip(IDS, leaves, strict=False):
+        given = {} if leaf.depends_on is None else {leaf.depends_on: results[leaf.depends_on]}
+        start = leaf.start if isinstance(leaf.start, int) else results[leaf.start]
+        value = leaf.result(start)
+        plan.append(f"{label} {leaf.canonical()}\n")
+        work.append(f"{label}{reversed_digits(total)}|{leaf.canonical()}\n")
+        work += [f"{name} = {known}\n" for name, known in given.items()]
+        work.append(f"{leaf.scratchpad(start)}{label} = {value}\n{sum_line(label, total, value)}")
+        total = (total + value) % MODULUS
+    labels = ",".join(IDS[: len(leaves)])
+    text = f"{''.join(plan)}{labels}.\n{''.join(work)}FINAL: {total}{END}"
+    return Transcript("direct", task.family, ((direct_prompt(task.problem), False), (text, True)))
 
 
 def root_transcript(task: Task) -> Transcript:
