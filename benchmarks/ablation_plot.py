@@ -12,6 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from rrm_engine.replay.report import title
+
 COLOURS = {"plenty": "#4c78a8", "tight": "#f58518"}
 BAR = 0.38
 ROOM = 1.14  # for the labels
@@ -20,7 +22,7 @@ PANELS = ("time to answer (s)", "resume latency (ms)", "peak KV blocks; hatched:
 
 def plot(results: Sequence[dict[str, Any]], tight: int, files: Sequence[Path]) -> None:
     """Draw ``results`` into ``files``, whose suffixes name the formats."""
-    names = [entry["name"] for entry in results[0]["memory"]["plenty"]["summary"]]
+    names = [title(entry) for entry in results[0]["memory"]["plenty"]["summary"]]
     height = 1.1 + len(results) * (1.0 + 0.36 * len(names))
     figure, rows = plt.subplots(len(results), len(PANELS), figsize=(12, height), squeeze=False, layout="constrained")
     for axes, result in zip(rows, results, strict=True):
@@ -28,8 +30,8 @@ def plot(results: Sequence[dict[str, Any]], tight: int, files: Sequence[Path]) -
             _frame(axis, names, first=axis is axes[0])
         for panel, axis in zip(PANELS, axes, strict=True):
             axis.set_xlabel(panel)
-        title = f"{result['model']}, {result['dtype']} on {result['device']}, threads: {result['threads']}"
-        axes[0].set_title(title, loc="left", weight="bold")
+        heading = f"{result['model']}, {result['dtype']} on {result['device']}, threads: {result['threads']}"
+        axes[0].set_title(heading, loc="left", weight="bold")
         for offset, (setting, figures) in zip((-BAR / 2, BAR / 2), result["memory"].items(), strict=True):
             _bars(axes, figures["summary"], offset, COLOURS[setting])
     words = {"plenty": "room for everything", "tight": f"{tight} % of the blocks that pin takes"}

@@ -23,7 +23,7 @@ import torch
 
 from rrm_engine.bench.environment import environment
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import load_model
+from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.cache import KVCache
@@ -31,10 +31,15 @@ from rrm_engine.kv.pool import BlockPool
 from rrm_engine.models.load import load_pretrained, resolve_device
 
 Run = Callable[[list[list[int]], int], None]
+HF_BLOCK = 256  # tokens of a KV block of transformers' continuous batching
 
 
 def ours(model_name: str, dtype: str, device: str, longest: int, most: int) -> Run:
-    model = load_model(model_name, dtype, device)
+    return ours_run(load_model(model_name, dtype, device), longest, most)
+
+
+def ours_run(model: LoadedModel, longest: int, most: int) -> Run:
+    """Our engine, with KV for ``most`` sequences of ``longest`` tokens."""
     blocks = most * -(-longest // 16) + 1
     cache = KVCache(blocks, 16, model.shapes)
     runner = ModelRunner(model.forward, cache, model.device, model.attend)
@@ -58,8 +63,11 @@ def ours(model_name: str, dtype: str, device: str, longest: int, most: int) -> R
 
 
 def hf_generate(model_name: str, dtype: str, device: str) -> Run:
+    return generate_run(load_pretrained(model_name, dtype, resolve_device(device))[0])
+
+
+def generate_run(model: Any) -> Run:
     """Plain ``generate`` with SDPA attention and a static batch."""
-    model, _ = load_pretrained(model_name, dtype, resolve_device(device))
     model.set_attn_implementation("sdpa")
     model.eval()
 
@@ -80,10 +88,15 @@ def hf_generate(model_name: str, dtype: str, device: str) -> Run:
 
 
 def hf_generate_batch(model_name: str, dtype: str, device: str) -> Run:
-    """transformers' own continuous batching."""
-    from transformers import GenerationConfig
+    return generate_batch_run(load_pretrained(model_name, dtype, resolve_device(device))[0])
 
-    model, _ = load_pretrained(model_name, dtype, resolve_device(device))
+
+def generate_batch_run(model: Any, tokens: int | None = None) -> Run:
+    """transformers' own continuous batching, with KV for so many ``tokens``; None: with most of the free memory."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    room = {} if tokens is None else {"num_blocks": -(-tokens // HF_BLOCK), "max_batch_tokens": min(tokens, 4096)}
+
     model.set_attn_implementation("sdpa")
     model.eval()
 
@@ -92,7 +105,12 @@ def hf_generate_batch(model_name: str, dtype: str, device: str) -> Run:
             max_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=True
         )
         with contextlib.redirect_stdout(sys.stderr):
-            out = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+            out = model.generate_batch(
+                inputs=prompts,
+                generation_config=config,
+                continuous_batching_config=ContinuousBatchingConfig(**room),
+                progress_bar=False,
+            )
         assert len(out) == len(prompts)
         assert all(len(o.generated_tokens) == count for o in out.values())
 
@@ -162,7 +180,7 @@ def measure(contenders: dict[str, Run], batch: int, prompt: int, count: int, rou
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="directory, GGUF file, hub id, or embedded")
+    parser.add_argument("--model", required=True, help="as the bench's: embedded, random:Qwen3-0.6B ...")
     parser.add_argument("--batch", default="1,4,16,32", help="batch sizes")
     parser.add_argument("--compare", default="hf", help="any of hf, hf-batch, vllm; empty for ours alone")
     parser.add_argument("--dtype", default="bfloat16")

@@ -14,12 +14,14 @@ rrm_engine/replay/__init__.py.
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,12 +29,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rrm_engine.bench.environment import environment
-from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.kv.cache import bytes_per_block
+from rrm_engine.models.geometry import GEOMETRIES, PREFIX
 from rrm_engine.replay.check import ReplayMismatch
 from rrm_engine.replay.driver import Contender, Memory, Ours, blocks_needed
 from rrm_engine.replay.generate import SHAPES, generate
-from rrm_engine.replay.geometry import GEOMETRIES, PREFIX, load_any_model
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.measure import as_json, check, describe, limit_pools, measure, summarise
 from rrm_engine.replay.peers import Vllm, VllmEngine
@@ -43,7 +45,7 @@ from rrm_engine.replay.split import recorded_pairs, sentence, split
 from rrm_engine.replay.variant import HELP, Variant, parse_variant
 
 PEERS = ("vllm", "vllm+fork")
-ONE_MORE = "one round that does not count comes before them"
+ONE_MORE = "everybody's replay of the smallest graph comes before them and does not count"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,10 +73,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=3, metavar="N", help="graphs of a shape, or the first N of a file")
     parser.add_argument("--seed", type=int, default=0, help="of a shape's graphs")
     parser.add_argument("--repeats", type=int, default=5, help=f"rounds; {ONE_MORE}")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="begin no further round that would not end by then"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--attention", default="auto", choices=("auto", "native", "sdpa"))
+    parser.add_argument("--attention", default="auto", choices=("auto", "native", "triton", "varlen", "flash", "sdpa"))
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument(
         "--step-tokens", type=int, default=None, help="token budget of a step (default: 512, on CUDA 4096)"
@@ -85,7 +90,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def load(name: str, args: argparse.Namespace) -> LoadedModel:
     """The model that ``--model`` names."""
     torch.set_num_threads(args.threads)
-    return load_any_model(name, args.dtype, args.device, args.attention)
+    return load_model(name, args.dtype, args.device, args.attention)
 
 
 def load_graphs(source: str | Path, args: argparse.Namespace) -> list[Graph]:
@@ -95,10 +100,16 @@ def load_graphs(source: str | Path, args: argparse.Namespace) -> list[Graph]:
     return generate(source, args.count, args.seed) if source in SHAPES else read_graphs(Path(source))[: args.count]
 
 
-def memory_for(model: LoadedModel, graphs: Sequence[Graph], args: argparse.Namespace, blocks: int = 0) -> Memory:
-    """KV memory for the graphs, forked ones included, in which nothing ever runs out if ``blocks`` is 0."""
+def memory_for(
+    model: LoadedModel, graphs: Sequence[Graph], variants: Sequence[Variant], args: argparse.Namespace, blocks: int = 0
+) -> Memory:
+    """KV memory for the graphs as the variants run them, in which nothing ever runs out if ``blocks`` is 0.
+
+    Raises ValueError where a variant cannot run a graph.
+    """
     size = args.block_size
-    plenty = max(blocks_needed(either, size) for graph in graphs for either in (graph, graph.forked()))
+    ways = [graph for one in graphs for graph in (one, one.forked(), *(variant.graph(one) for variant in variants))]
+    plenty = max(blocks_needed(graph, size) for graph in ways)
     return Memory(
         model,
         blocks or plenty,
@@ -201,7 +212,7 @@ def replay(args: argparse.Namespace, console: Console) -> None:
         write_graphs(args.save, graphs)
     model = load(args.model, args)
     graphs = [graph.drawn(model.model.config.get_text_config().vocab_size) for graph in graphs]
-    memory = memory_for(model, graphs, args, blocks)
+    memory = memory_for(model, graphs, variants, args, blocks)
     compared = compared_steps(console, memory, variants, graphs) if args.check else None
     if args.split:
         split_recorded(args, memory, graphs, console)
@@ -210,14 +221,16 @@ def replay(args: argparse.Namespace, console: Console) -> None:
         limit_pools(memory, graphs, share)
         compared = compared and compared + compared_steps(console, memory, variants, graphs)
     contenders = [*(Ours(variant, memory) for variant in variants), *peers(names, memory, graphs, args)]
-    with progress(console, "measure", len(contenders) * len(graphs) * (args.repeats + 1)) as done:
-        rows = measure(contenders, graphs, args.repeats, done)
+    until = perf_counter() + 60 * args.minutes
+    with progress(console, "measure", len(contenders) * (len(graphs) * args.repeats + 1)) as done:
+        rows = measure(contenders, graphs, args.repeats, done, until)
     summary = summarise(rows)
     nodes = sum(len(graph.nodes) for graph in graphs)
-    title = f"{args.model}: {len(graphs)} graphs, {nodes} nodes, {args.repeats} rounds"
+    title = f"{args.model}: {len(graphs)} graphs, {nodes} nodes, {len(rows[0].answer_s)} rounds"
     console.print(rich_table(summary, title, wide=console.width >= 100))
     if compared:
-        console.print(f"Checked: the logits of {compared:,} decode steps are those of pin.")
+        left_out = ", all but those behind attached KV" if any(variant.attach for variant in variants) else ""
+        console.print(f"Checked: the logits of {compared:,} decode steps are those of pin{left_out}.")
     if args.json:
         figures = [describe(graph) for graph in graphs]
         parts = {"compared_steps": compared, "graphs": figures, "rows": as_json(rows), "summary": summary}

@@ -2,12 +2,20 @@
 
     scripts/kv_ablation OUT_DIR --model embedded --model DIR
 
-Writes table.md, plot.png, plot.svg and result.json. The measurement is that of graph_replay.py.
+Writes table.md, plot.png, plot.svg and result.json. The measurement is that of graph_replay.py: rounds in which every
+policy replays every graph, for each model half of the time with room for everything and half with too little memory.
+Rounds are begun as long as they will end within --minutes, at least one and at most --repeats of them.
+
+By default a model of fewer than 20 million parameters replays three graphs of the shape "small": all five rounds take
+it a minute. A larger one replays three of the shape "short", which has as long prompts and a sixth of the steps: a
+round of SmolLM2-135M in bf16 takes about 80 seconds of a CPU thread, so that ten minutes hold three rounds with either
+memory. On "small" its rounds would take eight minutes each, and the whole matrix an hour and a half.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from graph_replay import about, add_settings, compared_steps, load, load_graphs, memory_for, progress, write_result
@@ -20,7 +28,8 @@ from rrm_engine.replay.measure import as_json, describe, limit_pools, measure, s
 from rrm_engine.replay.report import CAPTION, markdown_table, rich_table
 from rrm_engine.replay.variant import parse_variant
 
-POLICIES = "pin,offload,drop,lru,auto,pin+nocache,no-reuse,pin+fork,drop+fork,serial,serial+no-reuse"
+POLICIES = "pin,offload,drop,lru,auto,pin+nocache,no-reuse,pin+fork,drop+fork,serial,serial+no-reuse,splice,transcript"
+SMALL = 20_000_000  # parameters
 PLENTY, TIGHT = "plenty", "tight"
 Result = dict[str, Any]
 
@@ -29,30 +38,49 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="where the four files go")
     parser.add_argument("--model", action="append", help="as graph_replay.py's; several are measured one after another")
-    parser.add_argument("--graphs", default="small", help=f"a graph file, or a shape: {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--graphs", help=f"a graph file, or a shape: {', '.join(SHAPES)} (default: by the model's size)"
+    )
     parser.add_argument("--policies", default=POLICIES, help="as graph_replay.py's")
     parser.add_argument("--tight", type=int, default=60, metavar="P", help="percent of pin's blocks when tight")
     add_settings(parser)
+    parser.set_defaults(minutes=10.0, count=None)
     return parser
 
 
 def ablate(name: str, args: argparse.Namespace, console: Console) -> Result:
     """One model's figures under both memory settings."""
     variants = [parse_variant(policy) for policy in args.policies.split(",")]
+    began = perf_counter()
     model = load(name, args)
+    is_small = model.parameters < SMALL
+    args = argparse.Namespace(**vars(args))
+    args.graphs, args.count = args.graphs or ("small" if is_small else "short"), args.count or 3
     graphs = [graph.drawn(model.model.config.get_text_config().vocab_size) for graph in load_graphs(args.graphs, args)]
-    memory = memory_for(model, graphs, args)
-    result: Result = {**about(memory), "graphs": [describe(graph) for graph in graphs], "memory": {}}
+    memory = memory_for(model, graphs, variants, args)
+    result: Result = {
+        **about(memory),
+        "shape": args.graphs,
+        "graphs": [describe(graph) for graph in graphs],
+        "memory": {},
+    }
     for setting in (PLENTY, TIGHT):
         if setting == TIGHT:
             limit_pools(memory, graphs, args.tight / 100)
         compared = compared_steps(console, memory, variants, graphs) if model.dtype is float32 else None
         contenders = [Ours(variant, memory) for variant in variants]
-        with progress(console, f"{name}, {setting}", len(contenders) * len(graphs) * (args.repeats + 1)) as done:
-            rows = measure(contenders, graphs, args.repeats, done)
+        until = began + 60 * args.minutes / (2 if setting == PLENTY else 1)
+        with progress(console, f"{name}, {setting}", len(contenders) * (len(graphs) * args.repeats + 1)) as done:
+            rows = measure(contenders, graphs, args.repeats, done, until)
         summary = summarise(rows)
         console.print(rich_table(summary, heading(name, setting, args), wide=console.width >= 100))
-        result["memory"][setting] = {"compared_steps": compared, "rows": as_json(rows), "summary": summary}
+        rounds = len(rows[0].answer_s)
+        result["memory"][setting] = {
+            "compared_steps": compared,
+            "rounds": rounds,
+            "rows": as_json(rows),
+            "summary": summary,
+        }
     return result
 
 
@@ -63,17 +91,20 @@ def heading(model: str, setting: str, args: argparse.Namespace) -> str:
 
 def markdown(results: Sequence[Result], args: argparse.Namespace) -> str:
     """All tables, and what was measured."""
-    parts = [f"# KV policies on replayed graphs\n\nGraphs: {args.graphs}, {args.count}; {args.repeats} rounds.\n"]
+    parts = ["# KV policies on replayed graphs\n"]
     for result in results:
         nodes = sum(graph["nodes"] for graph in result["graphs"])
         parts.append(
             f"{result['model']}: {result['parameters']:,} parameters, {result['dtype']} on {result['device']}, "
-            f"{result['threads']} threads, blocks of {result['block_size']} tokens, {nodes} nodes.\n"
+            f"{result['threads']} threads, blocks of {result['block_size']} tokens; "
+            f"{len(result['graphs'])} graphs ({result['shape']}), {nodes} nodes.\n"
         )
         for setting, figures in result["memory"].items():
-            parts.append(f"## {heading(result['model'], setting, args)}\n\n{markdown_table(figures['summary'])}")
+            title = f"## {heading(result['model'], setting, args)}, {figures['rounds']} rounds"
+            parts.append(f"{title}\n\n{markdown_table(figures['summary'])}")
             if figures["compared_steps"]:
-                parts.append(f"The logits of {figures['compared_steps']:,} decode steps are those of pin.\n")
+                steps = f"The logits of {figures['compared_steps']:,} decode steps"
+                parts.append(f"{steps}, those behind attached KV left out, are those of pin.\n")
     return "\n".join([*parts, CAPTION[0].upper() + CAPTION[1:] + ".\n"])
 
 

@@ -1,12 +1,14 @@
 """What the profiler's ranges cost while nobody profiles: the engine as it is against itself without them.
 
-    python benchmarks/profile_overhead.py --tasks 4 --rounds 20 --json OUT
+    python benchmarks/profile_overhead.py --minutes 2 --json OUT
 
 "Without" means compiled without: every ``with ....ranges(...):`` is taken out of the source of the functions that have
-one. The same solver runs the same recursive jobs in turns: as it is, without ranges, and as it is once more, as a
-control that shows what the machine's noise alone does. Quoted are ratios of the medians over the rounds, of the clock's
-time and of the process's CPU time, each with a 95 % bootstrap interval over rounds. Below any such noise: what a range
-that is off costs in a loop, times how many of them a step has.
+one. Three solvers over one loaded model run the same recursive jobs in lockstep, step by step: one as it is, one
+without ranges, and one more as it is, as a control that shows what noise alone does. So step n of one is compared with
+step n of another, the same work a millisecond later, in CPU time of the process; who goes first is drawn for every
+step, and which solver is which changes by rounds, for their memory differs too. Quoted are the median over the rounds
+of each round's median ratio, its 95 % bootstrap interval, and the quartiles of single steps. Below any noise: what a
+range that is off costs in a loop, times how many of them a step has.
 """
 
 import argparse
@@ -19,8 +21,9 @@ import statistics
 import sys
 import textwrap
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, process_time
 from types import ModuleType
@@ -35,10 +38,8 @@ from rrm_engine.engine import engine, runner
 from rrm_engine.engine.ranges import Ranges
 
 MODULES = (engine, runner, job, local)
-ARMS = ("as is", "without ranges", "as is again")
-CLOCKS: dict[str, Callable[[], float]] = {"wall": perf_counter, "cpu": process_time}
+AS_IS, WITHOUT, AGAIN = ARMS = ("as is", "without ranges", "as is again")
 RESAMPLES = 10_000
-Seconds = dict[str, list[float]]  # by arm
 Method = tuple[type, str, Callable[..., Any], Callable[..., Any]]  # class, name, as it is, without ranges
 
 
@@ -64,26 +65,58 @@ def _is_range(expression: ast.expr) -> bool:
 
 def methods_without_ranges(modules: Sequence[ModuleType]) -> list[Method]:
     """Every method that opens a range, with a version that does not. Raises RuntimeError if a range is left."""
-    found: list[Method] = []
+    return [
+        (owner, name, method, _compiled(owner, method, vars(module), remove=True))
+        for module in modules
+        for owner, name, method in _ranged(module)
+    ]
+
+
+def _ranged(module: ModuleType) -> Iterator[tuple[type, str, Callable[..., Any]]]:
+    """The methods of a module that open a range. Raises RuntimeError if a range is anywhere else."""
     removed = 0
-    for module in modules:
-        for owner in (o for o in vars(module).values() if inspect.isclass(o) and o.__module__ == module.__name__):
-            for name, method in list(vars(owner).items()):
-                if not inspect.isfunction(method) or inspect.unwrap(method).__code__.co_filename != module.__file__:
-                    continue  # not written here, but by dataclass or a base class
-                remover = RangeRemover()
-                tree = remover.visit(ast.parse(textwrap.dedent(inspect.getsource(method))))
-                if remover.removed:
-                    removed += remover.removed
-                    made: dict[str, Any] = {}
-                    code = compile(ast.fix_missing_locations(tree), inspect.getfile(method), "exec")
-                    exec(code, vars(module), made)  # the module's own globals, so that nothing else differs
-                    found.append((owner, name, method, made[name]))
+    for owner in [o for o in vars(module).values() if inspect.isclass(o) and o.__module__ == module.__name__]:
+        for name, method in list(vars(owner).items()):
+            if not inspect.isfunction(method) or inspect.unwrap(method).__code__.co_filename != module.__file__:
+                continue  # not written here, but by dataclass or a base class
+            remover = RangeRemover()
+            remover.visit(_source(method))
+            removed += remover.removed
+            if remover.removed:
+                yield owner, name, method
     whole = RangeRemover()
-    for module in modules:
-        whole.visit(ast.parse(inspect.getsource(module)))
+    whole.visit(ast.parse(inspect.getsource(module)))
     if removed != whole.removed or not removed:
-        raise RuntimeError(f"{whole.removed} ranges are in the source and {removed} of them in methods")
+        raise RuntimeError(f"{whole.removed} ranges are in {module.__name__} and {removed} of them in methods")
+
+
+def _source(method: Callable[..., Any]) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(method)))
+
+
+def _compiled(owner: type, method: Callable[..., Any], names: dict[str, Any], remove: bool) -> Any:
+    """``method`` compiled again with ``names`` as its globals."""
+    tree = RangeRemover().visit(_source(method)) if remove else _source(method)
+    made: dict[str, Any] = {}
+    exec(compile(ast.fix_missing_locations(tree), inspect.getfile(owner), "exec"), names, made)
+    return made[method.__name__]
+
+
+def classes_of(arm: str) -> dict[type, type]:
+    """By class with ranges a subclass in which they are as they are, or not there.
+
+    The methods are compiled again in either case, so that nothing but the ranges differs, and make instances of these
+    classes only: a class that stays as it is keeps the interpreter's caches, one that is changed in turns does not.
+    """
+    found: dict[type, type] = {}
+    globals_of = [dict(vars(module)) for module in MODULES]
+    for module, names in zip(MODULES, globals_of, strict=True):
+        methods: dict[type, dict[str, Any]] = {}
+        for owner, name, method in _ranged(module):
+            methods.setdefault(owner, {})[name] = _compiled(owner, method, names, remove=arm == WITHOUT)
+        found |= {owner: type(owner.__name__, (owner,), made) for owner, made in methods.items()}
+    for names in globals_of:
+        names |= {name: found[value] for name, value in names.items() if inspect.isclass(value) and value in found}
     return found
 
 
@@ -103,85 +136,136 @@ class Counting(Ranges):
         return self("step")
 
 
-def measure(solver: Solver, jobs: list[Job], rounds: int, methods: list[Method]) -> dict[str, Seconds]:
-    """Seconds of each arm in each round, after one round that does not count; who begins changes by rounds."""
-    seconds: dict[str, Seconds] = {clock: {arm: [] for arm in ARMS} for clock in CLOCKS}
-    for turn in range(rounds + 1):
-        for arm in (*ARMS[turn % len(ARMS) :], *ARMS[: turn % len(ARMS)]):
-            for owner, name, as_is, without in methods:
-                setattr(owner, name, without if arm == "without ranges" else as_is)
-            gc.collect()
-            began = {name: clock() for name, clock in CLOCKS.items()}
-            for _ in solver.run(jobs):
-                pass
-            for name, clock in CLOCKS.items():
-                if turn:
-                    seconds[name][arm].append(clock() - began[name])
-    for owner, name, as_is, _ in methods:
-        setattr(owner, name, as_is)
-    return seconds
+class Lockstep:
+    """Three solvers, each of which can take any arm's part."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        first = Solver.load(RunConfig(), tasks)
+        self.solvers = [first, *(Solver(first.model, RunConfig(), tasks) for _ in ARMS[1:])]
+        self.classes = {arm: classes_of(arm) for arm in ARMS}
+        self._parts = [[solver, solver.engine, solver.engine.runner] for solver in self.solvers]  # type: ignore[union-attr]
+        self._owners = [type(part) for part in self._parts[0]]
+
+    def cast(self, turn: int) -> dict[str, Solver]:
+        """Who plays which arm in a round."""
+        cast = {arm: (turn + i) % len(ARMS) for i, arm in enumerate(ARMS)}
+        for arm, index in cast.items():
+            for part, owner in zip(self._parts[index], self._owners, strict=True):
+                part.__class__ = self.classes[arm].get(owner, owner)
+        return {arm: self.solvers[index] for arm, index in cast.items()}
+
+    def run(self, jobs: list[Job], turn: int) -> dict[str, list[float]]:
+        """One round; CPU seconds of every step by arm."""
+        drives = {arm: solver._drive(jobs, None, 1) for arm, solver in self.cast(turn).items()}
+        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        noise = random.Random(turn)
+        gc.collect()
+        gc.disable()
+        try:
+            ended = 0
+            while not ended:
+                for arm in noise.sample(ARMS, len(ARMS)):
+                    began = process_time()
+                    ended += next(drives[arm], self) is self
+                    seconds[arm].append(process_time() - began)
+        finally:
+            gc.enable()
+        if ended != len(ARMS):
+            raise RuntimeError("the solvers did not take the same steps, so they cannot be compared")
+        return seconds
+
+    def opened(self, jobs: list[Job]) -> dict[str, int]:
+        """Ranges that each arm opens in a round. Raises RuntimeError if the one without opens some."""
+        counting = {arm: Counting() for arm in ARMS}
+        for arm, solver in self.cast(0).items():
+            solver.engine.announce_to(counting[arm])
+        self.run(jobs, 0)
+        for solver in self.solvers:
+            solver.engine.announce_to(Ranges())
+        opened = {arm: count.opened for arm, count in counting.items()}
+        if opened[WITHOUT] or not opened[AS_IS] or opened[AS_IS] != opened[AGAIN]:
+            raise RuntimeError(f"ranges opened by the arms: {opened}; the one without has to open none")
+        return opened
 
 
-def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
-    """The ratio of medians; the interval resamples whole rounds, for the arms of a round share its weather."""
-    generator, rounds, found = random.Random(0), range(len(above)), []
-    for _ in range(RESAMPLES):
-        chosen = generator.choices(rounds, k=len(above))
-        found.append(statistics.median([above[i] for i in chosen]) / statistics.median([below[i] for i in chosen]))
-    found.sort()
-    interval = [found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES)]]
-    return {"ratio_of_medians": statistics.median(above) / statistics.median(below), "interval_95": interval}
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """``rounds``: each one's median ratio of two arms' CPU times on the same step; ``quartiles`` of single steps."""
+
+    rounds: list[float]
+    quartiles: list[float]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def interval(self) -> list[float]:
+        """Of the median over the rounds, 95 %, by bootstrap."""
+        noise = random.Random(0)
+        some = (noise.choices(self.rounds, k=len(self.rounds)) for _ in range(RESAMPLES))
+        found = sorted(map(statistics.median, some))
+        return [found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES)]]
 
 
-def alone(solver: Solver, jobs: list[Job]) -> dict[str, float]:
-    """A range that is off, by itself: nanoseconds, how many of them a step has, and seconds of steps without them."""
-    counting, before = Counting(), solver.engine.steps
-    solver.engine.announce_to(counting)
-    for _ in solver.run(jobs):
-        pass
-    solver.engine.announce_to(Ranges())
-    steps, ranges, count = solver.engine.steps - before, Ranges(), 200_000
+def compare(rounds: Sequence[dict[str, list[float]]], above: str, below: str) -> Compared:
+    ratios = [[a / b for a, b in zip(one[above], one[below], strict=True)] for one in rounds]
+    first, _, third = statistics.quantiles([ratio for one in ratios for ratio in one], n=4)
+    return Compared(list(map(statistics.median, ratios)), [first, third])
+
+
+def range_ns() -> float:
+    """CPU time of a range that is off, by itself."""
+    ranges, count = Ranges(), 200_000
 
     def opened() -> None:
         with ranges("decode", ()):
             pass
 
-    cost = min(timeit.repeat(opened, number=count, repeat=5, timer=process_time)) / count
-    return {"range_ns": 1e9 * cost, "ranges_per_step": counting.opened / steps, "steps": steps}
+    return 1e9 * min(timeit.repeat(opened, number=count, repeat=5, timer=process_time)) / count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=4, help="tasks of the packaged set in a round")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tasks", type=int, default=2, help="tasks of the packaged set in a round")
+    parser.add_argument("--minutes", type=float, default=2.0, help="rounds are begun until then, three at least")
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
     tasks = load_tasks("embedded").tasks[: args.tasks]
-    solver = Solver.load(RunConfig(), [task.problem for task in tasks])
     jobs = [Job(task.id, task.problem, "rrm") for task in tasks]
-    methods = methods_without_ranges(MODULES)
-    seconds = measure(solver, jobs, args.rounds, methods)
-    ratios = {}
-    for clock, arms in seconds.items():
-        for name, below in (("off / without", "without ranges"), ("off / off (control)", "as is again")):
-            ratios[f"{clock}: {name}"] = found = ratio(arms["as is"], arms[below])
-            low, high = found["interval_95"]
-            print(f"{clock:<5}{name:<20} {found['ratio_of_medians']:.4f}  (95 % interval {low:.4f}-{high:.4f})")
-    single = alone(solver, jobs)
-    step_us = 1e6 * statistics.median(seconds["cpu"]["without ranges"]) / single["steps"]
-    share = single["range_ns"] * single["ranges_per_step"] / 1e3 / step_us
+    lockstep = Lockstep([task.problem for task in tasks])
+    opened, rounds, began = lockstep.opened(jobs), list[dict[str, list[float]]](), perf_counter()
+    while len(rounds) < 3 or perf_counter() - began < 60 * args.minutes:
+        rounds.append(lockstep.run(jobs, len(rounds)))
+    pairs = {"off / without": (AS_IS, WITHOUT), "off / off (control)": (AS_IS, AGAIN)}
+    found = {name: compare(rounds, *arms) for name, arms in pairs.items()}
+    steps = len(rounds[0][AS_IS])
+    print(f"CPU time of {len(rounds)} rounds of {steps} steps:")
+    for name, compared in found.items():
+        (low, high), (first, third) = compared.interval, compared.quartiles
+        print(
+            f"{name:<20} {compared.ratio:.4f}  (95 % interval {low:.4f}-{high:.4f}; single steps, quartiles "
+            f"{first:.3f}-{third:.3f})"
+        )
+    step_us = 1e6 * statistics.median(s for one in rounds for s in one[WITHOUT])
+    per_step, cost = opened[AS_IS] / steps, range_ns()
+    share = cost * per_step / 1e3 / step_us
     print(
-        f"one range that is off: {single['range_ns']:.0f} ns; {single['ranges_per_step']:.1f} of them in a step of "
-        f"{step_us:.0f} us CPU time: {share:.3%} of it"
+        f"one range that is off: {cost:.0f} ns; {per_step:.1f} of them in a step of {step_us:.0f} us CPU time: "
+        f"{share:.3%} of it"
     )
     result = {
         "command": " ".join(["python", *sys.argv]),
         **environment(),
         "settings": {k: str(v) for k, v in vars(args).items()},
-        "removed_from": [f"{owner.__name__}.{name}" for owner, name, *_ in methods],
-        "seconds": seconds,
-        "ratios": ratios,
-        "alone": {**single, "step_us": step_us, "share_of_step": share},
+        "removed_from": [f"{owner.__name__}.{name}" for owner, name, *_ in methods_without_ranges(MODULES)],
+        "rounds": len(rounds),
+        "steps": steps,
+        "compared": {
+            name: {"ratio": c.ratio, "interval_95": c.interval, "step_quartiles": c.quartiles, "rounds": c.rounds}
+            for name, c in found.items()
+        },
+        "alone": {"range_ns": cost, "ranges_per_step": per_step, "step_us": step_us, "share_of_step": share},
     }
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

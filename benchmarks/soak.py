@@ -26,7 +26,6 @@ from typing import Any, get_args
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rrm_engine.bench.environment import environment
 from rrm_engine.engine.engine import Engine
@@ -321,25 +320,11 @@ class Soak:
 
 
 def tiny() -> tuple[Any, Any]:
-    """A tiny random Qwen3, always the same, whose greedy choices are far apart; and no tokenizer."""
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=500,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    return model, SimpleNamespace(eos_token_id=1)
+    """The tests' tiny random Qwen3, whose greedy choices are far apart; and no tokenizer."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from oracle import plain_model
+
+    return plain_model("qwen3"), SimpleNamespace(eos_token_id=1)
 
 
 def load(name: str, device: str) -> Soak:

@@ -19,7 +19,11 @@ class RunConfig:
     """
 
     # model
-    model: str = setting("embedded", "model", "embedded, a hub id, a local directory, or a GGUF file")
+    model: str = setting(
+        "embedded",
+        "model",
+        "embedded, a hub id, a local directory, a GGUF file, or random weights to measure with: random:Qwen3-14B ...",
+    )
     dtype: str = setting(
         "auto",
         "model",
@@ -27,12 +31,24 @@ class RunConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = setting("auto", "model", "auto, cpu, cuda, cuda:0 ...")
+    devices: str | None = setting(
+        None, "model", "instead of --device: several, as in cuda:0,cuda:1; one may be named more than once"
+    )
+    placement: str = setting(
+        "auto",
+        "model",
+        "of the model on --devices: pipeline, its layers in turn; replicate, a copy on each; single, on the first; "
+        "auto: single if it fits there with room for KV, else pipeline",
+        choices=("auto", "single", "pipeline", "replicate"),
+    )
     attention: str = setting(
         "auto",
         "model",
-        "native: compiled, CPU; triton: CUDA; sdpa: torch reference, any device; auto: the device's own, else sdpa",
-        choices=("auto", "native", "triton", "sdpa"),
+        "native: compiled, CPU; triton: CUDA; varlen: torch's FlashAttention, flash: the flash-attn package, both CUDA "
+        "and --block-size 256; sdpa: torch reference, any device; auto: native or triton where they are, else sdpa",
+        choices=("auto", "native", "triton", "varlen", "flash", "sdpa"),
     )
+    eager: bool = setting(False, "model", "on CUDA launch kernels one by one instead of replaying CUDA graphs")
     prompt_style: str = setting("auto", "model", "a packaged style's name or a TOML file; auto: by model")
 
     # what to run
@@ -102,12 +118,22 @@ class RunConfig:
         choices=("text", "splice", "transcript"),
     )
     boundary_tokens: int = setting(0, "memory", "first tokens of every attached span that are computed again")
-    splice_report: bool = setting(
-        True, "memory", "measure each splice against the text: KL divergence and agreement of the next token"
+    splice_report: int = setting(
+        16,
+        "memory",
+        "tokens behind each splice whose distributions are compared with those behind the text; costs time; 0: none",
     )
 
     def __post_init__(self) -> None:
         checks = [
+            (
+                self.device == "auto" or self.devices is None,
+                "--device and --devices both say where to run: give only one of them",
+            ),
+            (
+                self.devices is not None or self.placement in ("auto", "single"),
+                f"--placement {self.placement} needs --devices, for example --devices cuda:0,cuda:1",
+            ),
             (self.samples >= 1, "--samples must be at least 1"),
             (self.task_concurrency >= 1, "--task-concurrency must be at least 1"),
             (self.max_concurrency >= 1, "--max-concurrency must be at least 1"),
@@ -115,6 +141,7 @@ class RunConfig:
             (self.max_sibling_width >= 1, "--max-sibling-width must be at least 1"),
             (self.max_nodes >= 1, "--max-nodes must be at least 1"),
             (self.block_size >= 1, "--block-size must be at least 1"),
+            (self.splice_report >= 0, "--splice-report must be at least 0"),
             (self.limit is None or self.limit >= 1, "--limit must be at least 1"),
             (self.temperature is None or self.temperature >= 0, "--temperature must not be negative"),
             (self.top_p is None or 0 < self.top_p <= 1, "--top-p must be in (0, 1]"),

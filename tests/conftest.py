@@ -1,8 +1,91 @@
-"""Triton kernels run on the GPU if there is one, else under Triton's interpreter; set TRITON_INTERPRET to choose."""
+"""Runs that several files look at, recorded once a session; and which way Triton kernels are run.
+
+Triton kernels run on the GPU if there is one, else under Triton's interpreter; set TRITON_INTERPRET to choose.
+"""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read while triton is imported, by whoever imports it first
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
+
+if TYPE_CHECKING:
+    from lab import Lab, Recorded
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> "Lab":
+    from lab import make_lab
+
+    return make_lab(tmp_path_factory.mktemp("style"))
+
+
+@pytest.fixture(scope="session")
+def reference(lab: "Lab") -> "Recorded":
+    """Plenty of everything."""
+    from lab import recorded
+
+    return recorded(lab)
+
+
+@pytest.fixture(scope="session")
+def forked_reference(lab: "Lab") -> "Recorded":
+    from lab import recorded
+
+    return recorded(lab, child_context="parent")
+
+
+@pytest.fixture(scope="session")
+def record_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Records a run of a tiny random model, in a directory of its own."""
+    import traced
+
+    model = tmp_path_factory.mktemp("model")
+    traced.save_model(model)
+    folder = tmp_path_factory.mktemp
+    return lambda tasks, **settings: traced.record_tiny(model, folder("runs") / "run", tasks, **settings)
+
+
+@pytest.fixture(scope="session")
+def calm(record_tiny: Callable[..., Path]) -> Path:
+    """Two tasks at a time, a place for everybody."""
+    return record_tiny(4, task_concurrency=2)
+
+
+@pytest.fixture(scope="session")
+def crowded(record_tiny: Callable[..., Path]) -> Path:
+    """Three tasks at once in two places and little memory, prompts in small chunks, children forked."""
+    memory = {"max_sequence_tokens": 700, "block_size": 4, "kv_blocks": 180, "step_tokens": 16}
+    places = {"task_concurrency": 3, "max_concurrency": 2}
+    return record_tiny(3, modes=("rrm",), child_context="parent", max_depth=1, **memory, **places)
+
+
+@pytest.fixture(scope="session")
+def cramped(record_tiny: Callable[..., Path]) -> Path:
+    """Sequences so short that some nodes cannot start or go on."""
+    return record_tiny(3, modes=("rrm",), max_sequence_tokens=375, child_context="parent")
+
+
+@pytest.fixture(scope="session")
+def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged model, whose graphs lead to answers."""
+    from traced import record
+
+    from rrm_engine.bench.tasks import load_tasks
+    from rrm_engine.config import RunConfig
+
+    return record(RunConfig(modes=("rrm",)), load_tasks("embedded").tasks[:1], tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(params=["calm", "crowded", "cramped", "packaged"])
+def each(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)

@@ -38,6 +38,7 @@ class Memory:
         self.size = size
         self.slots: list[Content] = [None] * ((blocks + 1) * size)
         self.copied = 0
+        self.queries = 0  # packed rows, each of which has been checked
         self.kept: dict[Span, list[History]] = {}  # what each span was taken from
         self.moved: dict[str, dict[int, Moved]] = {}  # by sequence: what it may read where instead of its own
 
@@ -48,8 +49,11 @@ class Memory:
             self.write(blocks, copy.payload[: len(blocks)])
         self.copy(step.copies)
         self.splice(step.splices)
+        if not step.work:
+            return torch.zeros(0, VOCABULARY), []
         packed = pack(step.work, self.size, CPU)
         owners = self.rows(step)
+        self.queries += len(owners)
         assert packed.positions.tolist() == [position for _, position in owners]
         for slot, (sequence, position) in zip(packed.batch.slots.tolist(), owners, strict=True):
             assert slot >= self.size, "the null block is written"
@@ -150,6 +154,7 @@ class Life:
         wait_policy: WaitPolicy = "pin",
         host_blocks: int = 0,
         costs: SwapCosts | None = None,
+        stages: int = 1,
     ) -> None:
         self.memory = Memory(blocks, size)
         self.engine = Engine(
@@ -161,6 +166,7 @@ class Life:
             eos_ids=frozenset({EOS}) if eos else frozenset(),
             wait_policy=wait_policy,
             host_blocks=host_blocks,
+            stages=stages,
         )
         self.engine.scheduler.costs = costs
         self.scheduler = self.engine.scheduler
@@ -168,6 +174,7 @@ class Life:
         self.sequences: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.reclaimed: list[Sequence] = []
+        self.steps = 0
         self._for: Sequence | None = None
         self._plan: SchedulerOutput | None = None
         self._watch()
@@ -177,13 +184,14 @@ class Life:
         return (
             f"Life({pool.num_blocks}, {pool.block_size}, {self.longest}, max_sequences={scheduler.max_sequences}, "
             f"step_tokens={scheduler.step_tokens}, prefix_cache={pool.prefix_cache}, eos={bool(self.engine.eos_ids)}, "
-            f"wait_policy={scheduler.wait_policy!r}, host_blocks={scheduler.space.num_blocks}, costs={scheduler.costs})"
+            f"wait_policy={scheduler.wait_policy!r}, host_blocks={scheduler.space.num_blocks}, "
+            f"costs={scheduler.costs}, stages={scheduler.stages})"
         )
 
     def _watch(self) -> None:
         """Note for whom memory is made, from whom it is taken, and what was planned."""
-        scheduler, memory = self.scheduler, self.memory
-        make_room, reclaim, run = scheduler._make_room, scheduler._reclaim, memory.run
+        engine, scheduler, memory = self.engine, self.scheduler, self.memory
+        launch, make_room, reclaim, run = engine._launch, scheduler._make_room, scheduler._reclaim, memory.run
 
         def watched_make_room(sequence: Sequence, *args: Any, **kwargs: Any) -> bool:
             self._for = sequence
@@ -200,6 +208,17 @@ class Life:
             self._plan = plan
             return run(plan)
 
+        def watched_launch() -> bool:
+            live, flying = list(scheduler.live), {id(s) for s in scheduler.live if s.launch}
+            before = {id(s): s.table.length for s in live}
+            ready = {id(s) for s in live if s.state is State.RUNNING and s.pending == 1} - flying
+            self.reclaimed.clear()
+            launched = launch()
+            assert self._plan is not None
+            self.check_plan(self._plan, live, flying, ready, before)
+            return launched
+
+        engine._launch = watched_launch  # type: ignore[method-assign]
         scheduler._make_room = watched_make_room  # type: ignore[method-assign]
         scheduler._reclaim = watched_reclaim  # type: ignore[method-assign]
         memory.run = watched_run  # type: ignore[method-assign, assignment]
@@ -256,21 +275,24 @@ class Life:
             return
         live = list(self.scheduler.live)
         assert live == sorted(live, key=lambda s: s.priority)
-        decodes = [s for s in live if s.state is State.RUNNING and s.pending == 1]
-        before = {id(s): s.table.length for s in live}
-        self.reclaimed.clear()
-        self._plan = None
         sampled = self.engine.step()
-        assert self._plan is not None
-        self.check_plan(self._plan, live, decodes, before)
         assert [s.sequence.key for s in sampled] == list(dict.fromkeys(s.sequence.key for s in sampled))
-        assert {s.sequence.key for s in sampled} == {w.sequence.key for w in self._plan.work if w.samples}
+        for one in sampled:
+            assert one.token == one.sequence.tokens[-1] == made_up(one.sequence.tokens[:-1]), "not the sequence's token"
+        assert self.engine.plan is not None
+        samples = [w.sequence for w in self.engine.plan.work if w.samples]
+        assert {s.sequence.key for s in sampled} <= {s.key for s in samples}
+        if self.scheduler.stages == 1:
+            assert len(sampled) == len(samples)
         self.check()
 
     def check_plan(
-        self, plan: SchedulerOutput, live: list[Sequence], decodes: list[Sequence], before: dict[int, int]
+        self, plan: SchedulerOutput, live: list[Sequence], flying: set[int], ready: set[int], before: dict[int, int]
     ) -> None:
+        """``flying`` waited for their token when the step was planned, ``ready`` were to run one."""
         scheduled = list(dict.fromkeys(w.sequence for w in plan.work))
+        assert not flying & {id(s) for s in scheduled}, "a sequence in flight is run again"
+        assert id(live[0]) in flying or scheduled[0] is live[0], "the first sequence runs in every step"
         by_sequence = [[w for w in plan.work if w.sequence is s] for s in scheduled]
         assert [w for works in by_sequence for w in works] == list(plan.work), "a sequence is run twice in one step"
         assert {id(s.sequence) for s in plan.splices} <= {id(s) for s in scheduled}, "a step attaches and does not run"
@@ -281,8 +303,7 @@ class Life:
             assert gaps <= holes == gaps | front, "something between the work items was neither run nor attached"
         assert scheduled == sorted(scheduled, key=lambda s: s.priority)
         assert not {id(s) for s in scheduled} & {id(s) for s in self.reclaimed}, "a scheduled sequence lost its blocks"
-        assert scheduled[0] is live[0], "the first sequence runs in every step"
-        assert sum(w.count for w in plan.work) <= max(self.scheduler.step_tokens, len(decodes) + 1)
+        assert sum(w.count for w in plan.work) <= max(self.scheduler.step_tokens, len(ready) + 1)
         for work in plan.work:
             assert work.count >= 1, "a work item with no query"
             assert work.start >= before[id(work.sequence)], "KV that was there is computed again"
@@ -291,9 +312,12 @@ class Life:
             assert works[-1].start + works[-1].count == works[0].sequence.table.length
             assert not any(w.samples for w in works[:-1])
         if not self.reclaimed and self.engine.pool.num_free:
-            passed = [s for s in decodes if id(s) not in {id(w) for w in scheduled}]
-            assert all(s.state is State.WAITING for s in passed), "a running sequence was passed over"
-            assert not passed or len(scheduled) == self.scheduler.max_sequences, "a place was taken and not used"
+            share = -(-len(live) // self.scheduler.stages)
+            full = len(ready & {id(s) for s in scheduled}) == share < len(live)
+            passed = [s for s in live if id(s) in ready - {id(w) for w in scheduled}]
+            assert full or all(s.state is State.WAITING for s in passed), "a running sequence was passed over"
+            places = len(scheduled) + len(flying)
+            assert full or not passed or places == self.scheduler.max_sequences, "a place was taken and not used"
 
     def check(self) -> None:
         """Every reference counted anew, every table readable, no more sequences running than allowed."""
@@ -301,6 +325,9 @@ class Life:
         assert not {s.key for s in self.scheduler.live} & self.scheduler.paused.keys()
         running = [s for s in self.scheduler.live if s.state is State.RUNNING]
         assert self.scheduler.running == len(running) <= self.scheduler.max_sequences
+        paused = self.scheduler.paused.values()
+        held = {b for s in paused for blocks in (s.table.blocks, *(k.blocks for k in s.kept)) for b in blocks}
+        assert self.scheduler.pinned_blocks == len(held), "a wrong number of pinned blocks"
         size = self.memory.size
         for sequence in self.sequences:
             table = sequence.table
@@ -310,7 +337,7 @@ class Life:
 
     def drain(self) -> None:
         """Run what is live to its end. While nobody joins, the first sequence only ever gains tokens: a bound."""
-        steps = sum(len(s.tokens) + s.budget for s in self.scheduler.live)
+        steps = self.scheduler.stages * sum(len(s.tokens) + s.budget for s in self.scheduler.live)
         while self.engine.has_work:
             assert steps > 0, "not finished in the steps it may take"
             steps -= 1
@@ -326,6 +353,12 @@ class Life:
         assert not self.scheduler.paused
         assert self.scheduler.running == 0
 
+    def counted(self) -> tuple[int, int]:
+        """Queries that the counters of finished sequences stand for, at least and at most: a last sample is not run."""
+        counters = [s.counters for s in self.finished]
+        prefilled, decoded = sum(c.prefilled for c in counters), sum(c.decoded for c in counters)
+        return prefilled, prefilled + decoded
+
 
 def prompt(length: int, salt: int = 0) -> list[int]:
     return [(i * i + salt * i + salt) % 5 % 2 for i in range(length)]
@@ -334,3 +367,22 @@ def prompt(length: int, salt: int = 0) -> list[int]:
 def submitted(sequence: Sequence | None) -> Sequence:
     assert sequence is not None
     return sequence
+
+
+def two_waiting_parents(life: Life, wait: bool) -> list[Sequence]:
+    """Hold and wait: both parents hold half the pool (8 blocks of 2) and wait for children that need blocks."""
+    parents = [submitted(life.submit(prompt(7, i), 1, root=i)) for i in range(2)]
+    life.drain()
+    assert life.engine.pool.num_free == 0
+    for parent in parents if wait else []:
+        life.engine.wait(parent)
+    children = [submitted(life.submit(prompt(9, 5 + i), 5, root=i, depth=1)) for i in range(2)]
+    life.drain()
+    assert all(len(c.tokens) == 14 for c in children)
+    for child, parent in zip(children, parents, strict=True):
+        life.finish(child)
+        life.resume(parent, prompt(3), 4)
+    life.drain()
+    assert all(len(p.tokens) == 8 + 3 + 4 for p in parents)
+    life.end()
+    return parents

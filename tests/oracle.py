@@ -1,12 +1,14 @@
 """Helpers of the exactness tests: tiny models of many families, and the check against plain transformers."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from rrm_kernels.native import NativeUnavailable
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel, prepare_model
@@ -14,6 +16,7 @@ from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
 
+Loaded = TypeVar("Loaded")
 VOCABULARY = 500
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -62,13 +65,61 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 16},
     "granite": {},
 }
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|im_start|>", "<|im_end|>"]
 
 
 def plain_model(family: str, **changes: Any) -> Any:
     """A tiny random model of ``family`` as transformers makes it, fp32, always the same weights."""
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **changes})
-    torch.manual_seed(7)
+    return _random_model(family, 7, {**COMMON, **FAMILIES.get(family, {}), **changes})
+
+
+def _random_model(family: str, seed: int, settings: Mapping[str, Any]) -> Any:
+    config = AutoConfig.for_model(family, **settings)
+    torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+def chat_tokenizer(writing: Sequence[str] = (), **options: Any) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with a ChatML template, its merges trained on ``writing``; without, bytes are tokens.
+
+    ``options`` are those of the trainer. Merges may cross anything, so that events end in the middle of tokens.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    if writing:
+        trainer = trainers.BpeTrainer(**{"special_tokens": SPECIAL, "show_progress": False, **options})
+        core.train_from_iterator(writing, trainer)
+    core.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+    )
+
+
+def chat_model(tokenizer: PreTrainedTokenizerFast, leanings: Mapping[str, float] | None = None, **changes: Any) -> Any:
+    """A tiny random Qwen3 that ends with the tokenizer's end of sequence, fp32, always the same weights.
+
+    ``leanings`` are added to the logits of tokens by what their text begins with; the hidden states share a constant
+    direction that carries them. Without any a random model would hardly ever close a string.
+    """
+    ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    settings = {"vocab_size": len(tokenizer), "head_dim": 16, "max_position_embeddings": 2048, **ids, **changes}
+    model = _random_model("qwen3", 3, {**COMMON, **settings})
+    if leanings is not None:
+        with torch.no_grad():
+            model.model.embed_tokens.weight[:, 0] = 3.0
+            constant = float(model.model(input_ids=torch.arange(50)[None]).last_hidden_state[0, :, 0].mean())
+            model.lm_head.weight[:, 0] = 0.0
+            for token in range(len(tokenizer)):
+                text = tokenizer.decode([token])
+                leaning = next((v for k, v in leanings.items() if text.startswith(k)), 0.0)
+                model.lm_head.weight[token, 0] = leaning / constant
+    return model
 
 
 def prepared(plain: Any, attention: str = "auto") -> LoadedModel:
@@ -92,6 +143,16 @@ def engine_for(model: LoadedModel, blocks: int = 200, block_size: int = 4, **cha
         pool,
         **settings,
     )
+
+
+def compiled(load: Callable[[], Loaded]) -> Loaded:
+    """What ``load`` compiles; the test is skipped where that cannot be."""
+    import pytest  # here, for the soak benchmark takes its model from this file and needs no pytest
+
+    try:
+        return load()
+    except NativeUnavailable as error:
+        pytest.skip(f"no compiled kernels here: {error}")
 
 
 def prompt(seed: int, length: int) -> list[int]:

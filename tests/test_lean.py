@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import FAMILIES, engine_for, plain_model, prepared, prompt, wrong_tokens
-from rrm_kernels.native import NativeLayer, NativeUnavailable, load_native_layer
+from oracle import FAMILIES, compiled, engine_for, plain_model, prepared, prompt, wrong_tokens
+from rrm_kernels.native import NativeLayer, load_native_layer
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from rrm_engine.engine.prepare import prepare_model
@@ -19,10 +19,7 @@ ROWS, WIDTH = 5, 96
 
 @pytest.fixture(scope="module")
 def native() -> NativeLayer:
-    try:
-        return load_native_layer()
-    except NativeUnavailable as error:
-        pytest.skip(f"no compiled kernels here: {error}")
+    return compiled(load_native_layer)
 
 
 def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +13,11 @@ import torch
 from oracle import VOCABULARY, plain_model, prepared, wrong_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.engine.prepare import LoadedModel, load_model, prepare_model
 from rrm_engine.kv.cache import KVCache
+from rrm_engine.models.geometry import GEOMETRIES, random_model
 from rrm_engine.replay.check import ReplayMismatch, check_logits, check_transcripts
 from rrm_engine.replay.driver import Contender, Memory, Ours, Replayed, blocks_needed
-from rrm_engine.replay.geometry import GEOMETRIES, load_any_model, random_model
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.measure import COUNTERS, best_logits, check, limit_pools, measure, summarise
 from rrm_engine.replay.reader import parse_graph
@@ -25,7 +27,7 @@ from rrm_engine.replay.variant import parse_variant
 ROOT = Path(__file__).parents[1]
 BLOCK = 4
 PREFIX, PROMPT, PLAN, CONCLUSIONS, CONTINUATION = 9, 6, 7, 5, 4  # 9 tokens: two full blocks are shared
-FLAT = {
+FLAT: dict[str, Any] = {
     "id": "flat",
     "shared_prefix": PREFIX,
     "nodes": {
@@ -88,6 +90,25 @@ DEEP = {  # two levels, a fork of a node that goes on, dependencies, two awaits,
         "other": {"prompt": 7, "steps": [{"decode": 8}], "after": ["root.c"]},
     },
 }
+CARRIED = (
+    FLAT
+    | {  # the conclusions are the children's own tokens
+        "id": "carried",
+        "nodes": FLAT["nodes"]
+        | {
+            "root": {
+                "prompt": PROMPT,
+                "steps": [
+                    *FLAT["nodes"]["root"]["steps"][:5],
+                    {"append": 5, "of": "a"},
+                    {"append": 4, "of": "b"},
+                    {"append": 2},
+                    {"decode": CONTINUATION},
+                ],
+            }
+        },
+    }
+)
 NAMES = [
     *("pin", "offload", "drop", "lru", "auto", "pin+nocache", "offload+nocache", "drop+nocache"),
     *("auto+serial", "serial", "no-reuse", "serial+no-reuse"),
@@ -183,6 +204,60 @@ def test_prefills_are_exactly_those_predicted(model: LoadedModel) -> None:
     assert forked.copied_blocks == 2
 
 
+def test_attached_tokens_are_not_prefilled(model: LoadedModel) -> None:
+    """All of what is carried but the last token, which a child has never run, and which runs what follows."""
+    graph = drawn(CARRIED)
+    memory = memory_for(model, graph.transcribed())
+    pin, splice, transcript = (run(name, memory, graph) for name in ("pin", "splice", "transcript"))
+    assert (splice.attached, pin.attached) == (4 + 3, 0)
+    assert splice.prefilled == pin.prefilled - 7
+    assert splice.reused == pin.reused
+    assert transcript.attached == 10 + 7
+    assert transcript.prefilled == pin.prefilled - (5 + 4) + (1 + 1)
+    assert len(transcript.tokens["root"]) == len(pin.tokens["root"]) + (11 - 5) + (8 - 4)
+    text = pin.tokens["root"][PREFIX + PROMPT + PLAN + 1 :]
+    assert text[:9] == [*pin.tokens["a"][-5:], *pin.tokens["b"][-4:]]
+    (splice_row, pin_row) = summarise(measure([Ours(parse_variant(n), memory) for n in ("splice", "pin")], [graph], 1))
+    assert (splice_row["approximate"], pin_row["approximate"]) == (True, False)
+    assert markdown_table([splice_row]).splitlines()[2].startswith("| splice ~ |")
+
+
+SPLICING = ["splice", "drop+splice", "offload+splice+nocache", "splice+serial", "splice+fork", "transcript+fork"]
+
+
+def test_attached_kv_is_exact_up_to_where_it_is(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = drawn(CARRIED)
+    memory = memory_for(model, graph.transcribed())
+    variants = [parse_variant(name) for name in SPLICING]
+    decoded = sum(node.decoded for node in graph.nodes.values())
+    assert check(memory, variants, [graph]) == len(variants) * (decoded - CONTINUATION)
+    limit_pools(memory, [graph], 0.6)
+    assert check(memory, variants, [graph]) == len(variants) * (decoded - CONTINUATION)
+    memory.limits.clear()
+    monkeypatch.setattr(Graph, "exact", Graph.length)  # control: as if all of it were
+    with pytest.raises(
+        ReplayMismatch, match=r"splice: graph carried has other logits .* in \d of 31 decode steps \(root"
+    ):
+        check(memory, variants[:1], [graph])
+
+
+def test_a_fork_of_attached_kv_is_approximate_too() -> None:
+    value = json.loads(json.dumps(CARRIED))
+    value["nodes"]["root"]["steps"] += [{"child": "c"}, {"await": ["c"]}, {"append": 2, "of": "c"}, {"decode": 1}]
+    value["nodes"]["c"] = {"prompt": 3, "steps": [{"decode": 4}], "fork": True}
+    graph = drawn(value)
+    at = PREFIX + PROMPT + PLAN + 1
+    assert (graph.exact("root"), graph.exact("c"), graph.exact("a")) == (at, at, graph.length("a"))
+    value["nodes"]["c"]["fork"] = False
+    assert drawn(value).exact("c") == drawn(value).length("c")
+
+
+def test_nothing_to_attach_is_refused(model: LoadedModel) -> None:
+    graph = drawn(FLAT)
+    with pytest.raises(ValueError, match=r"--policies splice: no append step of graph flat names the child whose"):
+        run("splice", memory_for(model, graph), graph)
+
+
 def assert_tokens(replayed: Replayed, prefilled: int, reused: int) -> None:
     assert (replayed.prefilled, replayed.reused) == (prefilled, reused)
 
@@ -252,6 +327,7 @@ def test_other_tokens_are_noticed(model: LoadedModel) -> None:
         ("pin+drop", "contradict or repeat"),
         ("pin+no-reuse", "contradict or repeat"),
         ("fork+fork", "contradict or repeat"),
+        ("splice+transcript", "contradict or repeat"),
         ("", "there is no ''"),
     ],
 )
@@ -274,15 +350,34 @@ class Clockwork:
         return Replayed(answer, [answer / 10, answer / 5], steps=3, prefilled=10, reused=4, peak_blocks=7)
 
 
-def test_rounds_rotate_and_medians_leave_the_first_round_out() -> None:
+@pytest.mark.parametrize(("minutes_left", "rounds"), [(-1.0, 1), (0.5, 3), (math.inf, 9)])
+def test_no_round_is_begun_that_would_end_too_late(
+    monkeypatch: pytest.MonkeyPatch, minutes_left: float, rounds: int
+) -> None:
+    now = 1000.0
+
+    class Slow(Clockwork):
+        def replay(self, graph: Graph) -> Replayed:
+            nonlocal now
+            now += 4.5
+            return super().replay(graph)
+
+    monkeypatch.setattr("rrm_engine.replay.measure.perf_counter", lambda: now)
+    calls: list[str] = []
+    contenders = [Slow(name, [1.0] * 10, calls) for name in "ab"]  # a round takes 9 seconds, and so does the warm-up
+    rows = measure(contenders, [drawn(FLAT)], 9, until=now + 60 * minutes_left + 8)
+    assert [len(row.answer_s) for row in rows] == [rounds, rounds]
+
+
+def test_rounds_rotate_and_the_first_replay_does_not_count() -> None:
     calls: list[str] = []
     contenders: list[Contender] = [
-        Clockwork("a", [99, 1, 2, 30, 99, 4, 4, 4], calls),
-        Clockwork("b", [99, 2, 8, 60, 99, 2, 2, 2], calls),
+        Clockwork("a", [99, 1, 4, 2, 4, 30, 4], calls),
+        Clockwork("b", [99, 2, 2, 8, 2, 60, 2], calls),
     ]
     graphs = [drawn(FLAT), drawn(FLAT | {"id": "again"})]
     rows = measure(contenders, graphs, repeats=3)
-    assert "".join(calls) == "abbaabba" * 2
+    assert "".join(calls) == "ab" + 2 * "ba" + 2 * "ab" + 2 * "ba"
     assert [row.answer_s for row in rows] == [[1, 2, 30], [2, 8, 60], [4, 4, 4], [2, 2, 2]]
     a, b = summarise(rows)
     assert (a["answer_s"], a["ratio"]) == (3, pytest.approx(1))
@@ -319,9 +414,11 @@ def test_a_pool_is_never_larger_than_the_cache(model: LoadedModel) -> None:
     [
         ("smollm2-135m", 134_515_008),
         ("qwen3-0.6b", 596_049_920),
+        ("qwen3-1.7b", 1_720_574_976),
         ("qwen3-4b", 4_022_468_096),
         ("qwen3-8b", 8_190_735_360),
         ("qwen3-14b", 14_768_307_200),
+        ("qwen3-32b", 32_762_123_264),
     ],
 )
 def test_geometries_have_the_published_number_of_parameters(geometry: str, parameters: int) -> None:
@@ -331,12 +428,14 @@ def test_geometries_have_the_published_number_of_parameters(geometry: str, param
 
 
 def test_a_random_model_is_always_the_same_and_runs() -> None:
+    no_tokenizer: Any = SimpleNamespace(eos_token_id=None)
     small = GEOMETRIES["qwen3-0.6b"] | {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
     graph = drawn(FLAT)
-    sampled = [run("pin", memory_for(random_model(small, "random", "float32"), graph), graph).sampled for _ in range(2)]
+    models = [prepare_model(random_model(small, "float32"), no_tokenizer, "random") for _ in range(2)]
+    sampled = [run("pin", memory_for(model, graph), graph).sampled for model in models]
     assert sampled[0] == sampled[1]
     with pytest.raises(ValueError, match="--model random:gpt-9: the geometries are smollm2-135m, qwen3"):
-        load_any_model("random:gpt-9")
+        load_model("random:gpt-9")
 
 
 @pytest.fixture(scope="module")

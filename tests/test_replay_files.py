@@ -12,7 +12,7 @@ from rrm_engine.backends.result import Job
 from rrm_engine.engine.prepare import load_model
 from rrm_engine.replay.driver import Memory, Ours, Replayed, blocks_needed
 from rrm_engine.replay.generate import SHAPES, generate
-from rrm_engine.replay.graph import Decode, Graph, Node
+from rrm_engine.replay.graph import Append, Await, Decode, Graph, Node
 from rrm_engine.replay.reader import GraphError, as_json, parse_graph, read_graphs, write_graphs
 from rrm_engine.replay.recorded import recorded_graphs
 from rrm_engine.replay.split import sentence, split
@@ -21,7 +21,7 @@ from rrm_engine.replay.walk import Resume, Start, Walk
 from rrm_engine.trace.record import RunDir
 
 SHIPPED = Path(__file__).parents[1] / "benchmarks" / "graphs"
-TWO = {
+TWO: dict[str, Any] = {
     "id": "two",
     "seed": 7,
     "shared_prefix": 5,
@@ -44,6 +44,9 @@ TWO = {
 }
 
 
+APPENDED = [{"append": 1}, {"append": 4, "of": "root.a"}, {"append": [5, 6], "of": "root.b"}, {"append": 1}]
+
+
 def changed(path: str, value: Any) -> Any:
     """TWO with one thing replaced, or removed where ``value`` is None; ``path`` has its keys, joined by slashes."""
     graph = json.loads(json.dumps(TWO))
@@ -63,6 +66,26 @@ def test_a_graph_comes_back_as_it_was_written(tmp_path: Path) -> None:
     write_graphs(tmp_path / "g.jsonl", graphs)
     assert read_graphs(tmp_path / "g.jsonl") == graphs
     assert json.loads((tmp_path / "g.jsonl").read_text().splitlines()[0]) == TWO
+
+
+def test_appended_tokens_may_be_a_childs(tmp_path: Path) -> None:
+    steps = [*TWO["nodes"]["root"]["steps"][:-2], *APPENDED, {"decode": 7}]
+    value = changed("nodes/root/steps", steps)
+    graph = parse_graph(value)
+    write_graphs(tmp_path / "g.jsonl", [graph])
+    assert json.loads((tmp_path / "g.jsonl").read_text()) == value
+    drawn = graph.drawn(50)
+    a, b = drawn.transcript("root.a"), drawn.transcript("root.b")
+    appended = drawn.transcript("root")[-7 - 8 : -7]
+    assert (appended[1:5], appended[5:7]) == (a[-4:], [5, 6])
+    starts = len(a) - 4, len(b) - 3
+    assert [(x.at, x.child, x.start, x.size) for x in drawn.all_attached()] == [
+        (1, "root.a", starts[0], 3),  # its last token has not been run
+        (5, "root.b", starts[1], 2),
+    ]
+    whole = drawn.transcribed()
+    assert whole.length("root") == drawn.length("root") + (9 - 4) + (4 - 2)
+    assert parse_graph(changed("nodes/root/steps/5", {"append": 3})).drawn(50).all_attached() == []
 
 
 def test_figures_of_a_graph() -> None:
@@ -104,6 +127,19 @@ def test_figures_of_a_graph() -> None:
         ("nodes/root.a/after", ["root"], "its nodes wait for each other in a circle, so it can never end"),
         ("nodes/root.b/fork", 1, "fork of root.b takes true or false, not 1"),
         ("nodes/root/fork", True, "root forks and no child step starts it"),
+        ("nodes/root/steps/5", {"append": 3, "of": 4}, "of of root takes a node's name, not 4"),
+        (
+            "nodes/root/steps/5",
+            {"append": 3, "of": "root.c"},
+            "root appends tokens of root.c, which it has not awaited",
+        ),
+        ("nodes/root/steps/5", {"append": 10, "of": "root.a"}, "root appends 10 tokens of root.a, which has 9 at last"),
+        (
+            "nodes/root/steps/5",
+            {"append": [5, 7], "of": "root.b"},
+            "root appends tokens of root.b that root.b does not",
+        ),
+        ("nodes/root/steps/5", {"append": 3, "from": "root.a"}, "a step of root has one key"),
     ],
 )
 def test_malformed_graphs_are_refused_with_a_sentence(tmp_path: Path, path: str, value: Any, message: str) -> None:
@@ -163,7 +199,9 @@ def test_generated_graphs_have_their_shape(shape: str) -> None:
                 assert bounds.solve[0] <= node.decoded <= bounds.solve[1]
                 continue
             splits += name != "root"
-            *plan, _, _, continuation = node.steps
+            *plan, continuation = (step for step in node.steps if not isinstance(step, Append | Await))
+            carried = [step.of for step in node.steps if isinstance(step, Append) and step.of]
+            assert carried == node.children
             planned = sum(step.tokens for step in plan if isinstance(step, Decode) and isinstance(step.tokens, int))
             assert bounds.plan[0] <= planned <= bounds.plan[1]
             assert bounds.children[0] <= len(node.children) <= bounds.children[1]
@@ -242,6 +280,30 @@ def test_a_recorded_run_replays_token_by_token(recorded: Path) -> None:
     assert max(depths) >= 1
     forks = any(node.fork for graph in graphs for node in graph.nodes.values())
     assert forks == (json.loads((recorded / "run.json").read_text())["resolved"]["child_context"] == "parent")
+
+
+@pytest.mark.parametrize("join", ["splice", "transcript"])
+def test_what_a_recorded_run_attached_is_attached_again(tmp_path: Path, join: str) -> None:
+    tasks = [json.loads(line) for line in (SHIPPED.parents[1] / "rrm_engine/data/embedded_tasks.jsonl").open()]
+    texts = [next(t["problem"] for t in tasks if t["id"].startswith(kind)) for kind in ("flat", "nested")]
+    directory = RunDir.create(tmp_path / "run")
+    directory.write_manifest({"resolved": {"child_context": "task"}})
+    solver = Solver.load(RunConfig(join=join, temperature=0.0, splice_report=0), texts)
+    rows = {}
+    for result in solver.run([Job(f"t{i}", text) for i, text in enumerate(texts)], directory.event):
+        name, mode, sample = result.job.key.split("/")
+        figures = {"critical_path_tokens": result.critical_path_tokens, "total_tokens": result.total_tokens}
+        directory.add({"id": name, "mode": mode, "sample": int(sample), "nodes": result.nodes, **figures})
+        rows[result.job.key] = result
+    directory.close()
+    memory = Memory(solver.model, 400)
+    graphs = recorded_graphs(directory.path)
+    assert sum(result.spliced_tokens for result in rows.values()) > 0
+    for graph in graphs:
+        assert parse_graph(as_json(graph)) == graph
+        replayed = Ours(parse_variant("splice"), memory).replay(graph)
+        assert replayed.attached == rows[graph.id].spliced_tokens
+        assert replayed.tokens == {name: graph.transcript(name) for name in graph.nodes}
 
 
 def test_a_wrong_token_in_a_recording_is_noticed(recorded: Path) -> None:

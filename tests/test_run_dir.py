@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,48 @@ def test_a_directory_in_use_or_unwritable_is_refused(tmp_path: Path) -> None:
         RunDir.create(tmp_path / "full/x/y")
     with pytest.raises(RunDirError, match=r"no run\.json"):
         RunDir.resume(tmp_path / "full")
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from rrm_engine.trace.record import RunDir
+    directory = RunDir.create(Path(sys.argv[1]))
+    if sys.argv[2] == "while run.json is written":
+        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        directory.write_manifest({"resumed": []})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize("when", ["before run.json", "while run.json is written"])
+def test_a_run_killed_before_its_manifest_leaves_a_directory_to_start_in(tmp_path: Path, when: str) -> None:
+    path = tmp_path / "run"
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path), when], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = {file.name for file in path.iterdir()}
+    assert left == {"rows.jsonl", "trace.jsonl"} | ({"run.json.tmp"} if when.startswith("while") else set())
+    with pytest.raises(RunDirError, match=rf"no run\.json, so .* start one in it by --out {path}"):
+        RunDir.resume(path)
+    with pytest.raises(RunDirError, match="Another process"), closing(RunDir.create(path)):
+        RunDir.create(path)
+    filled(path).close()
+    directory = RunDir.resume(path)
+    assert directory.rows == [row(0), row(1), row(2)]
+    directory.close()
+    assert {file.name for file in path.iterdir()} == {"run.json", "rows.jsonl", "trace.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "trace.jsonl", "run.json", "notes.txt"])
+def test_a_directory_with_something_to_lose_is_not_started_in(tmp_path: Path, name: str) -> None:
+    for file in ("rows.jsonl", "trace.jsonl"):
+        (tmp_path / file).touch()
+    (tmp_path / name).write_text('{"id": "0"}\n')
+    before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    with pytest.raises(RunDirError, match="not empty"):
+        RunDir.create(tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
 
 
 def test_discard_removes_only_what_create_made(tmp_path: Path) -> None:

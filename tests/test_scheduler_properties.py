@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from lives import Life, Memory, prompt, submitted
+from lives import Life, Memory, prompt, submitted, two_waiting_parents
 
 from rrm_engine.engine.scheduler import Scheduler, WaitPolicy
 from rrm_engine.engine.sequence import Sequence, State
@@ -42,7 +42,7 @@ ACTIONS = st.lists(
 
 
 @st.composite
-def lives(draw: st.DrawFn, least: int = 4, most: int = 24) -> Life:
+def lives(draw: st.DrawFn, least: int = 4, most: int = 24, stages: tuple[int, ...] = (1,)) -> Life:
     """Pools from the smallest that holds one longest sequence up to a comfortable one."""
     size, longest = draw(st.integers(1, 5)), draw(st.integers(least, most))
     return Life(
@@ -56,6 +56,7 @@ def lives(draw: st.DrawFn, least: int = 4, most: int = 24) -> Life:
         wait_policy=draw(st.sampled_from(get_args(WaitPolicy))),
         host_blocks=draw(st.sampled_from([0, 1, 5, 100])),
         costs=draw(st.sampled_from([None, SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)])),
+        stages=draw(st.sampled_from(stages)),
     )
 
 
@@ -99,10 +100,12 @@ def act(life: Life, action: tuple[Any, ...]) -> None:
     life.check()
 
 
-def live_through(life: Life, actions: list[tuple[Any, ...]]) -> None:
+def live_through(life: Life, actions: list[tuple[Any, ...]]) -> Life:
+    """Raises AssertionError, or what the engine raises, at the first step that is not right."""
     for action in actions:
         act(life, action)
     life.end()
+    return life
 
 
 SETTINGS = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
@@ -111,7 +114,10 @@ SETTINGS = settings(max_examples=500, deadline=None, suppress_health_check=list(
 @SETTINGS
 @given(lives(), ACTIONS)
 def test_any_life_ends_and_every_query_reads_its_own_history(life: Life, actions: list[tuple[Any, ...]]) -> None:
-    live_through(life, actions)
+    ended = live_through(life, actions)
+    assert not ended.engine.has_work and {s.state for s in ended.finished} <= {State.FINISHED}
+    least, most = ended.counted()
+    assert least <= ended.memory.queries <= most and ended.steps <= ended.memory.queries
 
 
 def assert_noticed(how: str, actions: Any = ACTIONS, some_lives: Any = None) -> None:
@@ -123,8 +129,12 @@ def assert_noticed(how: str, actions: Any = ACTIONS, some_lives: Any = None) -> 
         "report_multiple_bugs": False,
         "print_blob": False,
     }
+
+    def check(life: Life, actions: list[tuple[Any, ...]]) -> None:
+        live_through(life, actions)
+
     with pytest.raises((AssertionError, RuntimeError), match=how):
-        settings(SETTINGS, max_examples=20_000, **search)(given(some_lives, actions)(live_through))()
+        settings(SETTINGS, max_examples=20_000, **search)(given(some_lives, actions)(check))()
 
 
 def test_reclaiming_a_scheduled_sequence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,26 +184,27 @@ def test_blocks_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) 
     assert_noticed("counted")
 
 
+@pytest.mark.parametrize("name", ["pause", "_reclaim"])
+def test_pinned_blocks_that_are_not_counted_anew_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: the blocks that paused sequences held before are taken for those they hold now."""
+    method = getattr(Scheduler, name)
+
+    def stale(self: Scheduler, sequence: Sequence) -> None:
+        before = self.pinned_blocks
+        method(self, sequence)
+        self._held, self._pinned = [(s, len(s.table.blocks), *s.kept) for s in self.paused.values()], before
+
+    monkeypatch.setattr(Scheduler, name, stale)
+    assert_noticed("a wrong number of pinned blocks")
+
+
 # named regressions
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_two_waiting_parents_that_fill_the_pool_do_not_starve_their_children(prefix_cache: bool) -> None:
-    """Hold and wait: both parents hold half the pool and wait for children that need blocks."""
-    life = Life(8, 2, 16, prefix_cache=prefix_cache)
-    parents = [submitted(life.submit(prompt(7, i), 1, root=i)) for i in range(2)]
-    life.drain()
-    assert life.engine.pool.num_free == 0
-    children = [submitted(life.submit(prompt(9, 5 + i), 5, root=i, depth=1)) for i in range(2)]
-    life.drain()
-    assert all(len(c.tokens) == 14 for c in children)
+    parents = two_waiting_parents(Life(8, 2, 16, prefix_cache=prefix_cache), wait=False)
     assert sum(p.counters.dropped for p in parents) > 0
-    for child, parent in zip(children, parents, strict=True):
-        life.finish(child)
-        life.resume(parent, prompt(3), 4)
-    life.drain()
-    assert all(len(p.tokens) == 8 + 3 + 4 for p in parents)
-    life.end()
 
 
 def test_a_victim_that_shares_everything_frees_nothing_and_the_next_one_is_taken() -> None:

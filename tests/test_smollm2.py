@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from lab import Recorded
+from lab import wrong_tokens as sampled_otherwise
 from oracle import engine_for, wrong_tokens
 from test_engine_oracle import Script
-from test_solver import Recorded
-from test_solver import wrong_tokens as sampled_otherwise
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.result import Job
@@ -36,23 +36,9 @@ STYLE = """
 name = "short"
 description = "For tests: an example instead of an explanation."
 trained_on_events = false
-
-[thinking]
-direct = false
-graph = false
-solver = false
-continuation = false
-
-[budgets]
-direct = 16
-planner = 120
-solver = 16
-continuation = 48
-
-[system]
-direct = ""
-recursive = ""
-
+thinking = { direct = false, graph = false, solver = false, continuation = false }
+budgets = { direct = 16, planner = 120, solver = 16, continuation = 48 }
+system = { direct = "", recursive = "" }
 [user]
 direct = "{{ task }} End with FINAL: and the number."
 graph = '''

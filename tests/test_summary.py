@@ -12,7 +12,7 @@ from rich.console import Console
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.bench.run import make_row
 from rrm_engine.bench.summary import mcnemar, median_interval, pairs, summarise, wilson
-from rrm_engine.bench.table import print_closing, speedup
+from rrm_engine.bench.table import print_closing, speedup, splice_line
 from rrm_engine.graph.types import Status
 from rrm_engine.trace.record import Row
 
@@ -183,3 +183,28 @@ def test_rows_are_plain_json() -> None:
     assert whole["status"] == "graph" and type(whole["status"]) is str
     assert {"id", "task", "mode", "sample", "expected", "correct", "time", "settings", "session"} <= whole.keys()
     assert "job" not in whole
+
+
+def test_what_splices_did() -> None:
+    """Means are over tokens, not over resumes."""
+    names = ("tokens", "kl_mean", "kl_max", "top1", "first_difference")
+    figures = [(16, 0.5, 3.0, 0.75, 4), (4, 1.0, 2.0, 0.5, 0), (20, 0.0, 0.1, 1.0, None)]
+    reports = [{"node": "root", **dict(zip(names, values, strict=True))} for values in figures]
+    rows = [
+        row("a", "rrm", spliced_tokens=9, splice_report=reports[:2]),
+        row("b", "rrm", spliced_tokens=2, splice_report=reports[2:]),
+        row("c", "rrm"),
+    ]
+    kv = summarise(rows)["kv"]
+    assert (kv["spliced_rows"], kv["spliced_tokens"]) == (2, 11)
+    assert (kv["splice_compared_resumes"], kv["splice_compared_tokens"]) == (3, 40)
+    assert (kv["splice_kl_mean"], kv["splice_kl_max"]) == (pytest.approx(12 / 40), 3.0)
+    assert kv["splice_top1_agreement"] == pytest.approx((12 + 2 + 20) / 40)
+    assert (kv["splice_differing_resumes"], kv["splice_first_difference_median"]) == (2, 2)
+    assert splice_line(kv) == (
+        "Approximate: in 2 rows KV of 11 tokens was attached. Against the text, over 40 tokens behind 3 resumes: KL "
+        "divergence 0.3 nats on average, 3 at most; likeliest token the same in 85 %; 2 resumes differ, first at token "
+        "3 (median)."
+    )
+    unmeasured = summarise([row("a", "rrm", spliced_tokens=9)])["kv"]
+    assert splice_line(unmeasured) == "Approximate: in 1 row KV of 9 tokens was attached."

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import chat_model, chat_tokenizer
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rrm_engine.bench.cli import main as bench
 from rrm_engine.engine.sampler import SamplingParams, noise_key
@@ -19,10 +18,6 @@ from rrm_engine.verify import NodeCheck, VerifyError, verify_run
 from rrm_engine.verify.cli import main
 from rrm_engine.verify.redraw import Draw, draw_all
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 STYLE = """
 name = "terse"
 description = "For tests: as short as a style can be."
@@ -39,56 +34,17 @@ solve = "Now solve it."
 fork = "You are {{ id }}: {{ task }}"
 """
 SAMPLED = ["--temperature", "1.0", "--top-k", "60", "--top-p", "0.97", "--min-p", "0.001", "--seed", "5"]
-# What the random model leans to, or it would hardly ever close a string.
 LEANINGS = {'"': 6.0, "{": 6.0, "c": 3.5, "F": 6.0, "<|im_end|>": 2.0}
 Event = dict[str, Any]
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>")])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
-
-
-def save_model(path: Path) -> None:
-    """A random Qwen3 whose hidden states share one direction, which carries the leanings."""
-    tokenizer = make_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(3)
-    model = Qwen3ForCausalLM(config).eval()
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 3.0
-        shared = model.model(input_ids=torch.arange(50)[None]).last_hidden_state[0, :, 0].mean()
-        model.lm_head.weight[:, 0] = 0.0
-        for text, leaning in LEANINGS.items():
-            (token,) = tokenizer.encode(text)
-            model.lm_head.weight[token, 0] = leaning / shared
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, a style and tasks."""
     folder = tmp_path_factory.mktemp("verify")
-    save_model(folder / "model")
+    tokenizer = chat_tokenizer()
+    chat_model(tokenizer, LEANINGS).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     (folder / "style.toml").write_text(STYLE)
     tasks = [{"problem": "Add 2 and 3.", "answer": 5}, {"problem": "How many days?", "answer": 7}]
     (folder / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))

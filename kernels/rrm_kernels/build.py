@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("common.h", "decode.cpp", "layer.cpp")
+SOURCES = ("common.h", "decode.cpp", "layer.cpp", "products.cpp")
 COMPILE = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 COMPILE += ["-ffp-contract=fast", "-mprefer-vector-width=512"]
 

@@ -48,6 +48,44 @@ inline Lanes load(const bf16* from) {
     return (Lanes)(__builtin_convertvector(bits, Wide) << 16);
 }
 
+typedef uint32_t Bits __attribute__((vector_size(64)));
+
+// 2 * LANES neighbours as two vectors: fp32 as they lie, of bf16 the even ones and the odd ones, which costs less.
+inline void load_pair(const float* from, Lanes& first, Lanes& second) {
+    first = load(from);
+    second = load(from + LANES);
+}
+
+inline void load_pair(const bf16* from, Lanes& first, Lanes& second) {
+    Bits bits;
+    std::memcpy(&bits, from, sizeof bits);
+    first = (Lanes)(bits << 16);
+    second = (Lanes)(bits & 0xffff0000u);
+}
+
+inline Bits bf16_above(Lanes x) {  // the upper halves are x rounded to nearest, ties to even
+    const Bits bits = (Bits)x;
+    return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+inline void store(Lanes x, float* out) { std::memcpy(out, &x, sizeof x); }
+
+inline void store(Lanes x, bf16* out) {
+    typedef uint16_t Narrow __attribute__((vector_size(32)));
+    const Narrow narrow = __builtin_convertvector(bf16_above(x) >> 16, Narrow);
+    std::memcpy(out, &narrow, sizeof narrow);
+}
+
+inline void store_pair(Lanes first, Lanes second, float* out) {
+    store(first, out);
+    store(second, out + LANES);
+}
+
+inline void store_pair(Lanes first, Lanes second, bf16* out) {
+    const Bits bits = bf16_above(first) >> 16 | (bf16_above(second) & 0xffff0000u);
+    std::memcpy(out, &bits, sizeof bits);
+}
+
 inline float sum(Lanes x) {
     typedef float Half __attribute__((vector_size(32)));
     typedef float Quarter __attribute__((vector_size(16)));
@@ -59,6 +97,32 @@ inline float sum(Lanes x) {
     const Quarter quarter = quarters[0] + quarters[1];
     return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+template <int STEP>
+inline Lanes sum_neighbours(Lanes a, Lanes b) {  // lanes STEP apart added up; those of b take the place of a's second
+    typedef int32_t Order __attribute__((vector_size(64)));
+    Order first, second;
+    for (int i = 0; i < LANES; i++) {
+        first[i] = i & STEP ? LANES + i - STEP : i;
+        second[i] = i & STEP ? LANES + i : i + STEP;
+    }
+    return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+}
+
+inline Lanes sum_each(Lanes (&x)[LANES]) {  // lane i: the sum of x[i]
+    for (int i = 0; i < 8; i++) x[i] = sum_neighbours<1>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < 4; i++) x[i] = sum_neighbours<2>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < 2; i++) x[i] = sum_neighbours<4>(x[2 * i], x[2 * i + 1]);
+    return sum_neighbours<8>(x[0], x[1]);
+}
+#else
+inline Lanes sum_each(Lanes (&x)[LANES]) {
+    Lanes out;
+    for (int i = 0; i < LANES; i++) out[i] = sum(x[i]);
+    return out;
+}
+#endif
 
 constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.92596303e-8f;  // together as exact as a double
 

@@ -1,17 +1,20 @@
-"""What the ragged kernels need to know of a step, in device buffers of fixed capacity."""
+"""What the ragged kernels need to know of a step, in device buffers of fixed capacity that one transfer fills."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from rrm_kernels.sharing import SharingPlan
+from rrm_kernels.staging import Arrays, Staging
 
 PIECE = 1024  # tokens of a shared run that one program reads; a longer run is cut, so that it fills the device
 
-Tables = Sequence[Sequence[int] | npt.NDArray[np.integer]]
+Table = Sequence[int] | npt.NDArray[np.integer]
+Tables = Sequence[Table]
+INT = torch.int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,34 +30,62 @@ class Capacity:
     run_members: int = 0  # query tokens of one shared run
     partials: int = 0  # pieces that cover one query token
 
+    def holds(self, step: "Capacity") -> bool:
+        return all(wanted <= most for wanted, most in zip(asdict(step).values(), asdict(self).values(), strict=True))
+
 
 @dataclass(slots=True)
 class RaggedMetadata:
     """Sequence i has the packed query tokens ``query_start[i]`` to ``query_start[i + 1]``, the last of its context.
 
     All int32 on the device: ``num_seqs`` ``[1]``, ``query_start`` ``[seqs + 1]``, ``context_len`` ``[seqs]`` (its query
-    tokens included), ``first_key`` ``[seqs]`` (keys before it are in shared runs), ``block_table`` ``[seqs, blocks]``.
-    ``pieces`` ``[pieces, 6]`` of shared runs: first member, members, sequence whose table to read, first key, stop
-    key, partial result to write. ``members`` ``[members]`` are packed query tokens. ``num_pieces`` ``[1]``.
+    tokens included), ``context_start`` ``[seqs + 1]`` (their sums), ``first_key`` ``[seqs]`` (keys before it are in
+    shared runs), ``block_table`` ``[seqs, blocks]``. Behind the live sequences there are empty ones: no queries, no
+    context. ``pieces`` ``[pieces, 6]`` of shared runs: first member, members, sequence whose table to read, first key,
+    stop key, partial result to write. ``members`` ``[members]`` are packed query tokens. ``num_pieces`` ``[1]``.
     """
 
     capacity: Capacity
     block_size: int
+    staging: Staging
     num_seqs: torch.Tensor
+    num_pieces: torch.Tensor
     query_start: torch.Tensor
     context_len: torch.Tensor
+    context_start: torch.Tensor
     first_key: torch.Tensor
-    block_table: torch.Tensor
-    num_pieces: torch.Tensor
     pieces: torch.Tensor
     members: torch.Tensor
+    block_table: torch.Tensor
+    rows: list[list[int]] = field(default_factory=list)  # what stands in the host's block table
+
+    @staticmethod
+    def arrays(capacity: Capacity) -> Arrays:
+        """What ``over`` needs of a ``Staging``; the block table last, for it is uploaded as far as it is live."""
+        c = capacity
+        shapes = {
+            "num_seqs": (1,),
+            "num_pieces": (1,),
+            "query_start": (c.seqs + 1,),
+            "context_len": (c.seqs,),
+            "context_start": (c.seqs + 1,),
+            "first_key": (c.seqs,),
+            "pieces": (c.pieces, 6),
+            "members": (c.members,),
+            "block_table": (c.seqs, c.blocks),
+        }
+        return {name: (shape, INT) for name, shape in shapes.items()}
+
+    @classmethod
+    def over(cls, staging: Staging, capacity: Capacity, block_size: int) -> "RaggedMetadata":
+        """Metadata in a staging area that has its ``arrays`` and maybe others before them."""
+        arrays = (staging.device[name] for name in cls.arrays(capacity))
+        return cls(capacity, block_size, staging, *arrays)  # type: ignore[arg-type]
 
     @classmethod
     def empty(cls, capacity: Capacity, block_size: int, device: torch.device) -> "RaggedMetadata":
         """Buffers for any step within ``capacity``."""
-        c = capacity
-        shapes = [(1,), (c.seqs + 1,), (c.seqs,), (c.seqs,), (c.seqs, c.blocks), (1,), (c.pieces, 6), (c.members,)]
-        return cls(capacity, block_size, *(torch.zeros(s, dtype=torch.int32, device=device) for s in shapes))
+        return cls.over(Staging(cls.arrays(capacity), device), capacity, block_size)
 
     @classmethod
     def of(
@@ -67,7 +98,7 @@ class RaggedMetadata:
         sharing: SharingPlan | None = None,
     ) -> "RaggedMetadata":
         """Buffers of the size that this one step takes, filled."""
-        capacity = _Step(query_lens, tables, block_size, sharing).size()
+        capacity = StepShape(query_lens, tables, block_size, sharing).size()
         metadata = cls.empty(capacity, block_size, device)
         metadata.update_from(query_lens, context_lens, tables, sharing)
         return metadata
@@ -79,30 +110,73 @@ class RaggedMetadata:
         tables: Tables,
         sharing: SharingPlan | None = None,
     ) -> None:
-        """Describe the next step; uploads only what is live. Raises ValueError if it exceeds the capacity."""
-        step = _Step(query_lens, tables, self.block_size, sharing)
+        """Describe the next step and upload it. Raises ValueError if it exceeds the capacity."""
+        step = StepShape(query_lens, tables, self.block_size, sharing)
         for name, wanted in asdict(step.size()).items():
             if wanted > (most := getattr(self.capacity, name)):
                 raise ValueError(f"this step has {wanted} {name}, the buffers were made for {most}")
-        _upload(self.query_start, step.starts)
-        _upload(self.context_len, np.asarray(context_lens))
-        _upload(self.first_key, np.asarray(step.first_keys))
-        _upload(self.block_table[:, : step.tables.shape[1]], step.tables)
-        _upload(self.pieces, np.asarray(step.pieces).reshape(-1, 6))
-        _upload(self.members, np.asarray(step.members))
-        self.num_pieces.fill_(len(step.pieces))
-        self.num_seqs.fill_(len(step.tables))
+        self.staging.begin()
+        self.fill_tables(tables)
+        self.fill(step, context_lens)
+        self.upload(len(tables))
+
+    def fill_tables(self, tables: Tables) -> npt.NDArray[np.integer]:
+        """Write the block tables on the host, of each only what was not there in the step before."""
+        host = self.staging.host["block_table"]
+        for i, table in enumerate(tables):
+            row = self.rows[i] if i < len(self.rows) else []
+            known = len(row)
+            if not isinstance(table, list):
+                table, known = [int(block) for block in table], 0
+            elif table[:known] != row:
+                known = 0
+            if known < len(table):
+                host[i, known : len(table)] = table[known:]
+            if i == len(self.rows):
+                self.rows.append([])
+            if known < len(table) or known < len(row):
+                self.rows[i] = list(table)
+        return host
+
+    def fill(self, step: "StepShape", context_lens: Sequence[int]) -> None:
+        """Write everything but the block tables on the host."""
+        host, seqs = self.staging.host, step.seqs
+        starts = host["query_start"], host["context_start"]
+        for array, sums in zip(starts, (step.starts, np.cumsum([0, *context_lens])), strict=True):
+            array[: seqs + 1] = sums
+            array[seqs + 1 :] = sums[-1]
+        host["context_len"][:seqs] = context_lens
+        host["context_len"][seqs:] = 0
+        host["first_key"][:seqs] = step.first_keys
+        if step.pieces:
+            host["pieces"][: len(step.pieces)] = step.pieces
+            host["members"][: len(step.members)] = step.members
+        host["num_pieces"][0] = len(step.pieces)
+        host["num_seqs"][0] = seqs
+
+    def upload(self, seqs: int) -> int:
+        """Send what was filled and the block tables of ``seqs`` sequences to the device. Returns the bytes."""
+        return self.staging.upload("block_table", seqs)
+
+    def on(self, device: torch.device, move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> "RaggedMetadata":
+        """What is there now, on another device; ``move`` brings a tensor there."""
+        there = RaggedMetadata.over(self.staging.on(device, move), self.capacity, self.block_size)
+        there.rows = self.rows
+        return there
+
+    def sized(self, capacity: Capacity) -> "RaggedMetadata":
+        """The same buffers for launches of another size, within the capacity."""
+        return replace(self, capacity=capacity)
 
 
-class _Step:
-    """A step's buffers on the host, with shared runs cut into pieces."""
+class StepShape:
+    """A step's sequences and shared runs, these cut into pieces, as the buffers describe them."""
 
     def __init__(self, query_lens: Sequence[int], tables: Tables, block_size: int, sharing: SharingPlan | None) -> None:
         self.query_lens = query_lens
+        self.seqs = len(tables)
+        self.blocks = max((len(t) for t in tables), default=0)
         self.starts = np.cumsum([0, *query_lens])
-        self.tables = np.zeros((len(tables), max((len(t) for t in tables), default=0)), dtype=np.int32)
-        for row, table in zip(self.tables, tables, strict=True):
-            row[: len(table)] = table
         self.first_keys = [n * block_size for n in sharing.private_from] if sharing else [0] * len(tables)
         self.pieces: list[tuple[int, ...]] = []
         self.members: list[int] = []
@@ -121,19 +195,14 @@ class _Step:
         self.partials = max(covering, default=0)
 
     def size(self) -> Capacity:
+        """What exactly this step takes."""
         return Capacity(
-            seqs=len(self.tables),
+            seqs=self.seqs,
             tokens=int(self.starts[-1]),
             queries=max(self.query_lens, default=0),
-            blocks=self.tables.shape[1],
+            blocks=self.blocks,
             pieces=len(self.pieces),
             members=len(self.members),
             run_members=max((piece[1] for piece in self.pieces), default=0),
             partials=self.partials,
         )
-
-
-def _upload(buffer: torch.Tensor, values: npt.NDArray[np.integer]) -> None:
-    """Overwrite the leading rows of ``buffer``."""
-    if values.size:
-        buffer[: len(values)].copy_(torch.from_numpy(values.astype(np.int32, copy=False)))

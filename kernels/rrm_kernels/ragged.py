@@ -15,6 +15,7 @@ from rrm_kernels.tile import LOG2_E, Attention, Tile, attend_tile, load_query, p
 
 MAX_SPLITS = 32
 SPLIT_KEYS = 256  # fewer keys than this are not worth a program of their own
+FEWEST_SEQS = 64  # searched at once; rounded up to this, so that few sizes have to be compiled
 
 
 def ragged_attention(
@@ -64,7 +65,7 @@ def ragged_attention(
         table_width=metadata.block_table.shape[1],
         tokens=query.shape[0],
         WINDOW=window or 0,
-        SEQS=triton.next_power_of_2(capacity.seqs),
+        SEQS=max(FEWEST_SEQS, triton.next_power_of_2(capacity.seqs)),
         QUERIES=queries,
         SPLITS=splits,
         **call.arguments(tile),
@@ -77,11 +78,15 @@ def ragged_attention(
 
 
 def _splits(programs: int, keys: int, device: torch.device) -> int:
-    """Over how many programs to spread the keys, so that twice the device's multiprocessors have something to do."""
+    """Over how many programs to spread the keys, so that twice the device's multiprocessors have something to do.
+
+    A power of two, for each number is compiled anew.
+    """
     if device.type != "cuda":
         return 1
     wanted = triton.cdiv(2 * torch.cuda.get_device_properties(device).multi_processor_count, programs)
-    return max(1, min(wanted, keys // SPLIT_KEYS, MAX_SPLITS))
+    most = max(1, min(wanted, keys // SPLIT_KEYS, MAX_SPLITS))
+    return 1 << (most.bit_length() - 1)
 
 
 def _merge(

@@ -46,13 +46,16 @@ class PrefillChunk:
 class PagedBatch:
     """Where the packed tokens' KV goes (``slots`` int64 ``[tokens]``) and what each of them attends to.
 
-    ``ragged`` is the same for the Triton kernels; their backend makes it from the rest if nobody has.
+    No token's position is ``longest`` or beyond. ``ragged`` is the same for kernels that take a step as a whole;
+    a step that was packed for them has no groups and no chunks, else their backend makes it from these.
     """
 
     slots: torch.Tensor
     groups: list[DecodeGroup]
     chunks: list[PrefillChunk]
+    longest: int = 0
     ragged: "RaggedMetadata | None" = None
+    host: "PagedBatch | None" = None
 
 
 class PagedAttention(Protocol):

@@ -1,22 +1,23 @@
 """One job on the engine: carries out the graph machine's commands and tells it what the nodes wrote."""
 
 import hashlib
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import Any, Literal
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.backends.join import Join, Joiner
 from rrm_engine.backends.meter import Meter
+from rrm_engine.backends.node import Grammar, NodeRun, PhasePlan
+from rrm_engine.backends.outcome import outcome
 from rrm_engine.backends.result import Job, JobResult
-from rrm_engine.engine.engine import Engine, Sampled
-from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.engine.sequence import Matcher, Sequence, State, Stop
+from rrm_engine.backends.shadow import Shadows
+from rrm_engine.engine.engine import Sampled
+from rrm_engine.engine.replicas import AnyEngine
+from rrm_engine.engine.sequence import State, Stop
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.types import (
     Cancel,
@@ -38,25 +39,14 @@ from rrm_engine.protocol.parser import EventParser, visible
 from rrm_engine.protocol.style import Style
 
 Emit = Callable[[dict[str, Any]], None]
-MatcherFactory = Callable[[int, bool], Matcher]  # (children the node has had, whether it may split)
 PREVIEW = 200  # characters of the prompt kept in a row
-
-
-@dataclass(frozen=True, slots=True)
-class PhasePlan:
-    """How one phase decodes; ``matcher`` makes a grammar's state where the phase is constrained."""
-
-    budget: int
-    thinking: bool
-    sampling: SamplingParams
-    matcher: MatcherFactory | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """What all jobs of a run share."""
 
-    engine: Engine
+    engine: AnyEngine
     tokenizer: PreTrainedTokenizerFast
     chat: ChatFormat
     style: Style
@@ -66,47 +56,10 @@ class Runtime:
     join: Join = field(default_factory=Join)
 
 
-@dataclass(slots=True)
-class NodeRun:
-    """A node's sequence and the text of its current phase.
-
-    ``ends[i]`` is the length of that text after the phase's i-th token, so that a place in the text can be found
-    in the tokens. ``forks`` says for each child where its fork of this node's context ends: the number of tokens,
-    those of a token cut in the middle, and the length of the chain of tokens up to there.
-    """
-
-    path: str
-    sequence: Sequence
-    phase: Phase
-    parser: EventParser | None
-    running: bool = True
-    turn: int = 0
-    first: int = 0  # index in the sequence of the phase's first sampled token
-    stream: DecodeStream = field(default_factory=DecodeStream)
-    pieces: list[str] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    events: list[tuple[int, int]] = field(default_factory=list)  # where they stand in the text
-    cut: list[int] = field(default_factory=list)  # kept part of a token that an event ended in
-    forks: dict[str, tuple[int, list[int], int]] = field(default_factory=dict)
-    sampled: list[tuple[int, int]] = field(default_factory=list)  # token ranges that the model wrote
-    reasons: list[str] = field(default_factory=list)
-    ready: tuple[float, int] = (0.0, 0)  # when the phase was handed to the engine: time and step
-    last: tuple[float, int] = (0.0, 0)  # when its last token came
-
-    def text(self, end: int | None = None) -> str:
-        """What it wrote in this phase up to ``end``, without its events."""
-        whole = "".join(self.pieces)[:end]
-        parts, last = [], 0
-        for start, stop in self.events:
-            parts.append(whole[last:start])
-            last = stop
-        return "".join([*parts, whole[last:]])
-
-
 class JobRun:
     """Drives one job. The engine's loop calls ``on_token`` for each new token of its sequences."""
 
-    def __init__(self, runtime: Runtime, job: Job, index: int, emit: Emit, *, texts: bool = False) -> None:
+    def __init__(self, runtime: Runtime, job: Job, index: int, emit: Emit | None, *, texts: bool = False) -> None:
         self.runtime = runtime
         self.job = job
         self.index = index
@@ -117,6 +70,7 @@ class JobRun:
         self._texts = texts
         self._meter = Meter(monotonic())
         self._joiner = Joiner(runtime.engine, runtime.chat, runtime.join)
+        self._shadows = Shadows(runtime.engine, runtime.join.report)
         self._by_key: dict[str, NodeRun] = {}
         self._commands: deque[Command] = deque()
         self._repairs: Counter[str] = Counter()
@@ -129,7 +83,7 @@ class JobRun:
             self.machine = GraphMachine(job.task, runtime.limits, child_context=runtime.child_context)
 
     def start(self) -> None:
-        self._emit("job", "root", mode=self.job.mode, task=self.job.task)
+        self._emit("job", "root", t=self._meter.started_at, mode=self.job.mode, task=self.job.task)
         with self.runtime.engine.ranges("graph", (f"{self.job.key}:root",)):
             if self.machine is not None:
                 self._carry_out(self.machine.start())
@@ -137,7 +91,7 @@ class JobRun:
                 self._carry_out([Start("root", Phase.DIRECT, self.job.task)])
 
     def on_token(self, sampled: Sampled) -> None:
-        if self._joiner.on_token(sampled.sequence):
+        if self._shadows.on_token(sampled):
             return
         node = self._by_key[sampled.sequence.key]
         now, step = monotonic(), self.runtime.engine.steps
@@ -148,12 +102,9 @@ class JobRun:
             admitted_t, admitted_step = sampled.sequence.admitted
             began = admitted_t if admitted_step > node.last[1] else self.runtime.engine.began
             self._emit("readmitted", node.path, queued_s=began - node.last[0], ran_s=now - began)
-        node.last = (now, step)
-        piece = ""
-        if sampled.stop is not Stop.EOS:
-            piece = node.stream.step(self.runtime.tokenizer.backend_tokenizer, sampled.token) or ""
-        node.pieces.append(piece)
-        node.ends.append((node.ends[-1] if node.ends else 0) + len(piece))
+        node.last = (now, self.runtime.engine.launched)
+        token = None if sampled.stop is Stop.EOS else sampled.token
+        piece = node.wrote(token, self.runtime.tokenizer)
         if self._texts and piece:
             self._emit("text", node.path, text=piece)
         turn = node.turn
@@ -161,6 +112,11 @@ class JobRun:
             self._read(node, node.parser.feed(piece))
         if sampled.stop is not None and node.running and node.turn == turn:
             self._ended(node, sampled.stop)
+
+    @property
+    def shadow_blocks(self) -> int:
+        """Blocks in use that are none of the job's own: what measures splices holds them."""
+        return self._shadows.blocks
 
     def release(self) -> None:
         """End every sequence of this job, also one that an interrupted command had not noted down yet."""
@@ -290,7 +246,7 @@ class JobRun:
                 plan.sampling,
                 root=self.index,
                 depth=command.depth,
-                matcher=_matcher(plan, grammar),
+                matcher=plan.match(grammar),
                 fork_of=fork,
             )
         except ValueError as error:
@@ -300,9 +256,9 @@ class JobRun:
         node = NodeRun(command.node, sequence, command.phase, parser, first=len(tokens))
         self.nodes[node.path] = self._by_key[key] = node
         self._meter.start(node.path, monotonic(), after)
-        node.ready = (monotonic(), runtime.engine.steps)
+        node.ready = (monotonic(), runtime.engine.launched)
         about = {"phase": command.phase, "after": given, "prompt_tokens": len(tokens), "task": command.task}
-        self._emit("start", node.path, **about, **_decoding(plan, grammar))
+        self._emit("start", node.path, **about, **plan.recorded(grammar))
 
     def _resume(self, command: Resume) -> None:
         runtime, plan = self.runtime, self.runtime.plans[command.phase]
@@ -322,27 +278,25 @@ class JobRun:
         grammar = self._grammar(plan, node.path)
         base = len(node.sequence.tokens)
         try:
-            matcher = _matcher(plan, grammar)
+            matcher = plan.match(grammar)
             runtime.engine.resume(node.sequence, tokens, plan.budget, plan.sampling, matcher, splices)
         except ValueError as error:
             self._no_room(node.path, error)
             return
         if splices:
-            self._joiner.measure(node)
-        node.phase, node.running, node.turn = command.phase, True, node.turn + 1
-        node.parser = EventParser(self._opens_thinking(plan))
-        node.first = len(node.sequence.tokens)
-        node.stream, node.pieces, node.ends, node.events, node.cut = DecodeStream(), [], [], [], []
+            self._shadows.follow(node.path, node.sequence)
+        node.enter(command.phase, EventParser(self._opens_thinking(plan)))
         after = [f"{node.path}.{c.id}" for c in command.conclusions]
         self._meter.resume(node.path, monotonic(), after)
-        node.ready = (monotonic(), runtime.engine.steps)
+        node.ready = (monotonic(), runtime.engine.launched)
         spliced = [(base + at, base + at + len(span)) for at, span in splices]
         about = {"phase": command.phase, "after": after, "appended_tokens": len(tokens), "notes": command.notes}
         about |= {"spliced": spliced}  # unless memory runs out before they are attached
-        self._emit("resume", node.path, **about, **_decoding(plan, grammar))
+        self._emit("resume", node.path, **about, **plan.recorded(grammar))
 
     def _pause(self, node: NodeRun) -> None:
         """Stop right behind the event just read; a token that goes on behind it is replaced by its kept part."""
+        self._shadows.end(node.path)  # it shares blocks that waiting may move or give up
         if node.sequence.state is not State.PAUSED:
             self.runtime.engine.pause(node.sequence)
         keep, node.cut = self._split(node)
@@ -351,6 +305,7 @@ class JobRun:
         self._halt(node, "await")
 
     def _halt(self, node: NodeRun, reason: str) -> None:
+        self._shadows.end(node.path)
         if not node.running:
             return
         node.running = False
@@ -367,8 +322,8 @@ class JobRun:
             return
         self._halt(node, how)
         self.runtime.engine.finish(node.sequence)
-        self._joiner.end(path)
-        fields |= {"spliced": node.sequence.spliced, "splice_kl": self._joiner.kl.get(path, [])}
+        reports = [asdict(report) for report in self._shadows.reports if report.node == path]
+        fields |= {"spliced": node.sequence.spliced, "splice_report": reports}
         counters = asdict(node.sequence.counters)
         self._emit(how, path, **fields, counters=counters, token_ids=list(node.sequence.tokens), sampled=node.sampled)
 
@@ -388,52 +343,25 @@ class JobRun:
             self._commands.append(Finish(Status.FAILED, "", str(error)))
 
     def _finish(self, command: Finish) -> None:
-        meter, machine = self._meter, self.machine
-        counters = [node.sequence.counters for node in self.nodes.values()]
-
-        def total(name: str) -> int:
-            return sum(getattr(c, name) for c in counters)
-
-        answering = [n for n in ("root", "root!direct") if n in meter.clocks]
-        if machine is not None:
-            self._repairs.update(machine.repairs)
-        self.result = JobResult(
-            job=self.job,
-            status=command.status,
-            answer=command.answer,
-            latency_s=monotonic() - meter.started_at,
-            ttft_s=meter.ttft_s,
-            time_to_first_child_s=meter.time_to_first_child_s,
-            model_calls=len(self.nodes),
-            forward_prefilled=total("prefilled"),
-            forward_decoded=total("decoded"),
-            reused=total("reused"),
-            critical_path_tokens=sum(meter.clocks[n].depth for n in answering),
-            total_tokens=total("decoded"),
-            nodes=len(self.nodes),
-            max_depth=machine.max_depth if machine else 0,
-            max_sibling_width=machine.max_sibling_width if machine else 0,
-            overlap_s=meter.overlap_s,
-            parallel_s=meter.parallel_s,
-            resumes=sum(len(n.sampled) - 1 for n in self.nodes.values() if n.sampled),
-            resume_latency_s=meter.resume_latency_s,
-            forked_blocks=total("forked_blocks"),
-            copied_blocks=total("copied_blocks"),
+        if self.machine is not None:
+            self._repairs.update(self.machine.repairs)
+        self.result = outcome(
+            self.job,
+            command,
+            self.nodes.values(),
+            self._meter,
+            self._joiner.as_text,
+            self._shadows.reports,
+            self.machine,
             peak_kv_blocks=self.peak_blocks,
-            preemptions=total("preemptions") + total("dropped"),
-            offloaded_blocks=total("offloaded_blocks"),
-            restored_blocks=total("restored_blocks"),
-            spliced_tokens=total("spliced"),
-            splice_kl=[kl for of_node in self._joiner.kl.values() for kl in of_node],
-            splice_top1=[same for of_node in self._joiner.top1.values() for same in of_node],
-            text_joins=self._joiner.as_text,
             prompt_sha256=hashlib.sha256(self._prompt.encode()).hexdigest(),
             prompt_preview=self.job.task[:PREVIEW],
-            finish_reasons={n.path: "+".join(n.reasons) for n in self.nodes.values()},
             repairs=dict(self._repairs),
             error=self._error(command),
         )
-        self._emit("finish", "root", status=command.status, answer=command.answer, events=self._events + 1)
+        ended = self._meter.started_at + self.result.latency_s
+        about = {"status": command.status, "answer": command.answer, "events": self._events + 1}
+        self._emit("finish", "root", t=ended, **about)
 
     # small things
 
@@ -444,21 +372,11 @@ class JobRun:
         return finish.error if finish.status is Status.FAILED else None
 
     def _split(self, node: NodeRun) -> tuple[int, list[int]]:
-        """(tokens, rest): the sequence's tokens up to the event just read, and the kept part of a token cut in two.
-
-        White space behind an event stays with it: only a token that begins something else is cut.
-        """
+        """Where in the node's tokens the event just read ends."""
         assert self._boundary is not None
-        last = bisect_left(node.ends, self._boundary)
-        keep = node.first + last + 1
-        text = "".join(node.pieces)
-        if not text[self._boundary : node.ends[last]].strip():
-            return keep, []
-        begin = node.ends[last - 1] if last else 0
-        rest = self.runtime.tokenizer.encode(text[begin : self._boundary], add_special_tokens=False)
-        return keep - 1, rest
+        return node.split(self._boundary, self.runtime.tokenizer)
 
-    def _grammar(self, plan: PhasePlan, path: str) -> tuple[int, bool] | None:
+    def _grammar(self, plan: PhasePlan, path: str) -> Grammar | None:
         """What ``plan.matcher`` takes for a node's next phase; it may split only where the machine would accept it."""
         if plan.matcher is None or self.machine is None:
             return None
@@ -481,9 +399,11 @@ class JobRun:
 
     def _emit(self, event: str, node: str, **fields: Any) -> None:
         self._events += 1
+        if self._emit_to is None:
+            return
         engine, run = self.runtime.engine, self.nodes.get(node)
         if event != "text":  # one a token, and counting takes time
-            fields |= {"pinned": engine.scheduler.pinned_blocks, "offloaded": engine.space.num_used}
+            fields |= {"pinned": engine.pinned_blocks, "offloaded": engine.offloaded_blocks}
         self._emit_to(
             {
                 "t": monotonic(),
@@ -492,22 +412,12 @@ class JobRun:
                 "step": engine.steps,
                 "event": event,
                 "tokens": len(run.sequence.tokens) if run else 0,
-                "blocks": engine.pool.num_used,
+                "blocks": engine.used_blocks,
                 **fields,
             }
         )
 
 
-def _matcher(plan: PhasePlan, grammar: tuple[int, bool] | None) -> Matcher | None:
-    return None if plan.matcher is None or grammar is None else plan.matcher(*grammar)
-
-
 def _queued_s(ready: tuple[float, int], admitted: tuple[float, int]) -> float:
     """How long a phase waited for the step that admitted it; nothing if that was the first one it could be in."""
     return admitted[0] - ready[0] if admitted[1] > ready[1] + 1 else 0.0
-
-
-def _decoding(plan: PhasePlan, grammar: tuple[int, bool] | None) -> dict[str, Any]:
-    """How a phase decodes, recorded so that its tokens can be drawn again."""
-    constrained = grammar and {"children": grammar[0], "may_split": grammar[1]}
-    return {"sampling": asdict(plan.sampling), "grammar": constrained}

@@ -1,39 +1,34 @@
 """How a child's conclusion gets into its parent's context: as text, or with the KV that the child computed for it.
 
 KV that is attached was computed in the child's context, at the child's positions. Re-rotation puts the keys right;
-that they were made from other neighbours makes it an approximation, which ``Measure`` quantifies.
+that they were made from other neighbours makes it an approximation, which ``Shadows`` quantifies.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
-
-from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.engine.sequence import Sequence as EngineSequence
+from rrm_engine.backends.node import NodeRun
+from rrm_engine.engine.replicas import AnyEngine
 from rrm_engine.graph.types import Conclusion
 from rrm_engine.kv.span import Span
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import final_of
 
-if TYPE_CHECKING:
-    from rrm_engine.backends.job import NodeRun
-
 Render = Callable[[Sequence[Conclusion]], str]  # the user turn that hands conclusions over
 Placed = tuple[int, Span]  # index in the tokens of a turn
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
-BEHIND_ALL = 1 << 62  # as a root: everybody goes before
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """The settings: ``boundary`` is how many of a span's first tokens are computed again."""
+    """The settings: ``boundary`` is how many of a span's first tokens are computed again, ``report`` how many tokens
+    behind each resume are compared with the text.
+    """
 
     mode: Literal["text", "splice", "transcript"] = "text"
     boundary: int = 0
-    report: bool = True
+    report: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +45,17 @@ class Kept:
     span: Span | None = None
 
 
-@dataclass(slots=True, eq=False)
-class Measure:
-    """A resume done with text as well: ``shadow`` samples one token behind the same tokens, all of them computed."""
-
-    node: str
-    joined: EngineSequence
-    shadow: EngineSequence
-    logits: torch.Tensor | None = None  # of ``joined``
-
-
 @dataclass(slots=True)
 class Joiner:
-    """The joins of one job. ``kl`` (nats, text to spliced) and ``top1`` (whether the likeliest tokens agree) are of
-    the next-token distributions behind each resume that was measured, by node.
-    """
+    """The joins of one job."""
 
-    engine: Engine
+    engine: AnyEngine
     chat: ChatFormat
     join: Join
     as_text: int = 0  # conclusions appended as text although ``join`` is not
-    kl: dict[str, list[float]] = field(default_factory=dict)
-    top1: dict[str, list[bool]] = field(default_factory=dict)
     _kept: dict[str, Kept] = field(default_factory=dict)  # by the child's path
-    _measures: list[Measure] = field(default_factory=list)
-    _shadows: set[str] = field(default_factory=set)
 
-    def keep(self, parent: "NodeRun", child: "NodeRun", conclusion: Conclusion) -> None:
+    def keep(self, parent: NodeRun, child: NodeRun, conclusion: Conclusion) -> None:
         """A child has concluded and still has its KV: hold what its parent will need of it."""
         if self.join.mode == "text" or not conclusion.ok:
             return
@@ -95,7 +74,7 @@ class Joiner:
 
     def turn(
         self,
-        node: "NodeRun",
+        node: NodeRun,
         conclusions: Sequence[Conclusion],
         render: Render,
         thinking: bool,
@@ -135,54 +114,8 @@ class Joiner:
         same = text.replace(mark, final_of(conclusions[index].answer)) == plain
         return text.count(mark) == 1 and (same or self.join.mode == "transcript")
 
-    def measure(self, node: "NodeRun") -> None:
-        """Called right after a resume with spans: let a shadow of the node do the same with text, once there is room.
 
-        The shadow goes behind everybody, takes blocks from nobody and shares full blocks only, so that nothing is
-        copied for it; it disturbs no more than the time of a step.
-        """
-        if not self.join.report:
-            return
-        joined, size = node.sequence, self.engine.pool.block_size
-        key = f"{joined.key}~{len(self._shadows)}"
-        shared = joined.table.length // size * size  # up to where it waited: nothing has run since
-        options = {"root": BEHIND_ALL, "fork_of": (joined, shared)}
-        shadow = self.engine.submit(key, list(joined.tokens), 1, SamplingParams(), **options)  # type: ignore[arg-type]
-        shadow.modest = shadow.keep_logits = joined.keep_logits = True
-        self._shadows.add(key)
-        self._measures.append(Measure(node.path, joined, shadow))
-
-    def on_token(self, sequence: EngineSequence) -> bool:
-        """A sequence of the job has a token. True if it is a shadow's, which is nobody else's business."""
-        for measure in [m for m in self._measures if sequence in (m.joined, m.shadow)]:
-            self._look(measure)
-        return sequence.key in self._shadows
-
-    def end(self, path: str | None = None) -> None:
-        """A node is over, or with None the whole job: what was not measured by now is not measured."""
-        for measure in [m for m in self._measures if path in (m.node, None)]:
-            self._look(measure)
-            if measure in self._measures:
-                self._finish(measure)
-
-    def _look(self, measure: Measure) -> None:
-        joined, shadow = measure.joined, measure.shadow
-        if measure.logits is None:
-            measure.logits, joined.logits = joined.logits, None
-        if measure.logits is None or shadow.logits is None:
-            return
-        text, spliced = shadow.logits.log_softmax(-1), measure.logits.log_softmax(-1)
-        self.kl.setdefault(measure.node, []).append(max(0.0, float((text.exp() * (text - spliced)).sum())))
-        self.top1.setdefault(measure.node, []).append(bool(text.argmax() == spliced.argmax()))
-        self._finish(measure)
-
-    def _finish(self, measure: Measure) -> None:
-        self.engine.finish(measure.shadow)
-        measure.joined.keep_logits = False
-        self._measures.remove(measure)
-
-
-def _last_phase(child: "NodeRun", eos_ids: frozenset[int]) -> tuple[int, Kept] | None:
+def _last_phase(child: NodeRun, eos_ids: frozenset[int]) -> tuple[int, Kept] | None:
     """All that a node wrote in its last phase, and where that begins in its tokens."""
     tokens = child.sequence.tokens[child.first :]
     if tokens and tokens[-1] in eos_ids:
@@ -190,7 +123,7 @@ def _last_phase(child: "NodeRun", eos_ids: frozenset[int]) -> tuple[int, Kept] |
     return (child.first, Kept("", tokens, "")) if tokens else None
 
 
-def _locate(child: "NodeRun", final: str) -> tuple[int, Kept] | None:
+def _locate(child: NodeRun, final: str) -> tuple[int, Kept] | None:
     """The tokens that lie inside the last ``final`` of a node's text, and where they begin in its tokens.
 
     None if the text does not hold it literally (it may have been escaped), or it holds no whole token.

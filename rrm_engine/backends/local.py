@@ -1,7 +1,7 @@
 """The in-process backend: one model, one engine, many jobs; this is what the Python API and the bench use."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -16,14 +16,17 @@ from rrm_engine.backends.settings import phase_plans, resolve
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.costs import measure_swap_costs
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel, load_model
+from rrm_engine.engine.placement import MemoryPlan, parse_devices, plan_memory
+from rrm_engine.engine.prepare import LoadedModel, load_model, load_planned
 from rrm_engine.engine.ranges import Ranges
+from rrm_engine.engine.replicas import AnyEngine, Replicas
 from rrm_engine.engine.rotary import find_rotary
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.graph.types import Limits
 from rrm_engine.kv.cache import KVCache, bytes_per_block
 from rrm_engine.kv.memory import is_out_of_memory, refuse_out_of_memory
 from rrm_engine.kv.pool import BlockPool
+from rrm_engine.models.load import load_skeleton
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
 from rrm_engine.trace.profile import STEPS, Profile
@@ -32,14 +35,25 @@ ONE_THREAD_PARAMETERS = 20_000_000
 RATE_WINDOW_S = 2.0  # of the tokens per second shown live
 
 
+def _ignore(_: Any) -> None:
+    pass
+
+
 class Solver:
     """A loaded model that solves tasks, directly or recursively, in one continuous batch.
 
     ``resolved`` is the config with every default filled in. One thread at a time may use a Solver.
     """
 
-    def __init__(self, model: LoadedModel, config: RunConfig, tasks: Sequence[str] = ()) -> None:
-        """``tasks`` are the texts to expect: the longest of them decides how long a sequence may get.
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: RunConfig,
+        tasks: Sequence[str] = (),
+        replicas: Sequence[LoadedModel] = (),
+    ) -> None:
+        """``tasks`` are the texts to expect: the longest of them decides how long a sequence may get. ``replicas``
+        are the copies to run on, ``model`` the first of them, if there are several.
 
         Raises ValueError, with the numbers and the flag to change, if the settings cannot work.
         """
@@ -47,26 +61,13 @@ class Solver:
         style = load_style(default_style(model.model_type, model.name) if name == "auto" else name)
         chat = ChatFormat(model.tokenizer, model.eos_ids)
         self.model = model
-        self.resolved = config = resolve(config, model, style, chat, tasks)
+        self.replicas = list(replicas) or [model]
+        self.plan: MemoryPlan | None = None  # where several devices were named
+        self.resolved = config = resolve(config, model, style, chat, tasks, self.replicas)
         assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
         limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
-        cache = _allocate(config.kv_blocks, config.block_size, model)
-        pool = BlockPool(config.kv_blocks, config.block_size, config.prefix_cache)
-        self.engine = Engine(
-            ModelRunner(model.forward, cache, model.device, model.attend),
-            pool,
-            max_sequences=config.max_concurrency,
-            step_tokens=config.step_tokens,
-            max_sequence_tokens=config.max_sequence_tokens,
-            eos_ids=chat.eos_ids,
-            seed=config.seed,
-            wait_policy=cast(Any, config.wait_policy),
-            host_blocks=config.host_kv_blocks or 0,
-        )
-        if config.join != "text":
-            self.engine.runner.rotary = find_rotary(model)
-        if config.wait_policy == "auto":
-            self.engine.scheduler.costs = measure_swap_costs(self.engine)
+        engines = [_engine(each, config, chat.eos_ids) for each in self.replicas]
+        self.engine: AnyEngine = engines[0] if len(engines) == 1 else Replicas(engines, together=config.join != "text")
         self._runtime = Runtime(
             self.engine,
             model.tokenizer,
@@ -81,20 +82,25 @@ class Solver:
         self._recent: deque[tuple[float, int]] = deque()
 
     @classmethod
-    def load(cls, config: RunConfig | None = None, tasks: Sequence[str] = ()) -> "Solver":
-        """Load the config's model and make it ready.
+    def load(
+        cls, config: RunConfig | None = None, tasks: Sequence[str] = (), announce: Callable[[str], None] = _ignore
+    ) -> "Solver":
+        """Load the config's model and make it ready. Before, ``announce`` is told what will lie on which device.
 
         Raises ValueError (UnsupportedModel among them) with one sentence that says what to do.
         """
         config = config or RunConfig()
+        flag = f"--device {config.device}" if config.devices is None else f"--devices {config.devices}"
         with refuse_out_of_memory(
-            f"--model {config.model} does not fit into the memory of --device {config.device}: free some of it, or use "
-            f"a smaller model, a smaller --dtype or another --device"
+            f"--model {config.model} does not fit into the memory of {flag}: free some of it, or use a smaller model, "
+            f"a smaller --dtype or another --device"
         ):
-            model = load_model(config.model, config.dtype, config.device, config.attention)
-        if model.device.type == "cpu" and model.parameters < ONE_THREAD_PARAMETERS:
+            models, plan = _load(config, announce)
+        if models[0].device.type == "cpu" and models[0].parameters < ONE_THREAD_PARAMETERS:
             torch.set_num_threads(1)  # products this small lose more to meeting than they gain from sharing
-        return cls(model, config, tasks)
+        solver = cls(models[0], config, tasks, models)
+        solver.plan = plan
+        return solver
 
     def solve(self, task: str, mode: str = "rrm", on_event: Emit | None = None) -> JobResult:
         """Solve one task; ``mode`` is ``rrm`` or ``direct``."""
@@ -119,7 +125,7 @@ class Solver:
         ``on_event`` is called with every event as a JSON-ready dict. A job that fails has its error in its result.
         Closing the generator, or an exception such as KeyboardInterrupt, cancels what runs.
         """
-        drive = self._drive(jobs, on_event or _ignore, concurrency)
+        drive = self._drive(jobs, on_event, concurrency)
         return (result for result in drive if result is not None)
 
     @contextmanager
@@ -139,37 +145,30 @@ class Solver:
 
     def progress(self) -> dict[str, Any]:
         """What is going on now: sequences, blocks, tokens per second over the last seconds."""
-        scheduler, pool = self.engine.scheduler, self.engine.pool
         span = monotonic() - self._recent[0][0] if self._recent else 0.0
-        return {
-            "step": self.engine.steps,
-            "running": scheduler.running,
-            "waiting": len(scheduler.paused),
-            "queued": len(scheduler.live) - scheduler.running,
-            "blocks_used": pool.num_used,
-            "blocks_total": pool.num_blocks,
-            "tokens_per_s": sum(n for _, n in self._recent) / span if span > 0 else 0.0,
-        }
+        speed = sum(n for _, n in self._recent) / span if span > 0 else 0.0
+        return {**self.engine.progress(), "tokens_per_s": speed}
 
     def describe(self) -> dict[str, Any]:
         """The model and the memory plan, for the header and ``run.json``."""
         model, config = self.model, self.resolved
-        pool = self.engine.pool
+        blocks = self.engine.progress()["blocks_total"]
         size = sum(shape.bytes_per_token for shape in model.shapes.values())
         return {
             "model": model.name,
             "model_type": model.model_type,
             "parameters": model.parameters,
             "dtype": config.dtype,
-            "device": config.device,
+            "device": config.device if config.devices is None else f"{config.devices} ({config.placement})",
             "attention": model.attention,
             "load_check_error": model.probe_error,
-            "kv_blocks": pool.num_blocks,
-            "block_size": pool.block_size,
+            "kv_blocks": blocks,
+            "block_size": config.block_size,
             "kv_bytes_per_token": size,
-            "kv_bytes": size * pool.num_blocks * pool.block_size,
+            "kv_bytes": size * blocks * config.block_size,
             "max_sequence_tokens": config.max_sequence_tokens,
             "prompt_style": config.prompt_style,
+            **({"memory_plan": self.plan.describe()} if self.plan else {}),
         }
 
     def close(self) -> None:
@@ -180,7 +179,7 @@ class Solver:
         return Job(f"task{self._started}", task, mode)
 
     def _drive(
-        self, jobs: Iterable[Job], emit: Emit, concurrency: int, *, texts: bool = False
+        self, jobs: Iterable[Job], emit: Emit | None, concurrency: int, *, texts: bool = False
     ) -> Iterator[JobResult | None]:
         """The loop: start jobs while there is room, step, hand out tokens. Yields None for a step without result."""
         pending = iter(jobs)
@@ -213,8 +212,8 @@ class Solver:
             for run in runs:
                 run.cancel(self._failure(error, run.job))
             return
-        self._count(len(sampled))
-        used = self.engine.pool.num_used
+        self._count(sum(not one.sequence.modest for one in sampled))
+        used = self.engine.used_blocks - sum(run.shadow_blocks for run in runs)
         by_job = {run.job.key: run for run in runs}
         for run in runs:
             run.peak_blocks = max(run.peak_blocks, used)
@@ -232,7 +231,8 @@ class Solver:
             return f"{type(error).__name__} {where}: {error}"
         config = self.resolved
         return (
-            f"out of memory on {config.device} {where}: lower --kv-blocks (now {config.kv_blocks}) or --step-tokens "
+            f"out of memory on {config.devices or config.device} {where}: "
+            f"lower --kv-blocks (now {config.kv_blocks}) or --step-tokens "
             f"(now {config.step_tokens}): {error}"
         )
 
@@ -243,13 +243,48 @@ class Solver:
             self._recent.popleft()
 
 
+def _load(config: RunConfig, announce: Callable[[str], None]) -> tuple[list[LoadedModel], MemoryPlan | None]:
+    """The model, or one for each replica; and where it lies, if that was to be planned."""
+    if config.devices is None:
+        return [load_model(config.model, config.dtype, config.device, config.attention)], None
+    devices = parse_devices(config.devices)
+    useful = config.max_sequence_tokens or (config.kv_blocks and config.kv_blocks * config.block_size)
+    plan = plan_memory(load_skeleton(config.model, config.dtype), devices, config.placement, useful)
+    announce(plan.sentence())
+    return load_planned(config.model, config.dtype, plan, config.attention), plan
+
+
+def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> Engine:
+    """An engine over a model, or over one of its replicas, under a resolved config."""
+    assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
+    engine = Engine(
+        ModelRunner(
+            model.forward,
+            _allocate(config.kv_blocks, config.block_size, model),
+            model.device,
+            model.attend,
+            config.eager,
+        ),
+        BlockPool(config.kv_blocks, config.block_size, config.prefix_cache),
+        max_sequences=config.max_concurrency,
+        step_tokens=config.step_tokens,
+        max_sequence_tokens=config.max_sequence_tokens,
+        eos_ids=eos_ids,
+        seed=config.seed,
+        wait_policy=cast(Any, config.wait_policy),
+        host_blocks=config.host_kv_blocks or 0,
+        stages=model.stages,
+    )
+    if config.join != "text":
+        engine.runner.rotary = find_rotary(model)
+    if config.wait_policy == "auto":
+        engine.scheduler.costs = measure_swap_costs(engine)
+    return engine
+
+
 def _allocate(blocks: int, block_size: int, model: LoadedModel) -> KVCache:
     size = blocks * bytes_per_block(model.shapes, block_size) / 2**30
     with refuse_out_of_memory(
         f"--kv-blocks {blocks} takes {size:,.2f} GiB of KV, more than {model.device} gives: lower --kv-blocks"
     ):
         return KVCache(blocks, block_size, model.shapes)
-
-
-def _ignore(_: dict[str, Any]) -> None:
-    pass

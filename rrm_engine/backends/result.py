@@ -1,6 +1,7 @@
 """What a backend is asked and what it answers, shared by every backend and by the bench."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rrm_engine.graph.types import Status
 
@@ -55,8 +56,7 @@ class JobResult:
     offloaded_blocks: int = 0  # blocks of waiting nodes moved to host memory
     restored_blocks: int = 0  # blocks brought back from there
     spliced_tokens: int = 0  # tokens whose KV was attached instead of computed: what follows them is approximate
-    splice_kl: list[float] = field(default_factory=list)  # nats, next token after the text to that after the splice
-    splice_top1: list[bool] = field(default_factory=list)  # whether the likeliest next token was the same
+    splice_report: list[dict[str, Any]] = field(default_factory=list)  # a SpliceReport per resume that was measured
     text_joins: int = 0  # conclusions appended as text although the setting was another
     prompt_sha256: str = ""
     prompt_preview: str = ""

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
-from rrm_engine.backends.job import MatcherFactory, PhasePlan
+from rrm_engine.backends.node import MatcherFactory, PhasePlan
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.prepare import LoadedModel
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Matcher
 from rrm_engine.graph.types import Limits, Phase
-from rrm_engine.kv.cache import bytes_per_block
-from rrm_engine.kv.memory import free_memory
+from rrm_engine.kv.cache import bytes_per_block_on_devices
+from rrm_engine.kv.memory import free_memory, kv_room
+from rrm_engine.models.attention import block_multiple
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.protocol.style import Style
@@ -26,17 +27,30 @@ BUDGETS = {
     Phase.CONTINUATION: "continuation_max_tokens",
 }
 CONCLUSION_RESERVE = 256  # tokens set aside for each child's conclusion in its parent's context
-CPU_MEMORY_SHARE = 0.3  # of the memory that is free after loading
-CUDA_MEMORY_SHARE = 0.88
+HOST = torch.device("cpu")
 
 
-def resolve(config: RunConfig, model: LoadedModel, style: Style, chat: ChatFormat, tasks: Sequence[str]) -> RunConfig:
+def resolve(
+    config: RunConfig,
+    model: LoadedModel,
+    style: Style,
+    chat: ChatFormat,
+    tasks: Sequence[str],
+    replicas: Sequence[LoadedModel] = (),
+) -> RunConfig:
     """``config`` with every None and ``auto`` of a phase, length or memory setting replaced by what is used.
+
+    ``replicas`` are the copies of ``model``, itself among them, if there are several.
 
     Raises ValueError, with the numbers and the flag to change, when the longest sequence cannot fit.
     """
-    values: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    values: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), **_where(config, model, replicas)}
     values["prompt_style"] = config.prompt_style if config.prompt_style != "auto" else style.name
+    if config.block_size % (multiple := block_multiple(model.attend)):
+        raise ValueError(
+            f"--block-size {config.block_size}: --attention {config.attention} takes multiples of {multiple}; "
+            f"give --block-size {multiple}"
+        )
     for phase, flag in BUDGETS.items():
         thinking = getattr(config, f"{phase}_thinking")
         if thinking is None:
@@ -51,10 +65,19 @@ def resolve(config: RunConfig, model: LoadedModel, style: Style, chat: ChatForma
     config = replace(config, **values)
     longest = longest_prompt(style, chat, tasks)
     config = replace(config, max_sequence_tokens=_sequence_tokens(config, model, longest))
-    config = replace(config, kv_blocks=config.kv_blocks or _blocks(config, model))
-    config = replace(config, host_kv_blocks=_host_blocks(config, model))
-    _refuse_more_than_memory(config, model)
+    sizes = bytes_per_block_on_devices([m.shapes for m in replicas or [model]], config.block_size)
+    config = replace(config, kv_blocks=config.kv_blocks or _blocks(config, sizes))
+    config = replace(config, host_kv_blocks=_host_blocks(config, sum(sizes.values())))
+    _refuse_more_than_memory(config, sizes)
     return config
+
+
+def _where(config: RunConfig, model: LoadedModel, replicas: Sequence[LoadedModel]) -> dict[str, Any]:
+    """The settings that say where the model runs."""
+    placement = "replicate" if len(replicas) > 1 else "pipeline" if model.stages > 1 else "single"
+    if config.devices is None:
+        return {"device": str(model.device), "placement": config.placement}
+    return {"placement": placement}
 
 
 def longest_prompt(style: Style, chat: ChatFormat, tasks: Sequence[str]) -> int:
@@ -89,37 +112,38 @@ def _sequence_tokens(config: RunConfig, model: LoadedModel, prompt: int) -> int:
     return min(needed, model.max_position)
 
 
-def _blocks(config: RunConfig, model: LoadedModel) -> int:
-    """Blocks that memory allows, but not more than ``--max-concurrency`` longest sequences can use."""
+def _blocks(config: RunConfig, sizes: Mapping[torch.device, int]) -> int:
+    """Blocks that memory allows, but not more than ``--max-concurrency`` longest sequences can use.
+
+    ``sizes`` are by device the bytes that a block takes there.
+    """
     assert config.max_sequence_tokens is not None
     one = -(-config.max_sequence_tokens // config.block_size)
-    size = bytes_per_block(model.shapes, config.block_size)
-    room = free_memory(model.device) * (CUDA_MEMORY_SHARE if model.device.type == "cuda" else CPU_MEMORY_SHARE)
-    blocks = min(int(room // size), one * (config.max_concurrency + 1))
-    if blocks < one:
+    fullest = min(sizes, key=lambda device: kv_room(device) // sizes[device])
+    room = kv_room(fullest) // sizes[fullest]
+    if room < one:
+        need, free = one * sizes[fullest], kv_room(fullest)
         raise ValueError(
-            f"one sequence of {config.max_sequence_tokens} tokens needs {one * size / 2**30:.2f} GiB of KV and "
-            f"{room / 2**30:.2f} GiB are free for it on {model.device}: lower the phases' token budgets or "
+            f"one sequence of {config.max_sequence_tokens} tokens needs {need / 2**30:.2f} GiB of KV and "
+            f"{free / 2**30:.2f} GiB are free for it on {fullest}: lower the phases' token budgets or "
             f"--max-sequence-tokens, or use a smaller --dtype"
         )
-    return blocks
+    return min(room, one * (config.max_concurrency + 1))
 
 
-def _host_blocks(config: RunConfig, model: LoadedModel) -> int | None:
+def _host_blocks(config: RunConfig, size: int) -> int | None:
     """Blocks that may be offloaded: as many as the pool has, if the host's memory allows. None: nothing is."""
     assert config.kv_blocks is not None
     if config.wait_policy not in ("offload", "auto"):
         return config.host_kv_blocks
-    room = free_memory(torch.device("cpu")) * CPU_MEMORY_SHARE // bytes_per_block(model.shapes, config.block_size)
-    return config.host_kv_blocks or max(1, min(config.kv_blocks, int(room)))
+    return config.host_kv_blocks or max(1, min(config.kv_blocks, kv_room(HOST) // size))
 
 
-def _refuse_more_than_memory(config: RunConfig, model: LoadedModel) -> None:
+def _refuse_more_than_memory(config: RunConfig, sizes: Mapping[torch.device, int]) -> None:
     """The pool may be as large as memory, no larger: on CPU it would be granted now and the process killed later."""
-    size = bytes_per_block(model.shapes, config.block_size)
     host = config.host_kv_blocks if config.wait_policy in ("offload", "auto") else None
-    asked = (("--kv-blocks", config.kv_blocks, model.device), ("--host-kv-blocks", host, torch.device("cpu")))
-    for flag, blocks, device in asked:
+    asked = [("--kv-blocks", config.kv_blocks, device, size) for device, size in sizes.items()]
+    for flag, blocks, device, size in [*asked, ("--host-kv-blocks", host, HOST, sum(sizes.values()))]:
         room = free_memory(device)
         if blocks and blocks * size > room:
             raise ValueError(

@@ -1,11 +1,10 @@
 """The command: tasks, run directory and solver in, table and exit code out."""
 
 import contextlib
-import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +26,7 @@ from rrm_engine.bench.summary import summarise
 from rrm_engine.bench.table import model_line, plural, print_closing
 from rrm_engine.bench.tasks import TaskSet, load_tasks
 from rrm_engine.config import RunConfig
+from rrm_engine.trace.command import close_output, say
 from rrm_engine.trace.profile_reader import PROFILE, SUMMARY
 from rrm_engine.trace.record import RunDir, RunDirError
 
@@ -49,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(argv)
         return resume_run(options) if options.resume else new_run(options)
     except (TaskError, FlagError, RunDirError, Refusal) as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return REFUSED
     except KeyboardInterrupt:
-        _say("Interrupted before the first row.")
+        say("Interrupted before the first row.")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output is gone; keep the exit from complaining about it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        close_output()
         return FAILED
 
 
@@ -65,7 +65,7 @@ def new_run(options: Options) -> int:
     tasks = load_tasks(options.tasks or DEFAULT_TASKS)
     directory = RunDir.create(options.out or _default_directory(config, tasks))
     try:
-        solver = _load(config, tasks)
+        solver = _load(config, tasks, _announce(options))
         directory.write_manifest(_manifest(config, tasks, solver))
         return _run(solver, tasks, config, directory, options)
     finally:
@@ -84,12 +84,12 @@ def resume_run(options: Options) -> int:
         if options.profile and (directory.path / PROFILE).exists():
             raise Refusal(f"{directory.path} holds a profile already: move its {PROFILE} away, or leave --profile out")
         if directory.cut:
-            _say("Cut a half-written row off rows.jsonl; it runs again.")
+            say("Cut a half-written row off rows.jsonl; it runs again.")
         if not _missing(tasks, config, directory):
             return _close(directory, config, options.quiet)
         # The pool's size is read off free memory, which is never twice the same: keep the first run's.
         pinned = make_config({**asdict(config), "kv_blocks": recorded["resolved"].get("kv_blocks")})
-        solver = _load(pinned, tasks)
+        solver = _load(pinned, tasks, _announce(options))
         _refuse_differences(_drift(recorded["resolved"], solver.resolved), directory.path)
         session = {"started": _now(), "command": _command(), **environment()}
         directory.write_manifest({**recorded, "resumed": [*recorded["resumed"], session]})
@@ -137,12 +137,12 @@ def _recorded_config(recorded: dict[str, Any], path: Path) -> RunConfig:
     return make_config({**settings, "modes": tuple(settings["modes"])})
 
 
-def _load(config: RunConfig, tasks: TaskSet) -> "Solver":
+def _load(config: RunConfig, tasks: TaskSet, announce: Callable[[str], None]) -> "Solver":
     """The solver, every foreseen complaint turned into a refusal."""
     try:
         from rrm_engine.backends.local import Solver
 
-        return Solver.load(config, [task.problem for task in tasks.tasks[: config.limit]])
+        return Solver.load(config, [task.problem for task in tasks.tasks[: config.limit]], announce)
     except MemoryError as error:
         raise Refusal(str(error) or "There is not enough memory for this model") from None
     except (ValueError, OSError) as error:
@@ -163,13 +163,13 @@ def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir,
         with _profiled(solver, directory, options):
             execute(solver, jobs, tasks.tasks[: config.limit], directory, make_display(console, quiet))
             if options.profile and not quiet:
-                _say("Writing the profile ...")
+                say("Writing the profile ...")
     except ProfileError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         _close(directory, config, quiet, broken=error if _missing(tasks, config, directory) else None)
         return INTERRUPTED if _is_interrupt(error) else FAILED
     except RunDirError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         _close(directory, config, quiet, broken=error)
         with contextlib.suppress(RunDirError):  # it has been said
             directory.close()
@@ -226,7 +226,7 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseExcept
         command = f"{PROGRAM} --resume {shlex.quote(str(directory.path))}{' --quiet' if quiet else ''}"
         console.print(f"Go on with: {command}", markup=False, highlight=False, soft_wrap=True)
     if unwritten and not isinstance(broken, RunDirError):  # else one has been said
-        _say(f"error: {unwritten}")
+        say(f"error: {unwritten}")
     return FAILED if summary["errors"] or unwritten else OK
 
 
@@ -287,13 +287,14 @@ def _console(stderr: bool = False) -> "Console":
     return Console(stderr=stderr)
 
 
+def _announce(options: Options) -> Callable[[str], None]:
+    """Where the memory plan goes, before the weights are loaded."""
+    return (lambda text: None) if options.quiet else say
+
+
 def _command() -> str:
     return shlex.join([*PROGRAM.split(), *sys.argv[1:]])
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -88,13 +88,28 @@ def kv_figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def splice_figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """KV that was attached instead of computed, and how far the next token was from that behind the text."""
-    same = [agree for row in rows for agree in row.get("splice_top1", ())]
+    """KV that was attached instead of computed, and how far what followed was from the same behind the text.
+
+    ``splice_first_difference_median`` is over the resumes behind which a likeliest token differed at all.
+    """
+    reports = [report for row in rows for report in row.get("splice_report", ())]
+    differences = [r["first_difference"] for r in reports if r["first_difference"] is not None]
+    tokens = sum(report["tokens"] for report in reports)
+
+    def mean(name: str) -> float | None:
+        """Over tokens."""
+        return sum(r[name] * r["tokens"] for r in reports) / tokens if tokens else None
+
     return {
         "spliced_rows": sum(row.get("spliced_tokens", 0) > 0 for row in rows),
         "spliced_tokens": sum(row.get("spliced_tokens", 0) for row in rows),
-        "splice_kl_median": median(kl for row in rows for kl in row.get("splice_kl", ())),
-        "splice_top1_agreement": sum(same) / len(same) if same else None,
+        "splice_compared_resumes": len(reports),
+        "splice_compared_tokens": tokens,
+        "splice_kl_mean": mean("kl_mean"),
+        "splice_kl_max": max((report["kl_max"] for report in reports), default=None),
+        "splice_top1_agreement": mean("top1"),
+        "splice_differing_resumes": len(differences),
+        "splice_first_difference_median": median(differences),
     }
 
 

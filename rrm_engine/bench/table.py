@@ -93,12 +93,19 @@ def sentences(summary: Figures, concurrency: int) -> list[str]:
 def splice_line(kv: Figures) -> str:
     """That rows are approximate, and by how much."""
     line = f"Approximate: in {plural(kv['spliced_rows'], 'row')} KV of {kv['spliced_tokens']:,} tokens was attached"
-    if kv["splice_kl_median"] is None:
+    if not kv["splice_compared_tokens"]:
         return line + "."
-    return (
-        f"{line}; next token against the text: median KL divergence {kv['splice_kl_median']:.2g} nats, likeliest the "
-        f"same in {100 * kv['splice_top1_agreement']:.0f} %."
+    line += (
+        f". Against the text, over {plural(kv['splice_compared_tokens'], 'token')} behind "
+        f"{plural(kv['splice_compared_resumes'], 'resume')}: KL divergence {kv['splice_kl_mean']:.2g} nats on average, "
+        f"{kv['splice_kl_max']:.2g} at most; likeliest token the same in {percent(kv['splice_top1_agreement'])}"
     )
+    if kv["splice_differing_resumes"]:
+        line += (
+            f"; {plural(kv['splice_differing_resumes'], 'resume')} differ, first at token "
+            f"{kv['splice_first_difference_median'] + 1:.0f} (median)"
+        )
+    return line + "."
 
 
 def headline_line(figures: Figures) -> str:

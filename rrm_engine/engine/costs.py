@@ -42,6 +42,7 @@ def _round_trip_s(engine: Engine, blocks: int) -> float:
     began = perf_counter()
     engine.runner.cache.swap_out(copy, ids)
     engine.runner.cache.swap_in(copy, ids)
-    if engine.runner.device.type == "cuda":
-        torch.cuda.synchronize(engine.runner.device)
+    for device in {shape.device for shape in engine.runner.cache.shapes.values()}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return perf_counter() - began

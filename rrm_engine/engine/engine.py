@@ -1,20 +1,22 @@
 """Tokens in, tokens out: submit, fork, pause, resume and finish sequences between steps; ``step`` runs them all."""
 
+from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 import torch
 
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.runner import ModelRunner
-from rrm_engine.engine.sampler import SamplingParams, noise_key, sample
+from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
 from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, WaitPolicy
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
 from rrm_engine.kv.host import HostSpace
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
+from rrm_engine.kv.transfer import Readback
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,27 @@ class Sampled:
     stop: Stop | None
 
 
+@dataclass(slots=True)
+class Flight:
+    """A launched step. ``tokens`` are those of ``sequences``, None if nobody samples in it."""
+
+    number: int
+    began: float
+    plan: SchedulerOutput
+    sequences: list[Sequence]
+    tokens: Readback | None = None
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)  # by row, where they are to be kept
+
+
 class Engine:
     """A continuous batch over one block pool.
 
     Between steps every sequence may be paused, truncated, forked, resumed or finished. A paused sequence keeps its
     blocks unless memory runs out, and goes on with exactly the tokens it had.
+
+    With several ``stages`` (a model whose layers lie on several devices) as many steps are in flight, of different
+    sequences, and a call of ``step`` hands out the tokens of the oldest. What is said about "between steps" holds for
+    sequences in flight too: one that is paused or finished does not get the token that is being computed.
     """
 
     def __init__(
@@ -45,6 +63,7 @@ class Engine:
         seed: int = 0,
         wait_policy: WaitPolicy = "pin",
         host_blocks: int = 0,
+        stages: int = 1,
     ) -> None:
         """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
 
@@ -60,14 +79,15 @@ class Engine:
         self.runner = runner
         self.pool = pool
         self.space = HostSpace(host_blocks)
-        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space)
+        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages)
         self.max_sequence_tokens = max_sequence_tokens
         self.eos_ids = eos_ids
         self.seed = seed
-        self.steps = 0
-        self.began = 0.0  # when the last step did, on the monotonic clock
+        self.steps = 0  # collected
+        self.began = 0.0  # when the last one of them did, on the monotonic clock
         self.ranges = Ranges()
         self.plan: SchedulerOutput | None = None  # of the last step; what was running if that failed
+        self._flights: deque[Flight] = deque()
         self._arrivals = 0
 
     def announce_to(self, ranges: Ranges) -> None:
@@ -82,6 +102,40 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self.scheduler.live)
+
+    @property
+    def launched(self) -> int:
+        """Steps collected and in flight: the number of the last one that was launched."""
+        return self.steps + len(self._flights)
+
+    @property
+    def block_size(self) -> int:
+        return self.pool.block_size
+
+    @property
+    def used_blocks(self) -> int:
+        return self.pool.num_used
+
+    @property
+    def pinned_blocks(self) -> int:
+        """Blocks that paused sequences hold."""
+        return self.scheduler.pinned_blocks
+
+    @property
+    def offloaded_blocks(self) -> int:
+        return self.space.num_used
+
+    def progress(self) -> dict[str, int]:
+        """How many sequences and blocks there are now in which state."""
+        scheduler, pool = self.scheduler, self.pool
+        return {
+            "step": self.steps,
+            "running": scheduler.running,
+            "waiting": len(scheduler.paused),
+            "queued": len(scheduler.live) - scheduler.running,
+            "blocks_used": pool.num_used,
+            "blocks_total": pool.num_blocks,
+        }
 
     def submit(
         self,
@@ -179,14 +233,42 @@ class Engine:
         self.scheduler.finish(sequence)
 
     def step(self) -> list[Sampled]:
-        """Run one step; returns every sequence's new token. Raises EngineStuck, never spins."""
-        if not self.has_work:
+        """Launch what can be and collect the oldest step in flight; returns its new tokens.
+
+        Raises EngineStuck, never spins.
+        """
+        self.launch()
+        return self.collect()
+
+    def launch(self) -> None:
+        """Launch steps until there are as many in flight as stages, or all who could run are."""
+        while self.has_work and len(self._flights) < self.scheduler.stages and self._launch():
+            pass
+
+    def collect(self) -> list[Sampled]:
+        """Wait for the oldest step in flight; returns its new tokens, none if nothing is in flight."""
+        if not self._flights:
             return []
-        self.plan, self.began = None, monotonic()
+        flight = self._flights.popleft()
+        self.steps, self.began, self.plan = flight.number, flight.began, flight.plan
+        if flight.tokens is None:
+            return []
+        with self.ranges("collect", flight.sequences):
+            tokens = flight.tokens.tolist()
+        # Who was paused or ended meanwhile does not wait for this token any more.
+        landed = [row for row, sequence in enumerate(flight.sequences) if sequence.launch == flight.number]
+        for row in landed:
+            if row in flight.logits:
+                flight.sequences[row].logits = flight.logits[row]
+        return [self._update(flight.sequences[row], tokens[row]) for row in landed]
+
+    def _launch(self) -> bool:
+        """Plan a step and give it to the devices; False if there was nothing to run."""
+        self.plan, began, number = None, monotonic(), self.launched + 1
         with self.ranges("schedule", self.scheduler.live):
             self.plan = plan = self.scheduler.schedule()
         for sequence in plan.admitted:
-            sequence.admitted = (self.began, self.steps + 1)
+            sequence.admitted = (began, number)
         logits, order = self.runner.run(plan)
         for splice in plan.splices:
             splice.sequence.attached(splice.span, splice.position)
@@ -194,17 +276,20 @@ class Engine:
             sequence = work.sequence
             sequence.counters.prefilled += work.count - sequence.unrun_samples
             sequence.unrun_samples = 0
-            sequence.table.register(sequence.tokens)
-        self.steps += 1
-        if not order:
-            return []
-        sequences = [work.sequence for work in order]
-        for row, sequence in enumerate(sequences):
+            if not sequence.modest:
+                sequence.table.register(sequence.tokens)
+        if not plan.work:
+            return False
+        flight = Flight(number, began, plan, [work.sequence for work in order])
+        self._flights.append(flight)
+        for row, sequence in enumerate(flight.sequences):
+            sequence.launch = number
             if sequence.keep_logits:  # grammars change them in place
-                sequence.logits, sequence.keep_logits = logits[row].to(torch.float32, copy=True), False
-        with self.ranges("sample", sequences):
-            tokens = sample(logits, sequences)
-        return [self._update(s, token) for s, token in zip(sequences, tokens, strict=True)]
+                flight.logits[row], sequence.keep_logits = logits[row].to(torch.float32, copy=True), False
+        if order:
+            with self.ranges("sample", flight.sequences):
+                flight.tokens = Readback(draw(logits, flight.sequences))
+        return True
 
     def check(self) -> None:
         """Recount every block reference from scratch; raises AssertionError on any difference."""
@@ -213,6 +298,7 @@ class Engine:
         self.space.check(copy for s in self.sequences for copy in s.table.host)
 
     def _update(self, sequence: Sequence, token: int) -> Sampled:
+        sequence.launch = 0
         sequence.tokens.append(token)
         sequence.unrun_samples = 1
         sequence.counters.decoded += 1

@@ -1,7 +1,7 @@
 """From a published model to one the engine may run: load, fuse, and compare with its plain self."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,12 +9,20 @@ from rrm_kernels.reference import PagedAttention, paged_attention
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from rrm_engine.engine.placement import MemoryPlan
 from rrm_engine.engine.probe import probe, refuse_known_mismatches
 from rrm_engine.kv.cache import LayerShape
-from rrm_engine.models.attention import Forward, choose_attention, register_attention, transformers_forward
+from rrm_engine.models.attention import (
+    Forward,
+    choose_attention,
+    on_own_device,
+    register_attention,
+    transformers_forward,
+)
 from rrm_engine.models.fuse import fuse
 from rrm_engine.models.lean import lean_forward
 from rrm_engine.models.load import load_pretrained, resolve_device
+from rrm_engine.models.spread import spread
 
 
 class UnsupportedModel(ValueError):
@@ -38,11 +46,25 @@ class LoadedModel:
     max_position: int
     eos_ids: frozenset[int]
     generation: dict[str, Any]  # the checkpoint's own sampling settings
-    probe_error: float  # largest logit difference of the load-time check, relative to the logits' spread
+    probe_error: float  # of the load-time check: logit difference, root mean square, relative to the logits' spread
+    stages: int = 1  # of a pipeline; as many steps may be in flight
 
     @property
     def model_type(self) -> str:
         return self.model.config.model_type  # type: ignore[union-attr, return-value]
+
+
+def load_planned(name: str, dtype: str, plan: MemoryPlan, attention: str = "auto") -> list[LoadedModel]:
+    """Load ``name`` as planned: one model for each replica, the same one for those of one device; else just one.
+
+    Raises as ``load_model`` does.
+    """
+    if plan.kind == "replicate":
+        copies = {device: load_model(name, dtype, str(device), attention) for device in dict.fromkeys(plan.devices)}
+        return [copies[device] for device in plan.devices]
+    model, tokenizer = load_pretrained(name, dtype, plan.devices[0], plan.modules)
+    loaded = prepare_model(model, tokenizer, name, plan.devices[0], attention, plan.layers)
+    return [replace(loaded, stages=len(plan.stages))]
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> LoadedModel:
@@ -61,14 +83,20 @@ def prepare_model(
     name: str,
     device: torch.device | None = None,
     attention: str = "auto",
+    layers: Sequence[torch.device] = (),
 ) -> LoadedModel:
     """Fuse and probe a transformers causal LM that was built with our attention (or can be switched to it).
+
+    ``layers`` are the devices of its layers, if they are not all on ``device``, where the first one is.
 
     Raises UnsupportedModel if a packed, chunked run would not equal a plain one.
     """
     register_attention()
     device = device or torch.device("cpu")
-    model = model.to(device).eval()
+    spreads = len(set(layers)) > 1
+    if spreads:
+        spread(model, layers)
+    model = model.eval() if spreads else model.to(device).eval()
     model.requires_grad_(False)
     config = model.config.get_text_config()
     parameters = sum(p.numel() for p in model.parameters())
@@ -76,10 +104,15 @@ def prepare_model(
     if reason := refuse_known_mismatches(config):
         raise UnsupportedModel(f"{name}: {reason}")
     attention_name, attend = choose_attention(attention, device)
+    if spreads:
+        attend = on_own_device(attend)
 
     def optimise(model: Any) -> Iterator[Forward]:
         fuse(model)
-        if attend is not paged_attention and (lean := lean_forward(model, device)) is not None:
+        if spreads:
+            yield transformers_forward(model, layers[-1])
+            return
+        if attend is not paged_attention and (lean := lean_forward(model, device, attend)) is not None:
             yield lean
         yield transformers_forward(model)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rrm_kernels.flash import FlashUnsupported
 from rrm_kernels.reference import PagedAttention
 
 from rrm_engine.engine.runner import ModelRunner
@@ -14,11 +15,13 @@ from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache, LayerShape
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
-from rrm_engine.models.attention import ATTENTION_NAME, Forward
+from rrm_engine.models.attention import ATTENTION_NAME, Forward, block_multiple
 
-# Largest logit difference, relative to the logits' standard deviation, by dtype. Measured differences of the
-# families that work are 1e-6 to 1e-4 in fp32 and up to 0.1 in bf16; a wrong mask or position gives 0.5 and more.
-TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 0.35, torch.float16: 0.1}
+# Difference of the logits, root mean square, relative to their standard deviation, by dtype. Families that work are
+# within 1e-4 in fp32 and 0.08 in bf16; a scale off by 5 % gives 0.2, a wrong mask or position 0.6 and more.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+# The same of the largest difference over many positions and the whole vocabulary, where rounding alone goes further.
+LARGEST = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 BLOCK_SIZE = 8
 LENGTHS = (37, 21)  # tokens of the two probe sequences
 CUTS = ((13, 36), (20,))  # where they are cut into chunks; the last piece of each is a decode of one token
@@ -84,15 +87,18 @@ def _compare(
     device: torch.device,
     attend: PagedAttention,
 ) -> ProbeResult:
-    cache = KVCache(sum(-(-n // BLOCK_SIZE) for n in LENGTHS), BLOCK_SIZE)
+    block_size = -(-BLOCK_SIZE // block_multiple(attend)) * block_multiple(attend)
+    cache = KVCache(sum(-(-n // block_size) for n in LENGTHS), block_size)
     try:
         packed = _run_packed(ModelRunner(forward, cache, device, attend), prompts)
+    except FlashUnsupported as e:
+        return ProbeResult(f"--attention cannot be what it is: {e}; --attention triton and sdpa take any model")
     except TypeError as e:
         return ProbeResult(f"its forward pass does not hand our arguments to its attention ({e})")
     if missing := sorted(set(range(num_layers)) - cache.shapes.keys()):
         return ProbeResult(f"layers {missing} never called the attention function, so their state cannot be kept")
-    error = max(float((a - b).abs().max() / a.std()) for a, b in zip(plain, packed, strict=True))
-    tolerance = TOLERANCE.get(next(iter(cache.shapes.values())).dtype, 0.35)
+    error = max(float((a - b).square().mean().sqrt() / a.std()) for a, b in zip(plain, packed, strict=True))
+    tolerance = TOLERANCE.get(next(iter(cache.shapes.values())).dtype, 0.15)
     if not error <= tolerance:
         return ProbeResult(
             f"a packed run differs from a plain one by {error:.2g} of the logits' spread (allowed: {tolerance})"
@@ -115,5 +121,5 @@ def _run_packed(runner: ModelRunner, prompts: list[list[int]]) -> list[torch.Ten
                 sequence.table.append(stops[piece] - start)
                 work.append(Work(sequence, start, stops[piece] - start, samples=True))
         logits, order = runner.run(SchedulerOutput(tuple(work), ()))
-        last |= {w.sequence.key: row.float() for w, row in zip(order, logits, strict=True)}
+        last |= {w.sequence.key: row.to(torch.float32, copy=True) for w, row in zip(order, logits, strict=True)}
     return [last[s.key] for s in sequences]

@@ -31,5 +31,5 @@ class Ranges:
         return _NOTHING
 
     def step(self, number: int) -> AbstractContextManager[Any]:
-        """The whole of step ``number``, with what is done about its tokens."""
+        """The whole of step ``number``, with what is done about its tokens; in a pipeline the launch of later ones."""
         return _NOTHING

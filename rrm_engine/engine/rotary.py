@@ -13,7 +13,7 @@ from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
-from rrm_engine.models.attention import PagedForward
+from rrm_engine.models.attention import PagedForward, block_multiple
 
 TOKENS = 24
 FARTHEST = 4096  # positions: far enough for frequencies that differ in slow dimensions only
@@ -56,16 +56,18 @@ def _keys_and_values(loaded: LoadedModel, first: int) -> dict[int, tuple[torch.T
     config: Any = loaded.model.config
     vocabulary = config.get_text_config().vocab_size
     tokens = torch.randint(min(vocabulary, 1000), (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
-    cache = KVCache(1, TOKENS, loaded.shapes)
-    table = BlockTable(BlockPool(1, TOKENS, prefix_cache=False))
+    block_size = -(-TOKENS // block_multiple(loaded.attend)) * block_multiple(loaded.attend)
+    cache = KVCache(1, block_size, loaded.shapes)
+    table = BlockTable(BlockPool(1, block_size, prefix_cache=False))
     table.append(TOKENS)
     sequence = Sequence("rotary", tokens, table, SamplingParams(), 0, 1)
-    step = pack((Work(sequence, 0, TOKENS, samples=True),), TOKENS, loaded.device)
+    step = pack((Work(sequence, 0, TOKENS, samples=True),), block_size, loaded.device)
+    step.batch.longest += first
     paged = PagedForward(cache, step.batch, loaded.attend)
     loaded.forward(step.token_ids, step.positions + first, step.sampled, paged)
     block = table.blocks[0]
     pools = {index: cache.pools(index, shape) for index, shape in loaded.shapes.items()}
-    return {index: (keys[block], values[block]) for index, (keys, values) in pools.items()}
+    return {index: (keys[block, :TOKENS], values[block, :TOKENS]) for index, (keys, values) in pools.items()}
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from rrm_kernels.reference import DecodeGroup, PagedAttention, PagedBatch, PrefillChunk, paged_attention
 
+from rrm_engine.engine.captured import static_steps
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import NULL_BLOCK
-from rrm_engine.models.attention import Forward, PagedForward
+from rrm_engine.kv.transfer import integers
+from rrm_engine.models.attention import Forward, PagedForward, batch_on
 
 
 @dataclass(slots=True)
@@ -26,11 +28,23 @@ class PackedStep:
 
 
 class ModelRunner:
-    """Runs a model on one device over one cache."""
+    """Runs a model over one cache; ``device`` is where its layers begin.
+
+    Nothing here waits for a device, and steps are given to the devices one after the other: what a step writes on a
+    device comes behind everything that earlier steps read there. That is why blocks of a step in flight may be
+    released, cached, forked, offloaded and given to others as soon as it has been launched.
+    """
 
     def __init__(
-        self, forward: Forward, cache: KVCache, device: torch.device, attend: PagedAttention = paged_attention
+        self,
+        forward: Forward,
+        cache: KVCache,
+        device: torch.device,
+        attend: PagedAttention = paged_attention,
+        eager: bool = False,
     ) -> None:
+        """``eager``: launch every step's kernels one by one, where they could be captured and replayed."""
+        self.static = static_steps(forward, attend, cache, device, eager)
         self.attend = attend
         self.forward = forward
         self.cache = cache
@@ -40,7 +54,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
-        """Logits ``[rows, vocabulary]`` of the work items that sample, and those items in row order."""
+        """Logits ``[rows, vocabulary]`` of the work items that sample, and those items in row order.
+
+        A step without work only moves blocks.
+        """
         if step.swap_outs or step.swap_ins:
             with self.ranges("offload", step.swapped):
                 for copy, blocks in step.swap_outs:
@@ -54,6 +71,13 @@ class ModelRunner:
         if step.splices:
             with self.ranges("splice", (s.sequence for s in step.splices)):
                 self._splice(step.splices)
+        if not step.work:
+            return torch.empty(0, 0), []
+        if self.static is not None:
+            with self.ranges("pack", step.work):
+                packed_step = self.static.pack(step.work)
+            with self.ranges.forward(step.work):
+                return self.static.run(packed_step), packed_step.order
         with self.ranges("pack", step.work):
             packed = pack(step.work, self.cache.block_size, self.device)
         with self.ranges.forward(step.work):
@@ -86,20 +110,18 @@ def pack(work: tuple[Work, ...], block_size: int, device: torch.device) -> Packe
         tokens += w.sequence.tokens[w.start : stop]
         positions += range(w.start, stop)
         slots += w.sequence.table.slots(w.start, stop)
-        table = torch.tensor(w.sequence.table.blocks, device=device)
+        table = integers(w.sequence.table.blocks)
         chunks.append(PrefillChunk(first, len(tokens), table, stop))
         if w.samples:
             sampled.append(len(tokens) - 1)
             order.append(w)
-    batch = PagedBatch(_tensor(slots, device), _group(decodes, device), chunks)
-    return PackedStep(_tensor(tokens, device), _tensor(positions, device), batch, _tensor(sampled, device), order)
+    longest = max(w.start + w.count for w in work)
+    batch = batch_on(PagedBatch(integers(slots), _group(decodes), chunks, longest), device)
+    inputs = (integers(values, device) for values in (tokens, positions, sampled))
+    return PackedStep(next(inputs), next(inputs), batch, next(inputs), order)
 
 
-def _tensor(values: list[int], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
-
-
-def _group(decodes: list[Work], device: torch.device) -> list[DecodeGroup]:
+def _group(decodes: list[Work]) -> list[DecodeGroup]:
     """Decoding sequences, already in order of length, cut where padding to the longest would waste too much."""
     groups = []
     start = 0
@@ -111,7 +133,7 @@ def _group(decodes: list[Work], device: torch.device) -> list[DecodeGroup]:
             tables = np.full((len(rows), width), NULL_BLOCK, dtype=np.int64)
             for row, blocks in enumerate(rows):
                 tables[row, : len(blocks)] = blocks
-            lengths = _tensor([w.start + 1 for w in decodes[start:stop]], device)
-            groups.append(DecodeGroup(start, stop, torch.from_numpy(tables).to(device), lengths))
+            lengths = integers([w.start + 1 for w in decodes[start:stop]])
+            groups.append(DecodeGroup(start, stop, torch.from_numpy(tables), lengths))
             start = stop
     return groups

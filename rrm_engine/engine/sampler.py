@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from rrm_engine.kv.transfer import integers, to_device
+
 if TYPE_CHECKING:
     from rrm_engine.engine.sequence import Sequence
 
@@ -50,20 +52,24 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-@torch.inference_mode()
 def sample(logits: torch.Tensor, sequences: Seq["Sequence"]) -> list[int]:
     """One token for each row of ``logits`` ``[rows, vocabulary]``; row i belongs to ``sequences[i]``."""
+    return draw(logits, sequences).tolist()
+
+
+@torch.inference_mode()
+def draw(logits: torch.Tensor, sequences: Seq["Sequence"]) -> torch.Tensor:
+    """As ``sample``, int64 ``[rows]`` where the logits are; waits for no device."""
     _apply_grammars(logits, sequences)
     by_params: dict[SamplingParams, list[int]] = defaultdict(list)
     for row, sequence in enumerate(sequences):
         by_params[sequence.sampling].append(row)
-    if len(by_params) == 1 and next(iter(by_params)).temperature == 0:
-        return _argmax(logits).tolist()
-    out = [0] * len(sequences)
+    if len(by_params) == 1:
+        return _draw_group(logits, sequences[0].sampling, sequences)
+    out = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
     for params, rows in by_params.items():
-        chosen = _sample_group(logits[rows], params, [sequences[r] for r in rows])
-        for row, token in zip(rows, chosen, strict=True):
-            out[row] = token
+        index = integers(rows, logits.device)
+        out.index_copy_(0, index, _draw_group(logits.index_select(0, index), params, [sequences[r] for r in rows]))
     return out
 
 
@@ -71,9 +77,9 @@ def _argmax(x: torch.Tensor) -> torch.Tensor:
     return x.max(-1).indices  # several times faster than argmax on CPU in bf16, same result
 
 
-def _sample_group(logits: torch.Tensor, params: SamplingParams, sequences: list["Sequence"]) -> list[int]:
+def _draw_group(logits: torch.Tensor, params: SamplingParams, sequences: Seq["Sequence"]) -> torch.Tensor:
     if params.temperature == 0:
-        return _argmax(logits).tolist()
+        return _argmax(logits)
     scores = logits.float() / params.temperature
     if 0 < params.top_k < scores.shape[-1]:
         scores, ids = scores.topk(params.top_k)
@@ -87,16 +93,16 @@ def _sample_group(logits: torch.Tensor, params: SamplingParams, sequences: list[
         if params.top_p < 1:
             drop |= probs.cumsum(-1) - probs >= params.top_p
         scores = scores.masked_fill(drop, float("-inf"))
-    keys = torch.tensor([s.noise_key for s in sequences], device=ids.device)
-    positions = torch.tensor([len(s.tokens) for s in sequences], device=ids.device)
+    keys = integers([s.noise_key for s in sequences], ids.device)
+    positions = integers([len(s.tokens) for s in sequences], ids.device)
     best = (scores.double() + keyed_gumbel(keys, positions, ids)).argmax(-1, keepdim=True)
-    return ids.gather(-1, best)[:, 0].tolist()
+    return ids.gather(-1, best)[:, 0]
 
 
 def _apply_grammars(logits: torch.Tensor, sequences: Seq["Sequence"]) -> None:
     for row, sequence in enumerate(sequences):
         if sequence.matcher is not None:
             bits = np.unpackbits(sequence.matcher.mask().view(np.uint8), bitorder="little")
-            allowed = torch.from_numpy(bits[: logits.shape[-1]].astype(bool)).to(logits.device)
+            allowed = to_device(torch.from_numpy(bits[: logits.shape[-1]].astype(bool)), logits.device)
             logits[row, : allowed.shape[0]].masked_fill_(~allowed, float("-inf"))
             logits[row, allowed.shape[0] :] = float("-inf")

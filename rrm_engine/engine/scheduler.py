@@ -3,6 +3,7 @@
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from rrm_engine.engine.sequence import Sequence, State
@@ -60,6 +61,10 @@ class Scheduler:
     own it gives up when nothing else is left. Alone it fits, because the pool holds one sequence of the greatest
     length allowed (checked at start). So it runs in every step until it pauses or ends, and then the next one is
     first. A span is attached only together with the tokens that are run behind it, so a step that attaches also runs.
+
+    With several ``stages`` as many steps are launched before the first one's tokens are there. Who waits for a token
+    is left out; all of the above holds for the first one that does not, and no token takes longer than the steps in
+    flight. Blocks may be taken from a sequence in flight like from any other: see ``ModelRunner``.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Scheduler:
         wait_policy: WaitPolicy = "pin",
         space: HostSpace | None = None,
         costs: SwapCosts | None = None,
+        stages: int = 1,
     ) -> None:
         """``costs`` decide what ``auto`` does with a waiting sequence under pressure; without them it is dropped."""
         self.pool = pool
@@ -78,6 +84,7 @@ class Scheduler:
         self.costs = costs
         self.max_sequences = max_sequences
         self.step_tokens = step_tokens
+        self.stages = stages
         self.live: list[Sequence] = []  # waiting and running, by priority
         self.paused: dict[str, Sequence] = {}
         self._running = 0
@@ -86,6 +93,8 @@ class Scheduler:
         self._swap_outs: list[SwapOut] = []  # for the next step to carry out
         self._swap_ins: list[SwapIn] = []
         self._swapped: list[str] = []
+        self._held: list[tuple[object, ...]] | None = None  # by whom, when ``_pinned`` was counted
+        self._pinned = 0
 
     @property
     def running(self) -> int:
@@ -93,9 +102,16 @@ class Scheduler:
 
     @property
     def pinned_blocks(self) -> int:
-        """Blocks that paused sequences hold, a shared one counted once."""
+        """Blocks that paused sequences hold, a shared one counted once.
+
+        Counted anew only when it may have changed: as long as a sequence is paused its table only ever gets shorter.
+        """
         paused = self.paused.values()
-        return len(set[int]().union(*(s.table.blocks for s in paused), *(k.blocks for s in paused for k in s.kept)))
+        held = [(s, len(s.table.blocks), *s.kept) for s in paused]
+        if held != self._held:
+            blocks = (s.table.blocks for s in paused), (k.blocks for s in paused for k in s.kept)
+            self._held, self._pinned = held, len(set[int]().union(*chain(*blocks)))
+        return self._pinned
 
     def add(self, sequence: Sequence) -> None:
         """Let a new or paused sequence take part."""
@@ -108,6 +124,7 @@ class Scheduler:
         self._remove(sequence)
         sequence.state = State.PAUSED
         self.paused[sequence.key] = sequence
+        self._held = None  # it may hold as many blocks as when it was paused before, and others
 
     def wait(self, sequence: Sequence) -> None:
         """A paused sequence waits for others: its KV is kept, moved or given up as the policy says."""
@@ -133,31 +150,42 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Choose the next step's work: decodes of all running sequences, prefill chunks up to the token budget.
 
-        Raises EngineStuck if there is live work and none of it can be scheduled.
+        With several stages only their share of the decodes, so that the steps in flight do not collapse into one; who
+        is left out now is in one of the next ``stages`` steps, for so many shares hold everybody. A step without work
+        means that all who could run are in flight.
+
+        Raises EngineStuck if there is live work, none of it can be scheduled, and none is in flight.
         """
         order = list(self.live)
-        decoding = sum(1 for s in order if s.state is State.RUNNING and s.pending == 1)
+        share = -(-len(order) // self.stages)
+        decoding = min(share, sum(1 for s in order if s.state is State.RUNNING and s.pending == 1))
         room = max(self.step_tokens - decoding, 1)
         work: list[Work] = []
         copies: list[BlockCopy] = []
         splices: list[Splice] = []
-        self._pressed, self._admitted = False, []
+        self._pressed, self._admitted, flying = False, [], False
         for index, sequence in enumerate(order):
+            if sequence.launch:
+                flying = True
+                continue
             waiting = sequence.state is State.WAITING
             decode = not waiting and sequence.pending == 1
-            if room <= 0 and not decode:
+            if (share if decode else room) <= 0:
                 continue
             behind = order[index + 1 :]
-            if waiting and not self._admit(sequence, behind, alone=not work):
+            if waiting and not self._admit(sequence, behind, alone=not work and not flying):
                 continue
             victims = self._victims(sequence, behind, siblings=True)
             runs, new_copies, new_splices = self._run(sequence, 1 if decode else room, victims)
-            room -= 0 if decode else sum(run.count for run in runs)
+            if decode:
+                share -= len(runs)
+            else:
+                room -= sum(run.count for run in runs)
             sequence.counters.copied_blocks += len(new_copies)
             work += runs
             copies += new_copies
             splices += new_splices
-        if self.live and not work:
+        if order and not work and not flying:
             raise EngineStuck(f"{len(self.live)} live sequences, {self.pool.num_free} free blocks, nothing to run")
         swaps = tuple(self._swap_outs), tuple(self._swap_ins), tuple(self._swapped)
         output = SchedulerOutput(tuple(work), tuple(copies), *swaps, tuple(splices), tuple(self._admitted))
@@ -203,7 +231,7 @@ class Scheduler:
         if (full and last is None) or (self._pressed and not alone):
             return False
         table = sequence.table
-        reused = table.reuse(sequence.tokens) if not table.stored else 0
+        reused = table.reuse(sequence.tokens) if not (table.stored or sequence.modest) else 0
         if alone:
             moved = table.stored - table.length
             victims = self._victims(sequence, behind, siblings=True)
@@ -285,6 +313,7 @@ class Scheduler:
         return True
 
     def _remove(self, sequence: Sequence) -> None:
+        sequence.launch = 0  # the token it may be waiting for is thrown away
         if sequence.state is State.RUNNING:
             self._running -= 1
         if sequence.state in (State.WAITING, State.RUNNING):

@@ -75,12 +75,13 @@ class Sequence:
     matcher: Matcher | None = None
     state: State = State.WAITING
     admitted: tuple[float, int] = (0.0, 0)  # the step that let it run last: when it began, and its number
+    launch: int = 0  # number of the launched step whose token it waits for; 0: none
     counters: Counters = field(default_factory=Counters)
     unrun_samples: int = 0  # 1 while the last sampled token has not been run yet
     kept: list[Span] = field(default_factory=list)
     splices: list[tuple[int, Span]] = field(default_factory=list)  # in order, with tokens to run in between and behind
     spliced: list[tuple[int, int]] = field(default_factory=list)
-    modest: bool = False  # others' blocks are not taken for it, unless it is the first of all
+    modest: bool = False  # takes no blocks of others, unless it is first of all; does without the prefix cache
     keep_logits: bool = False  # put the next token's logits, fp32 [vocabulary], into ``logits``
     logits: torch.Tensor | None = None
 

@@ -1,6 +1,6 @@
 """The KV tensors: one K and one V pool per layer, addressed by the block ids of ``BlockPool``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from rrm_kernels.rope import rerotate
 
 from rrm_engine.kv.host import HostCopy
 from rrm_engine.kv.table import BlockCopy
+from rrm_engine.kv.transfer import integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +58,16 @@ class KVCache:
 
     def copy(self, copies: list[BlockCopy]) -> None:
         """Do the block copies of a step; every source is read before any destination is written."""
-        sources, destinations = torch.tensor(copies, dtype=torch.int64).unbind(1)
+        sources, destinations = (_Index(numbers) for numbers in zip(*copies, strict=True))
         for pools in self._layers.values():
             for pool in pools:
-                copy_blocks(pool, sources.to(pool.device), destinations.to(pool.device))
+                copy_blocks(pool, sources.on(pool.device), destinations.on(pool.device))
 
     def swap_out(self, copy: HostCopy, blocks: Sequence[int]) -> None:
         """Read ``blocks`` into host memory; on CUDA the transfer goes on beside the steps that follow."""
+        taken = _Index(blocks)
         copy.payload = {
-            index: [self._to_host(pool.index_select(0, _index(blocks, pool))) for pool in pools]
+            index: [self._to_host(pool.index_select(0, taken.on(pool.device))) for pool in pools]
             for index, pools in self._layers.items()
         }
 
@@ -73,9 +75,10 @@ class KVCache:
         """Write what ``swap_out`` read into ``blocks``, as far as they go."""
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
+        given = _Index(blocks)
         for index, pools in self._layers.items():
             for pool, rows in zip(pools, copy.payload[index], strict=True):
-                pool.index_copy_(0, _index(blocks, pool), rows[: len(blocks)].to(pool.device, non_blocking=True))
+                pool.index_copy_(0, given.on(pool.device), rows[: len(blocks)].to(pool.device, non_blocking=True))
         copy.payload = None
 
     def splice(
@@ -89,9 +92,10 @@ class KVCache:
 
         ``rotary``: by layer index the frequencies fp32 ``[rotary / 2]`` with which its keys are rotated.
         """
+        indices = _Index(sources), _Index(destinations), _Index(moves)
         for index, (keys, values) in self._layers.items():
-            source, destination = _index(sources, keys), _index(destinations, keys)
-            moved = rerotate(_rows(keys).index_select(0, source), _index(moves, keys), rotary[index])
+            source, destination, delta = (numbers.on(keys.device) for numbers in indices)
+            moved = rerotate(_rows(keys).index_select(0, source), delta, rotary[index])
             _rows(keys).index_copy_(0, destination, moved)
             _rows(values).index_copy_(0, destination, _rows(values).index_select(0, source))
 
@@ -115,8 +119,17 @@ class KVCache:
         self._layers[index] = (key, value)
 
 
-def _index(numbers: Sequence[int], pool: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=pool.device)
+class _Index:
+    """Numbers as int64 on the devices of layers, brought to each of them once."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = numbers
+        self._found: dict[torch.device, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._found:
+            self._found[device] = integers(self._numbers, device)
+        return self._found[device]
 
 
 def _rows(pool: torch.Tensor) -> torch.Tensor:
@@ -126,4 +139,15 @@ def _rows(pool: torch.Tensor) -> torch.Tensor:
 
 def bytes_per_block(shapes: Mapping[int, LayerShape], block_size: int) -> int:
     """Bytes of one block over all layers."""
-    return block_size * sum(shape.bytes_per_token for shape in shapes.values())
+    return sum(bytes_per_block_on_devices([shapes], block_size).values())
+
+
+def bytes_per_block_on_devices(
+    replicas: Iterable[Mapping[int, LayerShape]], block_size: int
+) -> dict[torch.device, int]:
+    """By device the bytes of one block in each of the replicas, over those of their layers that lie there."""
+    found: dict[torch.device, int] = {}
+    for shapes in replicas:
+        for shape in shapes.values():
+            found[shape.device] = found.get(shape.device, 0) + block_size * shape.bytes_per_token
+    return found

@@ -3,20 +3,67 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
 
 # What torch and the libraries under it say in a plain RuntimeError.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")  # a line per hierarchy: number:controllers:path
+# Of the second and the first version of control groups: their limit, what is used of it, and what of that is page
+# cache, which the kernel frees when it has to.
+VERSIONS = (
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+)
+CPU_SHARE, CUDA_SHARE = 0.3, 0.88  # of the memory that is free beside the weights, for KV
+
+
+def kv_room(device: torch.device, weights: int = 0) -> int:
+    """Bytes that KV may take on ``device``, with ``weights`` bytes still to be loaded there."""
+    share = CUDA_SHARE if device.type == "cuda" else CPU_SHARE
+    return int(share * (free_memory(device) - weights))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on ``device`` now; on CPU what the system can free for it included."""
+    """Bytes that could be allocated on ``device`` now; on CPU what the system can free for it included.
+
+    On CPU not more than the limits of the process's control groups leave, that is of its container.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *container_room()])
+
+
+def container_room() -> list[int]:
+    """Bytes that each memory limit on this process leaves: those of its control group and of the groups around it."""
+    try:
+        lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text().splitlines()]
+    except OSError:  # no Linux
+        return []
+    found = []
+    for _, controllers, path in lines:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = CGROUPS / controllers
+        group = mount / path.lstrip("/")  # inside a container that may be the host's name for what is mounted
+        for place in (group, *group.parents):
+            if place.is_relative_to(mount):
+                found += [room for version in VERSIONS if (room := _room(place, *version)) is not None]
+    return found
+
+
+def _room(group: Path, limit: str, usage: str, cache: tuple[str, ...]) -> int | None:
+    """What the limit of one control group leaves; None if it has none."""
+    try:
+        allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    return None if allowed == "max" else max(0, int(allowed) - used + sum(int(stat.get(name, 0)) for name in cache))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

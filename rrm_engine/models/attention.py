@@ -1,15 +1,26 @@
 """The attention function transformers calls for every layer: store the new KV, attend over the blocks."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from rrm_kernels.flash import FlashUnavailable, load_flash
 from rrm_kernels.native import NativeUnavailable, load_native
-from rrm_kernels.reference import PagedAttention, PagedBatch, paged_attention, store_kv
+from rrm_kernels.reference import (
+    DecodeGroup,
+    PagedAttention,
+    PagedBatch,
+    PrefillChunk,
+    paged_attention,
+    store_kv,
+)
 from rrm_kernels.triton_attention import TritonUnavailable, load_triton
+from rrm_kernels.varlen import load_varlen
 from transformers import AttentionInterface
 
 from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.transfer import hand_over, to_device
 
 ATTENTION_NAME = "rrm_paged"
 
@@ -21,6 +32,41 @@ class PagedForward:
     cache: KVCache
     batch: PagedBatch
     attend: PagedAttention
+    brought: dict[Any, Any] = field(default_factory=dict)  # to other devices than the batch's, in this step
+
+    def batch_on(self, device: torch.device) -> PagedBatch:
+        """The batch on one of the model's devices; brought there once a step."""
+        if device == self.batch.slots.device:
+            return self.batch
+        if device not in self.brought:
+            self.brought[device] = batch_on(self.batch.host or self.batch, device)
+        batch: PagedBatch = self.brought[device]
+        return batch
+
+    def bring(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A tensor of this step on another device; brought there once, whichever layers ask for it."""
+        if tensor.device == device:
+            return tensor
+        key = (id(tensor), device)
+        if key not in self.brought:
+            self.brought[key] = tensor, hand_over(tensor, device)  # the first one lives on, so its id is not reused
+        there: torch.Tensor = self.brought[key][1]
+        return there
+
+
+def batch_on(host: PagedBatch, device: torch.device) -> PagedBatch:
+    """A batch that was packed on the host, on ``device``."""
+    if host.ragged is not None:
+        return PagedBatch(
+            hand_over(host.slots.clone(), device), [], [], host.longest, host.ragged.on(device, hand_over)
+        )
+    if device.type == "cpu":
+        return host
+    groups = [
+        DecodeGroup(g.start, g.stop, to_device(g.tables, device), to_device(g.lengths, device)) for g in host.groups
+    ]
+    chunks = [PrefillChunk(c.start, c.stop, to_device(c.table, device), c.length) for c in host.chunks]
+    return PagedBatch(to_device(host.slots, device), groups, chunks, host.longest, host=host)
 
 
 class Forward(Protocol):
@@ -34,8 +80,11 @@ class Forward(Protocol):
     ) -> torch.Tensor: ...
 
 
-def transformers_forward(model: Any) -> Forward:
-    """A causal LM of transformers, whose attention is ours, as a ``Forward``."""
+def transformers_forward(model: Any, output: torch.device | None = None) -> Forward:
+    """A causal LM of transformers, whose attention is ours, as a ``Forward``.
+
+    ``output`` is where its last layer lies, if that is not where its inputs go.
+    """
 
     def forward(
         token_ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, paged: PagedForward
@@ -44,7 +93,7 @@ def transformers_forward(model: Any) -> Forward:
             input_ids=token_ids[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=sampled,
+            logits_to_keep=sampled if output is None else hand_over(sampled, output),
             rrm_forward=paged,
         )
         logits: torch.Tensor = out.logits[0]
@@ -75,14 +124,15 @@ def paged_attention_forward(
     """
     new_key, new_value = key[0].transpose(0, 1), value[0].transpose(0, 1)
     key_pool, value_pool = rrm_forward.cache.layer(module.layer_idx, new_key, new_value)  # type: ignore[arg-type]
-    store_kv(key_pool, new_key, rrm_forward.batch.slots)
-    store_kv(value_pool, new_value, rrm_forward.batch.slots)
+    batch = rrm_forward.batch_on(query.device)
+    store_kv(key_pool, new_key, batch.slots)
+    store_kv(value_pool, new_value, batch.slots)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = rrm_forward.attend(
         query[0].transpose(0, 1),
         key_pool,
         value_pool,
-        rrm_forward.batch,
+        batch,
         scale,
         sliding_window,
         softcap,
@@ -92,7 +142,7 @@ def paged_attention_forward(
 
 
 def choose_attention(name: str, device: torch.device) -> tuple[str, PagedAttention]:
-    """The attention backend ``auto``, ``native``, ``triton`` or ``sdpa``, and what it turned out to be, in words.
+    """The attention backend of ``--attention``, and what it turned out to be, in words.
 
     ``auto`` is the compiled kernel on CPU and Triton's on CUDA where it can be had, else the torch reference. Raises
     ValueError if a backend is asked for by name and cannot be had.
@@ -106,10 +156,29 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, PagedAttenti
         if wanted == "triton":
             kernels = load_triton(device)
             return kernels.name, kernels
-    except (NativeUnavailable, TritonUnavailable) as error:
+        if wanted == "varlen":
+            return "torch's FlashAttention", load_varlen(device)
+        if wanted == "flash":
+            return "flash-attn", load_flash(device)
+    except (NativeUnavailable, TritonUnavailable, FlashUnavailable) as error:
         if name != "auto":
             raise ValueError(f"--attention {name}: {error}; --attention sdpa works everywhere") from error
     return "torch reference", paged_attention
+
+
+def on_own_device(attend: PagedAttention) -> PagedAttention:
+    """``attend`` with CUDA's current device that of its arguments, as kernels compiled outside torch need it."""
+
+    def attend_there(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
+            return attend(query, *rest, **options)
+
+    return attend_there
+
+
+def block_multiple(attend: PagedAttention) -> int:
+    """The tokens that KV blocks must be a multiple of for this backend."""
+    return getattr(attend, "block_multiple", 1)
 
 
 def register_attention() -> None:

@@ -1,9 +1,11 @@
-"""Fewer and faster operations: projections of one input merged, weights prepacked on CPU, norms in one kernel."""
+"""Fewer and faster operations: projections of one input merged, weights packed on CPU, norms in one kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from rrm_kernels.build import NativeUnavailable
+from rrm_kernels.products import NativeLinear
 from torch import nn
 
 # Projections that read the same input, by the names transformers gives them.
@@ -13,40 +15,51 @@ PREPACK_FP32_WEIGHTS = 1 << 20
 
 
 class PackedLinear(nn.Module):
-    """``x @ weight.T + bias`` with the weight prepacked by oneDNN where this torch can, else ``F.linear``.
+    """``x @ weight.T + bias`` with the weight packed by the compiled kernel or by oneDNN, else ``F.linear``.
 
-    The prepacking operators are torch-internal, so their absence is a normal case. In bf16 the packed product is
-    bitwise equal to ``F.linear`` and independent of the batch; in fp32 it differs in the last bits.
+    In bf16, and with the compiled kernel in fp32, a row's result does not depend on the other rows.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        # Plain attributes, not parameters: nn.Module looks those up the slow way, and these are read in every step.
-        self.bias = None if bias is None else bias.detach()
-        self._packed = _prepack(weight)
-        self.weight = None if self._packed is not None else weight.detach()
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        # A plain attribute: nn.Module looks parameters up the slow way, and this is read in every step.
+        self._product = _native(weight, bias) or _prepacked(weight, bias) or _unpacked(weight, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
-            assert self.weight is not None
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return self._product(x)
 
 
-def _prepack(weight: torch.Tensor) -> torch.Tensor | None:
-    """The weight in oneDNN's own layout, or None where that is not to be had or does not pay.
+Product = Callable[[torch.Tensor], torch.Tensor]
 
-    In fp32 it gains from about a million weights on; below, ``F.linear`` has less to do around the product.
+
+def _native(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
+    try:
+        return NativeLinear(weight, bias)
+    except NativeUnavailable:
+        return None
+
+
+def _prepacked(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
+    """The product by oneDNN with the weight in its own layout, or None where that is not to be had or does not pay.
+
+    The operators are torch-internal, so their absence is a normal case. In bf16 the result is bitwise that of
+    ``F.linear``. In fp32 it gains from about a million weights on; below, ``F.linear`` has less to do around it.
     """
     pays = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and weight.numel() >= PREPACK_FP32_WEIGHTS)
     supported = weight.device.type == "cpu" and pays
     if not (supported and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return None
     try:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     except (RuntimeError, TypeError):
         return None
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _unpacked(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    return lambda x: F.linear(x, weight, bias)
 
 
 class _Merged:
@@ -104,7 +117,7 @@ class FusedRMSNorm(nn.Module):
 
 
 def fuse(model: nn.Module) -> None:
-    """Merge and prepack the linear layers of ``model`` and fuse its RMS norms, in place.
+    """Merge and pack the linear layers of ``model`` and fuse its RMS norms, in place.
 
     Only exact ``nn.Linear`` modules and norms that compute the same are touched; hooks placed by accelerate mark
     modules that are left alone.

@@ -1,22 +1,33 @@
-"""A decoder's forward pass without modules: the layers of the Llama shape on CPU, four products and five kernels each.
+"""A decoder's forward pass without modules: the layers of the Llama shape, four products and five kernels each.
 
 transformers' own forward spends more time in Python than a small model's products take. This runs the same
 operations on the same (fused) weights, in the same order and with the same roundings; the check at load compares it
 with the plain model like any other path, and whatever is not recognised keeps transformers' forward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rrm_kernels.native import DTYPES, NativeLayer, NativeUnavailable, load_native_layer
+from rrm_kernels.reference import PagedAttention
+from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, load_triton_layer
+from torch import nn
 
 from rrm_engine.kv.cache import LayerShape
 from rrm_engine.models.attention import PagedForward
 from rrm_engine.models.fuse import FusedRMSNorm, MergedPart, PackedLinear
 
+if TYPE_CHECKING:
+    from rrm_kernels.triton_layer import TritonLayer
+
 # Models whose layers are: norm, attention, add, norm, gated SiLU MLP, add; with one RoPE, half-split.
 MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LEAST_POSITIONS = 256  # of the rotation's table
+
+Linear = PackedLinear | nn.Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,72 +40,98 @@ class Layer:
     scale: float
     window: int | None
     input_norm: FusedRMSNorm
-    qkv: PackedLinear
+    qkv: Linear
     norms: tuple[torch.Tensor, torch.Tensor] | None
     norm_eps: float
-    output: PackedLinear
+    output: Linear
     mlp_norm: FusedRMSNorm
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Linear
+    down: Linear
 
 
 class LeanForward:
-    """A ``Forward``: packed tokens in, logits of the sampled rows out."""
+    """A ``Forward``: packed tokens in, logits of the sampled rows out. On CUDA nothing in it waits for the device.
 
-    def __init__(self, model: Any, layers: list[Layer], native: NativeLayer) -> None:
+    With Triton's kernels (``skips_padding``) a row with a negative slot and no sequence is padding: it stores nothing,
+    and what comes out of it is undefined.
+    """
+
+    def __init__(self, model: Any, layers: list[Layer], kernels: "NativeLayer | TritonLayer") -> None:
         inner = model.model
         self._embedding = inner.embed_tokens.weight.detach()
         self._rotary = inner.rotary_emb
-        self._head: PackedLinear = model.lm_head
+        self._head: Linear = model.lm_head
         self._layers = layers
         self._norms = [*(layer.input_norm for layer in layers), inner.norm]
-        self._native = native
-        self._tables = self._rotation(256)
+        self._kernels = kernels
+        self._tables = self._rotation(LEAST_POSITIONS)
+        self.skips_padding = not isinstance(kernels, NativeLayer)
+
+    def reserve(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotation's cos and sin of at least that many positions, which the forward reads from now on."""
+        if positions > len(self._tables[0]):
+            self._tables = self._rotation(max(positions, 2 * len(self._tables[0])))
+        return self._tables
 
     def __call__(
         self, token_ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, paged: PagedForward
     ) -> torch.Tensor:
-        native, slots, tokens = self._native, paged.batch.slots, len(token_ids)
-        if (last := int(positions.max())) >= len(self._tables[0]):
-            self._tables = self._rotation(2 * last)
+        kernels, slots, tokens = self._kernels, paged.batch.slots, len(token_ids)
+        assert paged.batch.longest > 0  # or the rotation's table might end before the positions do
+        tables = self.reserve(paged.batch.longest)
         residual = self._embedding[token_ids]
         normed = torch.empty_like(residual)
         query = residual.new_empty(tokens, self._layers[0].heads, self._layers[0].shape.key_width)
         gated = residual.new_empty(tokens, self._layers[0].down.in_features)
-        native.norm(residual, self._norms[0].weight, self._norms[0].eps, normed)
+        kernels.norm(residual, self._norms[0].weight, self._norms[0].eps, normed)
         for layer, norm in zip(self._layers, self._norms[1:], strict=True):
             keys, values = paged.cache.pools(layer.index, layer.shape)
             qkv = layer.qkv(normed)
-            native.rope_store(qkv, layer.norms, layer.norm_eps, self._tables, positions, slots, query, keys, values)
+            kernels.rope_store(qkv, layer.norms, layer.norm_eps, tables, positions, slots, query, keys, values)
             mixed = paged.attend(query, keys, values, paged.batch, layer.scale, layer.window)
-            native.add_norm(layer.output(mixed.flatten(1)), residual, layer.mlp_norm.weight, layer.mlp_norm.eps, normed)
-            native.silu_mul(layer.gate_up(normed), gated)
-            native.add_norm(layer.down(gated), residual, norm.weight, norm.eps, normed)
+            kernels.add_norm(
+                layer.output(mixed.flatten(1)), residual, layer.mlp_norm.weight, layer.mlp_norm.eps, normed
+            )
+            kernels.silu_mul(layer.gate_up(normed), gated)
+            kernels.add_norm(layer.down(gated), residual, norm.weight, norm.eps, normed)
         return self._head(normed[sampled])
 
     def _rotation(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the first ``count`` positions, fp32 ``[count, rotary / 2]``, rounded as in the model."""
-        cos, sin = self._rotary(self._embedding, torch.arange(count)[None])
+        cos, sin = self._rotary(self._embedding, torch.arange(count, device=self._embedding.device)[None])
         half = cos.shape[-1] // 2
         return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
 
 
-def lean_forward(model: Any, device: torch.device) -> LeanForward | None:
-    """The lean forward of a fused model, or None where its class, type or device is not one that is known."""
-    if type(model).__name__ not in MODELS or device.type != "cpu" or model.dtype not in DTYPES:
+def lean_forward(model: Any, device: torch.device, attend: PagedAttention) -> LeanForward | None:
+    """The lean forward of a fused model, or None where its class, type or device is not one that is known.
+
+    Its kernels are the compiled ones on CPU, and Triton's on CUDA and wherever attention is Triton's.
+    """
+    if type(model).__name__ not in MODELS or model.dtype not in (*DTYPES, torch.float16):
         return None
-    layers = [_layer(index, module, model) for index, module in enumerate(model.model.layers)]
+    if model.dtype == torch.float16 and device.type == "cpu":
+        return None
+    layers = [_layer(index, module, model, device) for index, module in enumerate(model.model.layers)]
     known = [layer for layer in layers if layer is not None]
-    ends_known = isinstance(model.model.norm, FusedRMSNorm) and isinstance(model.lm_head, PackedLinear)
+    ends_known = isinstance(model.model.norm, FusedRMSNorm) and _plain(model.lm_head)
     if len(known) < len(layers) or not ends_known:
         return None
+    load: Callable[[], NativeLayer | TritonLayer] = load_native_layer
+    if device.type != "cpu" or isinstance(attend, TritonAttention):
+        load = partial(load_triton_layer, device)
     try:
-        return LeanForward(model, known, load_native_layer())
-    except NativeUnavailable:
+        return LeanForward(model, known, load())
+    except (NativeUnavailable, TritonUnavailable):
         return None
 
 
-def _layer(index: int, module: Any, model: Any) -> Layer | None:
+def _plain(module: Any) -> bool:
+    """A product without hooks."""
+    return isinstance(module, PackedLinear) or (type(module) is nn.Linear and not hasattr(module, "_hf_hook"))
+
+
+def _layer(index: int, module: Any, model: Any, device: torch.device) -> Layer | None:
     attention, mlp, config = module.self_attn, module.mlp, model.config
     norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     parts = (module.input_layernorm, module.post_attention_layernorm, *norms)
@@ -102,7 +139,7 @@ def _layer(index: int, module: Any, model: Any) -> Layer | None:
     merged = (attention.q_proj, mlp.gate_proj)
     whole = (
         all(isinstance(part, FusedRMSNorm) for part in parts)
-        and all(isinstance(linear, PackedLinear) for linear in linears)
+        and all(map(_plain, linears))
         and all(isinstance(part, MergedPart) for part in merged)
         and config.hidden_act == "silu"
     )
@@ -113,7 +150,7 @@ def _layer(index: int, module: Any, model: Any) -> Layer | None:
     has_window = "Mistral" in type(model).__name__
     return Layer(
         index=index,
-        shape=LayerShape(kv_heads, width, width, model.dtype, torch.device("cpu")),
+        shape=LayerShape(kv_heads, width, width, model.dtype, device),
         heads=attention.q_proj.out_features // width,
         scale=attention.scaling,
         window=config.sliding_window if has_window else getattr(attention, "sliding_window", None),

@@ -4,7 +4,8 @@ A graph file is JSON lines, one graph a line::
 
     {"id": "two", "seed": 7, "shared_prefix": 32, "nodes": {
       "root":   {"prompt": 20, "steps": [{"decode": 30}, {"child": "root.a"}, {"decode": 9}, {"child": "root.b"},
-                                         {"await": ["root.a", "root.b"]}, {"append": 24}, {"decode": 40}]},
+                                         {"await": ["root.a", "root.b"]}, {"append": 12, "of": "root.a"},
+                                         {"append": 12, "of": "root.b"}, {"append": 5}, {"decode": 40}]},
       "root.a": {"prompt": 15, "steps": [{"decode": 90}]},
       "root.b": {"prompt": 15, "steps": [{"decode": 60}], "fork": true, "after": ["root.a"]}}}
 
@@ -16,6 +17,9 @@ Tokens are given as a count, drawn from the graph's ``seed``, or as a list of to
 - ``steps``: ``decode`` samples tokens; ``child`` starts a node, whose prefill is in the next step; ``await`` pauses
   until the named children have ended; ``append`` puts tokens (conclusions) behind those there are. The first and the
   last step decode, and so does something behind every ``append``.
+- ``of``: the child, awaited before, whose conclusion an ``append`` carries. Its tokens are the child's own, a count
+  takes the last ones that it decodes; policies that splice attach their KV, the last one's excepted. Without ``of`` an
+  ``append`` is text to everybody.
 - ``after`` (default none): nodes that have to end before this one starts.
 
 A node that no ``child`` step names is a root and starts by itself. A graph has its answer when all roots have ended.

@@ -10,11 +10,13 @@ import torch
 from rrm_engine.engine.costs import measure_swap_costs
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.engine.rotary import find_rotary
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.host import SwapCosts
 from rrm_engine.kv.pool import NULL_BLOCK, BlockPool
+from rrm_engine.kv.span import Span
 from rrm_engine.replay.check import RecordingRunner
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.variant import Variant
@@ -33,6 +35,7 @@ class Replayed:
     steps: int
     prefilled: int  # tokens run that were not sampled in the step before
     reused: int  # tokens whose KV was there already: prefix cache or fork
+    attached: int | None = None  # tokens whose KV was attached: what follows them is approximate
     copied_blocks: int | None = None  # copy-on-write
     offloaded_blocks: int | None = None
     restored_blocks: int | None = None
@@ -87,7 +90,7 @@ class Ours:
         """
         graph = self.variant.graph(graph)
         engine = self.memory.engine(self.variant, graph)
-        play = _Play(engine, graph, Walk(graph, self.variant.serial))
+        play = _Play(engine, graph, Walk(graph, self.variant.serial), self.variant.attach)
         clock = Clock()
         play.carry_out(play.walk.start())
         while engine.has_work:
@@ -109,10 +112,12 @@ class Ours:
 class _Play:
     """The sequences of one replay."""
 
-    def __init__(self, engine: Engine, graph: Graph, walk: Walk) -> None:
+    def __init__(self, engine: Engine, graph: Graph, walk: Walk, attach: bool = False) -> None:
         self.engine = engine
         self.graph = graph
         self.walk = walk
+        self.wanted = {a.child: a for a in graph.all_attached()} if attach else {}
+        self.spans: dict[str, Span] = {}  # by child
         self.sequences: dict[str, Sequence] = {}
         self.sampled: dict[str, list[int]] = {}
 
@@ -123,9 +128,11 @@ class _Play:
                     self._start(command)
                 case Wait(node=name):  # its budget was spent, so the engine has paused it
                     self.engine.wait(self.sequences[name])
-                case Resume(node=name, tokens=tokens, decode=decode):
-                    self.engine.resume(self.sequences[name], tokens, decode)
+                case Resume(node=name, tokens=tokens, decode=decode, attached=attached):
+                    splices = [(a.at, self.spans.pop(a.child)) for a in attached if a.child in self.spans]
+                    self.engine.resume(self.sequences[name], tokens, decode, splices=splices)
                 case End(node=name):
+                    self._keep(name)
                     self.engine.finish(self.sequences[name])
 
     def _start(self, start: Start) -> None:
@@ -139,6 +146,12 @@ class _Play:
         self.sequences[start.node] = sequence
         self.sampled[start.node] = []
 
+    def _keep(self, name: str) -> None:
+        """Hold what the parent of a node that ends will need of its KV."""
+        if (wanted := self.wanted.get(name)) is not None:
+            parent, child = self.sequences[self.graph.parents[name]], self.sequences[name]
+            self.spans[name] = self.engine.keep(parent, child, wanted.start, wanted.start + wanted.size)
+
     def result(self, clock: Clock) -> Replayed:
         if clock.answer_s is None or self.walk.unfinished:
             raise RuntimeError(f"the replay of {self.graph.id} ended before {', '.join(self.walk.unfinished)} did")
@@ -150,6 +163,7 @@ class _Play:
             steps=engine.steps,
             prefilled=sum(c.prefilled for c in counters),
             reused=sum(c.reused for c in counters),
+            attached=sum(c.spliced for c in counters),
             copied_blocks=sum(c.copied_blocks for c in counters),
             offloaded_blocks=sum(c.offloaded_blocks for c in counters),
             restored_blocks=sum(c.restored_blocks for c in counters),
@@ -217,6 +231,8 @@ class Memory:
             wait_policy=variant.wait_policy,
             host_blocks=self.host_blocks if variant.wait_policy in ("offload", "auto") else 0,
         )
+        if variant.attach and not self.runner.rotary:
+            self.runner.rotary = find_rotary(self.model)
         if variant.wait_policy == "auto":
             self._costs = self._costs or measure_swap_costs(engine)
             engine.scheduler.costs = self._costs

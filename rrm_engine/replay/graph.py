@@ -1,8 +1,10 @@
 """A graph to replay: who starts whom and when, and how many tokens each piece has, or which."""
 
 import random
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
+from itertools import groupby
 
 Tokens = int | tuple[int, ...]  # a count, or token ids
 
@@ -24,7 +26,10 @@ class Await:
 
 @dataclass(frozen=True, slots=True)
 class Append:
+    """``of`` names the child whose conclusion it is: then ``tokens`` are some of those that the child ends with."""
+
     tokens: Tokens
+    of: str | None = None
 
 
 Step = Decode | Child | Await | Append
@@ -50,6 +55,16 @@ class Node:
     @property
     def appended(self) -> int:
         return sum(count(step.tokens) for step in self.steps if isinstance(step, Append))
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """At index ``at`` of what is appended to a node stand ``size`` of a child's tokens, from its token ``start`` on."""
+
+    at: int
+    child: str
+    start: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +117,76 @@ class Graph:
         nodes = {name: replace(node, fork=name in self.parents) for name, node in self.nodes.items()}
         return replace(self, nodes=nodes)
 
+    def transcribed(self) -> "Graph":
+        """The same graph with every child's whole answer, all that it decodes at last, in place of its conclusion."""
+
+        def whole(step: Step) -> Step:
+            return replace(step, tokens=self.answer(step.of)) if isinstance(step, Append) and step.of else step
+
+        return self._with_steps({name: tuple(map(whole, node.steps)) for name, node in self.nodes.items()})
+
+    def answer(self, name: str) -> Tokens:
+        """What node ``name`` decodes behind its last await or append; it ends with that."""
+        last: list[Tokens] = []
+        for step in self.nodes[name].steps:
+            if isinstance(step, Decode):
+                last.append(step.tokens)
+            elif not isinstance(step, Child):
+                last = []
+        if any(isinstance(tokens, int) for tokens in last):
+            return sum(map(count, last))
+        return tuple(token for tokens in last for token in ids(tokens))
+
+    def attached(self, steps: Iterable[Step]) -> list[Attach]:
+        """Where a drawn graph's ``steps`` between two decodes append children's tokens whose KV can be attached.
+
+        A child's last token has never been run, and behind every attached stretch there has to be one that is.
+        """
+        at, found = 0, list[Attach]()
+        for step in steps:
+            if not isinstance(step, Append):
+                continue
+            if step.of is not None:
+                start, size = self._place(step.of, step.tokens), count(step.tokens)
+                found.append(Attach(at, step.of, start, min(size, self.length(step.of) - 1 - start)))
+            at += count(step.tokens)
+        bounds = [*(attach.at for attach in found[1:]), at]
+        sizes = [min(attach.size, bound - attach.at - 1) for attach, bound in zip(found, bounds, strict=False)]
+        return [replace(attach, size=size) for attach, size in zip(found, sizes, strict=True) if size > 0]
+
+    def all_attached(self) -> list[Attach]:
+        """All that is attached anywhere."""
+        return [attach for name in self.nodes for _, attached in self._turns(name) for attach in attached]
+
+    def exact(self, name: str) -> int:
+        """Tokens of a node in front of the first one whose KV is attached, of its own or of what it forks from."""
+        if (node := self.nodes[name]).fork:
+            inherited = self.exact(self.parents[name])
+            if inherited < self.context(name) - count(node.prompt):
+                return inherited
+        places = [begin + attached[0].at for begin, attached in self._turns(name) if attached]
+        return min(places, default=self.length(name))
+
+    def _turns(self, name: str) -> Iterator[tuple[int, list[Attach]]]:
+        """For each stretch of appended tokens where it begins in the node, and what is attached there."""
+        at = self.context(name)
+        for is_turn, group in groupby(self.nodes[name].steps, lambda step: isinstance(step, Append | Await)):
+            steps = list(group)
+            if is_turn:
+                yield at, self.attached(steps)
+            at += sum(count(step.tokens) for step in steps if isinstance(step, Append | Decode))
+
+    def _place(self, child: str, tokens: Tokens) -> int:
+        """Index in the child's transcript of the last such stretch of its answer. Raises ValueError if none is."""
+        answer, wanted = ids(self.answer(child)), ids(tokens)
+        for start in reversed(range(len(answer) - len(wanted) + 1)):
+            if answer[start : start + len(wanted)] == wanted:
+                return self.length(child) - len(answer) + start
+        raise ValueError(f"graph {self.id} appends tokens of {child} that {child} does not decode at last")
+
+    def _with_steps(self, steps: Mapping[str, tuple[Step, ...]]) -> "Graph":
+        return replace(self, nodes={name: replace(node, steps=steps[name]) for name, node in self.nodes.items()})
+
     def drawn(self, vocabulary: int) -> "Graph":
         """The same graph with every count replaced by token ids below ``vocabulary``, the same ones every time.
 
@@ -119,14 +204,26 @@ class Graph:
                 )
             return tokens
 
+        def carried(step: Step) -> bool:
+            return isinstance(step, Append) and step.of is not None and isinstance(step.tokens, int)
+
         nodes = {}
         for name, node in self.nodes.items():
             steps = tuple(
-                replace(step, tokens=draw(step.tokens, name, i)) if isinstance(step, Decode | Append) else step
+                replace(step, tokens=draw(step.tokens, name, i))
+                if isinstance(step, Decode | Append) and not carried(step)
+                else step
                 for i, step in enumerate(node.steps)
             )
             nodes[name] = replace(node, prompt=draw(node.prompt, name), steps=steps)
-        return replace(self, nodes=nodes, shared_prefix=draw(self.shared_prefix))
+        graph = replace(self, nodes=nodes, shared_prefix=draw(self.shared_prefix))
+
+        def carry(step: Step) -> Step:
+            if not isinstance(step, Append) or step.of is None or not isinstance(step.tokens, int):
+                return step
+            return replace(step, tokens=tuple(ids(graph.answer(step.of))[-step.tokens :]))
+
+        return graph._with_steps({name: tuple(map(carry, node.steps)) for name, node in nodes.items()})
 
     def transcript(self, name: str) -> list[int]:
         """All tokens that node ``name`` ends with; the graph has to be a drawn one."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, Step, Tokens
+from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, Step, Tokens, count
 
 
 class GraphError(ValueError):
@@ -78,6 +78,7 @@ def parse_graph(value: Any) -> Graph:
         if not graph.roots:
             raise CycleError
         graph.critical_path()
+        _check_conclusions(graph)
     except CycleError:
         raise GraphError("its nodes wait for each other in a circle, so it can never end") from None
     return graph
@@ -96,6 +97,10 @@ def _node(name: str, value: Any) -> Node:
 
 
 def _step(name: str, value: Any) -> Step:
+    if isinstance(value, dict) and value.keys() == {"append", "of"}:
+        if not isinstance(of := value["of"], str):
+            raise GraphError(f"of of {name} takes a node's name, not {_show(of)}")
+        return Append(_tokens(value["append"], f"append of {name}", least=1), of)
     if not isinstance(value, dict) or len(value) != 1 or (kind := next(iter(value))) not in STEPS:
         raise GraphError(f"a step of {name} has one key, decode, child, await or append, and this is {_show(value)}")
     return STEPS[kind](value[kind], f"{kind} of {name}")
@@ -138,6 +143,32 @@ def _check_names(nodes: dict[str, Node]) -> None:
             raise GraphError(f"{name} comes after {unknown[0]}, and there is no such node")
     if twice := [name for name, n in started.items() if n > 1]:
         raise GraphError(f"{twice[0]} is started twice")
+
+
+def _check_conclusions(graph: Graph) -> None:
+    """What is appended of a child has to be there, and to be its own."""
+    for name, node in graph.nodes.items():
+        awaited, carried = set[str](), set[str]()
+        for step in node.steps:
+            if isinstance(step, Await):
+                awaited |= {*step.nodes}
+            if not isinstance(step, Append) or step.of is None:
+                continue
+            if step.of not in awaited or step.of in carried:
+                raise GraphError(f"{name} appends tokens of {step.of}, which it has not awaited, or appends twice")
+            carried.add(step.of)
+            answer = graph.answer(step.of)
+            if isinstance(step.tokens, int) and step.tokens > count(answer):
+                raise GraphError(f"{name} appends {step.tokens} tokens of {step.of}, which has {count(answer)} at last")
+            if not isinstance(step.tokens, int) and not contains(answer, step.tokens):
+                raise GraphError(f"{name} appends tokens of {step.of} that {step.of} does not decode at last")
+
+
+def contains(answer: Tokens, tokens: tuple[int, ...]) -> bool:
+    """Whether ``tokens`` stand in ``answer`` in one piece; of a mere count that is not known, so they do not."""
+    if isinstance(answer, int):
+        return False
+    return any(answer[i : i + len(tokens)] == tokens for i in range(len(answer) - len(tokens) + 1))
 
 
 def _json(line: str) -> Any:
@@ -190,8 +221,8 @@ def _step_json(step: Step) -> dict[str, Any]:
     match step:
         case Decode(tokens):
             return {"decode": _plain(tokens)}
-        case Append(tokens):
-            return {"append": _plain(tokens)}
+        case Append(tokens, of):
+            return {"append": _plain(tokens)} | ({} if of is None else {"of": of})
         case Await(nodes):
             return {"await": list(nodes)}
         case Child(node):

@@ -7,7 +7,7 @@ from functools import reduce
 from pathlib import Path
 
 from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, Step
-from rrm_engine.replay.reader import GraphError
+from rrm_engine.replay.reader import GraphError, contains
 from rrm_engine.trace.checks import check_samples, check_whole
 from rrm_engine.trace.reader import TraceError, json_lines
 from rrm_engine.trace.record import row_key
@@ -88,7 +88,10 @@ def _graph(trace: JobTrace, forks: bool) -> Graph | None:
         after = [other for other in trace.events[trace.real(name)[0].begin]["after"] if other in phases]
         after += [ROOT] if name == FALLBACK and ROOT in phases else []
         prompt = contexts[name][shared.get(name, len(prefix)) :]
-        nodes[name] = Node(prompt, _steps(tokens[name], found, own), tuple(after), name in shared)
+        answers = {child: tokens[child][phases[child][-1].start :] for child in own}
+        spliced = trace.events[trace.over[name]].get("spliced", ())
+        steps = _with_children(_steps(tokens[name], found, own), contexts[name], spliced, answers)
+        nodes[name] = Node(prompt, steps, tuple(after), name in shared)
     return Graph(trace.key, nodes, prefix)
 
 
@@ -133,6 +136,32 @@ def _steps(tokens: tuple[int, ...], phases: list[_Phase], children: dict[str, in
         steps += [Decode(tokens[written : phase.stop])] if phase.stop > written else []
         written = phase.stop
     return tuple(steps)
+
+
+def _with_children(
+    steps: tuple[Step, ...],
+    context: tuple[int, ...],
+    spliced: Sequence[Sequence[int]],
+    answers: dict[str, tuple[int, ...]],
+) -> tuple[Step, ...]:
+    """``steps`` with every append cut where a child's KV was ``spliced`` (ranges of the node's tokens) into it."""
+    found: list[Step] = []
+    at, free = len(context), dict(answers)
+    for step in steps:
+        tokens = step.tokens if isinstance(step, Append | Decode) and not isinstance(step.tokens, int) else ()
+        stop, done = at + len(tokens), at
+        for start, end in spliced if isinstance(step, Append) else ():
+            part = tokens[start - at : end - at]
+            child = next((name for name, answer in free.items() if contains(answer, part)), None)
+            if at <= start < end <= stop and child is not None:
+                found += [Append(tokens[done - at : start - at])] if start > done else []
+                found.append(Append(part, child))
+                done = end
+                del free[child]
+        rest = tokens[done - at :]
+        found += [step] if done == at else [Append(rest)] if rest else []
+        at = stop
+    return tuple(found)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -7,22 +7,22 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HEADER = (
-    *("policy", "answer", "ratio", "resume", "resume x", "slowest", "prefilled", "reused"),
+    *("policy", "answer", "ratio", "resume", "resume x", "slowest", "prefilled", "reused", "attached"),
     *("copied", "swapped", "taken", "peak"),
 )
-ONLY_WIDE = ("resume x", "slowest", "copied", "taken")
+ONLY_WIDE = ("resume x", "slowest", "attached", "copied", "taken")
 CAPTION = (
     "answer: time to answer, mean over the graphs of the median over the rounds; ratio: to the first line's, geometric "
     "mean; resume: from the last conclusion to the next token, median, its ratio, and slowest of a graph; prefilled, "
-    "reused: tokens; copied (on write), swapped (out + in), peak (device + host): blocks; taken: times memory ran out "
-    "and a node's blocks or place were taken"
+    "reused, attached (~: an approximation): tokens; copied (on write), swapped (out + in), peak (device + host): "
+    "blocks; taken: times memory ran out and a node's blocks or place were taken"
 )
 
 
 def cells(entry: dict[str, Any]) -> list[str]:
     """One line of the table from an entry of ``summarise``."""
     return [
-        entry["name"],
+        title(entry),
         duration(entry["answer_s"]),
         ratio(entry["ratio"]),
         duration(entry["resume_s"]),
@@ -30,11 +30,17 @@ def cells(entry: dict[str, Any]) -> list[str]:
         duration(entry["resume_worst_s"]),
         number(entry["prefilled"]),
         number(entry["reused"]),
+        number(entry["attached"]),
         number(entry["copied_blocks"]),
         pair(entry["offloaded_blocks"], entry["restored_blocks"]),
         number(entry["preemptions"]),
         pair(entry["peak_blocks"], entry["peak_host_blocks"]),
     ]
+
+
+def title(entry: dict[str, Any]) -> str:
+    """Its name, an approximation marked."""
+    return f"{entry['name']} ~" if entry["approximate"] else str(entry["name"])
 
 
 def rich_table(summary: Sequence[dict[str, Any]], title: str, wide: bool) -> "Table":

@@ -6,7 +6,7 @@ The same machine drives our engine and its peers, so that all run the same graph
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, count, ids
+from rrm_engine.replay.graph import Append, Attach, Await, Child, Decode, Graph, Node, Step, count, ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,15 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Append ``tokens`` to a waiting ``node`` and let it decode ``decode`` more."""
+    """Append ``tokens`` to a waiting ``node`` and let it decode ``decode`` more.
+
+    ``attached``: which of them are children's, with KV that may be attached.
+    """
 
     node: str
     tokens: list[int]
     decode: int
+    attached: tuple[Attach, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +131,11 @@ class Walk:
             if life.state == "born" and self._ended(life.node.after):
                 life.state = "running"
                 yield self._begin(name, life)
-            elif life.state == "waiting" and (appended := self._conclusions(life)) is not None:
+            elif life.state == "waiting" and (turn := self._conclusions(life)) is not None:
                 life.state = "running"
-                life.length += len(appended)
-                yield Resume(name, appended, self._phase(life))
+                tokens = [token for step in turn if isinstance(step, Append) for token in ids(step.tokens)]
+                life.length += len(tokens)
+                yield Resume(name, tokens, self._phase(life), tuple(self.graph.attached(turn)))
 
     def _begin(self, name: str, life: _Life) -> Start:
         node, graph = life.node, self.graph
@@ -139,17 +144,15 @@ class Walk:
         prompt = ids(node.prompt)
         return Start(name, prompt, self._phase(life), (graph.parents[name], life.length - len(prompt)))
 
-    def _conclusions(self, life: _Life) -> list[int] | None:
-        """What is appended to a waiting node, if all that it awaits has ended; goes on to its next decode step."""
-        steps, at, tokens = life.node.steps, life.step, []
+    def _conclusions(self, life: _Life) -> tuple[Step, ...] | None:
+        """The steps up to a waiting node's next decode, where it goes on to, if all that it awaits has ended."""
+        steps, at = life.node.steps, life.step
         while not isinstance(step := steps[at], Decode):
             if isinstance(step, Await) and not self._ended(step.nodes):
                 return None
-            if isinstance(step, Append):
-                tokens += ids(step.tokens)
             at += 1
-        life.step = at
-        return tokens
+        turn, life.step = steps[life.step : at], at
+        return turn
 
     def _phase(self, life: _Life) -> int:
         """Tokens the node decodes before it stops the next time."""

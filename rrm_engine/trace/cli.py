@@ -1,14 +1,12 @@
 """The command: a run directory in; a table, a JSON file or a Perfetto trace out."""
 
 import argparse
-import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rrm_engine.trace.attribution import PARTS, RECURSIVE, Attribution, as_json, attribute, is_attributed, medians
+from rrm_engine.trace.command import close_output, make_parser, say, write_json
 from rrm_engine.trace.profile_reader import PROFILE, STEP, RecordedProfile, read_profile
 from rrm_engine.trace.reader import SHOWN_KEYS, RunTrace, TraceError, read_run
 
@@ -38,37 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.incomplete = {key: why for key, why in run.incomplete.items() if mode_of(key) == RECURSIVE}
         found = [attribute(trace) for trace in run.jobs if is_attributed(trace)]
         if options.json:
-            _write_json(options.json, found, run)
+            write_json(options.json, _document(found, run))
         if not options.perfetto:
             _show(found)
         _say_incomplete(run)
         return INCOMPLETE if run.incomplete else OK
     except TraceError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return REFUSED
-    except BrokenPipeError:  # the reader of our output is gone; keep the exit from complaining about it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        close_output()
         return INCOMPLETE
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory that a bench run has written")
+    parser = make_parser(PROGRAM, DESCRIPTION, EPILOG)
     parser.add_argument("--perfetto", type=Path, metavar="OUT", help="write a Perfetto trace instead of the table")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the attribution with its critical paths")
-    parser.add_argument(
-        "--jobs",
-        type=lambda text: [key for key in text.split(",") if key],
-        default=[],
-        metavar="KEY,...",
-        help="only these jobs: id/mode/sample, id/mode or id (default: all)",
-    )
     return parser
 
 
@@ -101,17 +85,13 @@ def _show(found: Sequence[Attribution]) -> None:
     print_attribution(Console(), found)
 
 
-def _write_json(path: Path, found: Sequence[Attribution], run: RunTrace) -> None:
-    document: dict[str, Any] = {
+def _document(found: Sequence[Attribution], run: RunTrace) -> dict[str, Any]:
+    return {
         "parts": PARTS,
         "medians": medians(found),
         "rows": as_json(found),
         "incomplete": run.incomplete,
     }
-    try:
-        path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TraceError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def mode_of(key: str) -> str:
@@ -122,10 +102,6 @@ def mode_of(key: str) -> str:
 def _say_incomplete(run: RunTrace) -> None:
     reasons = list(run.incomplete.items())
     for key, reason in reasons[:SHOWN_KEYS]:
-        _say(f"left out: {key}: {reason}")
+        say(f"left out: {key}: {reason}")
     if len(reasons) > SHOWN_KEYS:
-        _say(f"left out: {len(reasons) - SHOWN_KEYS:,} more with an incomplete trace")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        say(f"left out: {len(reasons) - SHOWN_KEYS:,} more with an incomplete trace")

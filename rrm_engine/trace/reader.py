@@ -1,7 +1,7 @@
 """A run directory read back: its jobs as time lines, and why some of them cannot be."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,10 @@ def read_run(directory: Path, keys: Collection[str] = ()) -> RunTrace:
 
 
 def json_lines(path: Path, needed: set[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; a last line that is still being written is left out."""
+    """The objects of a JSONL file; a last line that was cut short or is still being written is left out.
+
+    Raises TraceError if the file cannot be read, or a line is not an object with the keys that are needed.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -68,13 +71,23 @@ def json_lines(path: Path, needed: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def _chosen(found: list[tuple[str, int]], keys: Collection[str]) -> list[tuple[str, int]]:
-    known = list(dict.fromkeys(key for key, _ in found))
-    for wanted in keys:
-        if not any(_names(wanted, key) for key in known):
-            some = ", ".join(known[:SHOWN_KEYS]) + (" ..." if len(known) > SHOWN_KEYS else "")
-            raise TraceError(f"--jobs {wanted}: there is no such job; there are {some or 'none'}")
-    return [(key, session) for key, session in found if not keys or any(_names(k, key) for k in keys)]
+    chosen = chosen_jobs([key for key, _ in found], keys)
+    return [(key, session) for key, session in found if key in chosen]
 
 
-def _names(wanted: str, key: str) -> bool:
-    return key == wanted or key.startswith(wanted.rstrip("/") + "/")
+def chosen_jobs(known: Iterable[str], wanted: Collection[str]) -> set[str]:
+    """The job keys named (as ``id/mode/sample``, ``id/mode`` or ``id``; none: all). Raises TraceError."""
+    known = dict.fromkeys(known)
+    chosen: set[str] = set()
+    for name in wanted:
+        found = {key for key in known if key == name or key.startswith(name.rstrip("/") + "/")}
+        refuse_unknown("--jobs", name, "job", bool(found), known)
+        chosen |= found
+    return chosen if wanted else set(known)
+
+
+def refuse_unknown(flag: str, wanted: str, what: str, known: bool, there: Collection[str]) -> None:
+    """Raise TraceError, with some of the names there are, if a name given to ``flag`` is not known."""
+    if not known:
+        some = ", ".join(list(there)[:SHOWN_KEYS]) + (" ..." if len(there) > SHOWN_KEYS else "")
+        raise TraceError(f"{flag} {wanted}: there is no such {what}; there are {some or 'none'}")

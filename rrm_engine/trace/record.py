@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 Row = dict[str, Any]
+FILES = ("rows.jsonl", "trace.jsonl", "run.json.tmp")  # that are there before the run.json is
 TRACE_BUFFER = 1 << 20
 TAIL_READ = 1 << 16
 
@@ -47,19 +48,21 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path) -> "RunDir":
-        """A new run in an empty or not yet existing directory."""
+        """A new run in an empty or not yet existing directory, or in one that a run left before its run.json."""
         if path.exists() and not path.is_dir():
             raise RunDirError(f"{path} is a file; pass another directory to --out")
         with _saying(f"{path} cannot be written"):
-            if path.exists() and any(path.iterdir()):
-                raise RunDirError(
-                    f"{path} is not empty; pass another directory to --out, or go on with the run in it by --resume"
-                )
             made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
+        _refuse_used(path)
         directory = cls(path)
         directory._made = made
         directory._open()
+        try:
+            _refuse_used(path)  # again, now that nobody else is in it
+        except RunDirError:
+            directory.close()
+            raise
         return directory
 
     @classmethod
@@ -68,7 +71,8 @@ class RunDir:
         try:
             manifest = json.loads((path / "run.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise RunDirError(f"{path} holds no run.json, so there is no run to resume in it") from None
+            advice = f"; start one in it by --out {path}" if path.is_dir() and _is_unused(path) else ""
+            raise RunDirError(f"{path} holds no run.json, so there is no run to resume in it{advice}") from None
         except (OSError, ValueError) as error:
             raise RunDirError(f"{path / 'run.json'} cannot be read ({error})") from None
         directory = cls(path)
@@ -130,7 +134,7 @@ class RunDir:
         """Close, and remove what ``create`` made, if the run never began."""
         self.close()
         if not self.rows and not (self.path / "run.json").exists():
-            for name in ("rows.jsonl", "trace.jsonl"):
+            for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
             if self._made:
                 with contextlib.suppress(OSError):
@@ -179,6 +183,20 @@ class RunDir:
             except OSError:
                 draft.unlink(missing_ok=True)
                 raise
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether nothing is lost by a new run in the directory: a run killed while its model loads leaves empty files."""
+    with _saying(f"{path} cannot be read"):
+        found = {entry.name: entry.stat().st_size for entry in path.iterdir()}
+    return found.keys() <= set(FILES) and not found.get("rows.jsonl") and not found.get("trace.jsonl")
+
+
+def _refuse_used(path: Path) -> None:
+    if not _is_unused(path):
+        raise RunDirError(
+            f"{path} is not empty; pass another directory to --out, or go on with the run in it by --resume"
+        )
 
 
 def mend_tail(path: Path) -> bool:

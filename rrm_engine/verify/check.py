@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rrm_engine.engine.probe import TOLERANCE
+from rrm_engine.engine.probe import LARGEST
 from rrm_engine.engine.sampler import noise_key
 from rrm_engine.engine.sequence import Matcher
 from rrm_engine.verify.recording import NodeRecord, Segment
@@ -57,11 +57,11 @@ class NodeCheck:
     ``verdict``: exact, near tie or broken in fp32; close or broken in bf16 and fp16; spliced for a node that is none
     of these up to the KV attached to it, behind which ``spliced`` of its tokens were written; reported where the
     reference is not in the run's own dtype, for which nothing is promised. ``splice_kl`` is what the run measured, in
-    nats: the next token behind the text to that behind the splice. ``agree`` counts the tokens that are drawn again
-    equal, greedily or with the recorded noise, ``greedy_agree`` those that are plain transformers' likeliest.
-    Differences are those of the engine's paged path to plain transformers on the positions written: the largest of
-    a logit, absolute and as a share of the logits' spread, the largest KL divergence in nats, and the largest and
-    mean difference of the written tokens' log-probabilities.
+    nats: for every resume the mean over the first tokens behind it, from the text to what was attached. ``agree``
+    counts the tokens that are drawn again equal, greedily or with the recorded noise, ``greedy_agree`` those that are
+    plain transformers' likeliest. Differences are those of the engine's paged path to plain transformers on the
+    positions written: the largest of a logit, absolute and as a share of the logits' spread, the largest KL divergence
+    in nats, and the largest and mean difference of the written tokens' log-probabilities.
     """
 
     job: str
@@ -125,7 +125,7 @@ def check_node(
     check = NodeCheck(record.job, record.node, name, dtype == reference, len(record.tokens), written)
     exact = dtype in (torch.float32, torch.float64)
     check.splice_kl = record.splice_kl
-    key, error, row = noise_key(seed, record.key), EXACT_ERROR if exact else TOLERANCE[dtype], 0
+    key, error, row = noise_key(seed, record.key), EXACT_ERROR if exact else LARGEST[dtype], 0
     for segment in record.segments:
         matcher = matcher_of(segment)
         behind = record.approximate_from is not None and segment.start > record.approximate_from
@@ -147,7 +147,7 @@ def check_node(
             row += len(part)
     check.logprob_difference_mean /= written
     if check.promised:
-        _judge(check, exact, TOLERANCE[dtype], MEAN_LOGPROB.get(dtype))
+        _judge(check, exact, LARGEST[dtype], MEAN_LOGPROB.get(dtype))
     return check
 
 

@@ -1,12 +1,12 @@
 """The command: a run directory in, a table and an exit code out."""
 
 import argparse
-import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rrm_engine.trace.command import close_output, make_parser, names, say, write_json
+from rrm_engine.trace.reader import TraceError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,26 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _verify(options)
     except KeyboardInterrupt:
-        _say("Interrupted.")
+        say("Interrupted.")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output is gone; keep the exit from complaining about it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        close_output()
         return BROKEN
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser(PROGRAM, DESCRIPTION, EPILOG)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN_DIR", help="directory that a bench run has written")
-    add("--jobs", type=_names, default=[], metavar="KEY,...", help="only these: id/mode/sample, id/mode or id")
-    add("--nodes", type=_names, default=[], metavar="PATH,...", help="only these, such as root,root.c1")
+    add("--nodes", type=names, default=[], metavar="PATH,...", help="only these, such as root,root.c1")
     add("--limit", type=_positive, metavar="N", help="only the first N nodes")
     add(
         "--dtype",
@@ -84,16 +76,20 @@ def _verify(options: argparse.Namespace) -> int:
         recording = read_recording(options.run, options.nodes, options.jobs, options.limit)
         checks = _checks(recording, options)
     except (ValueError, OSError, MemoryError) as error:  # all that loading a model is known to raise
-        _say(f"error: {str(error) or 'there is not enough memory for this model'}")
+        say(f"error: {str(error) or 'there is not enough memory for this model'}")
         return REFUSED
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        _say(f"error: {options.device} has not enough memory for the model twice and a transcript: try --device cpu")
+        say(f"error: {options.device} has not enough memory for the model twice and a transcript: try --device cpu")
         return REFUSED
     print_report(_console(), recording, checks)
-    if options.json and not _write_json(options.json, recording, checks):
-        return REFUSED
+    if options.json:
+        try:
+            write_json(options.json, _document(recording, checks))
+        except TraceError as error:
+            say(f"error: {error}")
+            return REFUSED
     return BROKEN if any(check.verdict == "broken" for check in checks) else KEPT
 
 
@@ -123,28 +119,18 @@ def _checks(recording: "Recording", options: argparse.Namespace) -> "list[NodeCh
         return list(check_all(recording, options.dtype, options.model, options.device, report))
 
 
-def _write_json(path: Path, recording: "Recording", checks: "list[NodeCheck]") -> bool:
+def _document(recording: "Recording", checks: "list[NodeCheck]") -> dict[str, Any]:
     from rrm_engine.verify.check import as_json
 
     about = {name: getattr(recording, name) for name in ("model", "dtype", "seed", "unfinished")}
-    document = {"run": str(recording.path), **about, "checks": [as_json(check) for check in checks]}
-    try:
-        path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        _say(f"error: {path} cannot be written: {error.strerror or error}")
-        return False
-    return True
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    return {"run": str(recording.path), **about, "checks": [as_json(check) for check in checks]}
 
 
 def _dtypes(text: str) -> list[str]:
-    names = _names(text)
-    if not names or set(names) - set(DTYPES):
+    found = names(text)
+    if not found or set(found) - set(DTYPES):
         raise argparse.ArgumentTypeError(f"takes {', '.join(DTYPES)}, not {text!r}")
-    return names
+    return found
 
 
 def _positive(text: str) -> int:
@@ -157,7 +143,3 @@ def _console(stderr: bool = False) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

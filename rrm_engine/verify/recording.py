@@ -4,14 +4,12 @@ import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.trace.checks import check_samples, check_whole
+from rrm_engine.trace.reader import TraceError, chosen_jobs, json_lines, refuse_unknown
 from rrm_engine.trace.record import Row, row_key
 from rrm_engine.trace.timeline import Event, Incomplete, JobTrace, follow_nodes
-
-SHOWN = 6  # names listed in a refusal
 
 
 class VerifyError(ValueError):
@@ -37,7 +35,7 @@ class NodeRecord:
     """One node's linearised transcript: its prompt, what it wrote, and what was appended in between.
 
     From the token ``approximate_from`` on KV was attached instead of computed (None: nowhere); ``splice_kl`` is what
-    the run measured of that, in nats.
+    the run measured of that: of every resume the mean KL divergence of the first tokens behind it, in nats.
     """
 
     job: str
@@ -82,24 +80,30 @@ def read_recording(
     A job is named as ``id/mode/sample``, ``id/mode`` or ``id``, a node by its path. Raises VerifyError if the
     directory holds no run, a name is unknown, or a job's trace is not whole.
     """
+    try:
+        return _read(path, nodes, jobs, limit)
+    except TraceError as error:
+        raise VerifyError(str(error)) from None
+
+
+def _read(path: Path, nodes: Collection[str], jobs: Collection[str], limit: int | None) -> Recording:
     manifest = _manifest(path)
     groups: dict[tuple[str, int], list[Event]] = {}
-    for event in _lines(path / "trace.jsonl", {"job", "node", "event"}):
+    for event in json_lines(path / "trace.jsonl", {"job", "node", "event"}):
         groups.setdefault((event["job"], event.get("session", 0)), []).append(event)
-    rows = {row_key(row): row for row in _lines(path / "rows.jsonl", {"id", "mode", "sample"})}
+    rows = {row_key(row): row for row in json_lines(path / "rows.jsonl", {"id", "mode", "sample"})}
     if not rows:
         raise VerifyError(f"{path} has no finished job to verify yet")
-    for wanted in jobs:
-        _expect("jobs", wanted, any(_names(wanted, key) for key in rows), rows)
-    chosen = {key: row for key, row in rows.items() if not jobs or any(_names(wanted, key) for wanted in jobs)}
+    chosen = chosen_jobs(rows, jobs)
     records = [
         record
-        for key, row in chosen.items()
+        for key, row in rows.items()
+        if key in chosen
         for record in _job(path, key, row, groups.get((key, row.get("session", 0)), []))
     ]
     known = dict.fromkeys(record.node for record in records)
     for wanted in nodes:
-        _expect("nodes", wanted, wanted in known, known)
+        refuse_unknown("--nodes", wanted, "node", wanted in known, known)
     records = [record for record in records if (not nodes or record.node in nodes) and record.positions][:limit]
     if not records:
         raise VerifyError(f"in the nodes chosen of {path} the model has not written a single token")
@@ -132,25 +136,6 @@ def _manifest(path: Path) -> Recording:
         raise VerifyError(f"{file} cannot be read ({error})") from None
     except (KeyError, TypeError) as error:
         raise VerifyError(f"{file} lacks a setting that is needed ({error}): another version wrote it") from None
-
-
-def _lines(path: Path, needed: set[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; a last line that was cut short or is still being written is left out."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    value = json.loads(line)
-                except ValueError:
-                    value = None
-                if isinstance(value, dict) and needed <= value.keys():
-                    yield value
-                elif line.endswith(b"\n"):
-                    raise VerifyError(f"{path}, line {number}: not what a run writes there")
-    except FileNotFoundError:
-        raise VerifyError(f"{path.parent} holds no {path.name}; pass the directory of a recorded run") from None
-    except OSError as error:
-        raise VerifyError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _job(path: Path, key: str, row: Row, events: list[Event]) -> Iterator[NodeRecord]:
@@ -188,20 +173,11 @@ def _node(trace: JobTrace, node: str) -> NodeRecord | None:
     if edges[0] < 1 or edges != sorted(edges) or edges[-1] != len(tokens):
         raise VerifyError(f"the trace of {trace.key} contradicts itself: {node} has {len(tokens)} tokens, not {edges}")
     attached = min((start for start, _ in over.get("spliced", ())), default=None)
-    return NodeRecord(trace.key, node, tokens, segments, attached, tuple(over.get("splice_kl", ())))
+    measured = tuple(report["kl_mean"] for report in over.get("splice_report", ()))
+    return NodeRecord(trace.key, node, tokens, segments, attached, measured)
 
 
 def _segment(event: Event, start: int, stop: int) -> Segment:
     grammar = event["grammar"]
     constrained = (grammar["children"], grammar["may_split"]) if grammar else None
     return Segment(start, stop, event["phase"], SamplingParams(**event["sampling"]), constrained)
-
-
-def _names(wanted: str, key: str) -> bool:
-    return key == wanted or key.startswith(wanted.rstrip("/") + "/")
-
-
-def _expect(flag: str, wanted: str, known: bool, there: Collection[str]) -> None:
-    if not known:
-        some = ", ".join(list(there)[:SHOWN]) + (" ..." if len(there) > SHOWN else "")
-        raise VerifyError(f"--{flag} {wanted}: there is no such {flag[:-1]}; there are {some}")

@@ -1,14 +1,15 @@
-"""Models of a published geometry with random weights: the time of a forward does not depend on what they are."""
+"""Models of a published geometry with random weights: the time of a forward does not depend on what they are.
 
-from types import SimpleNamespace
+The numbers are those of the config.json that lies beside each model on the Hugging Face hub: Qwen/Qwen3-0.6B, -1.7B,
+-4B, -8B, -14B and -32B, and HuggingFaceTB/SmolLM2-135M.
+"""
+
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rrm_engine.engine.prepare import LoadedModel, load_model, prepare_model
 from rrm_engine.models.attention import ATTENTION_NAME, register_attention
-from rrm_engine.models.load import resolve_device
 
 PREFIX = "random:"
 QWEN3: dict[str, Any] = {
@@ -32,7 +33,6 @@ def _qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[s
     }
 
 
-# As the models' published config.json files have them.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "model_type": "llama",
@@ -48,32 +48,29 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True),
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True),
     "qwen3-8b": _qwen3(4096, 12_288, 36, 32, tied=False),
     "qwen3-14b": _qwen3(5120, 17_408, 40, 40, tied=False),
+    "qwen3-32b": _qwen3(5120, 25_600, 64, 64, tied=False),
 }
 
 
-def load_any_model(name: str, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> LoadedModel:
-    """``load_model``, or random weights for ``random:GEOMETRY``. Raises ValueError with one sentence."""
+def find_geometry(name: str) -> dict[str, Any] | None:
+    """The geometry that ``random:GEOMETRY`` names; None for other names. Raises ValueError for an unknown one."""
     if not name.startswith(PREFIX):
-        return load_model(name, dtype, device, attention)
-    geometry = name.removeprefix(PREFIX)
-    if geometry not in GEOMETRIES:
+        return None
+    geometry = GEOMETRIES.get(name.removeprefix(PREFIX).lower())
+    if geometry is None:
         raise ValueError(f"--model {name}: the geometries are {', '.join(GEOMETRIES)}")
-    return random_model(GEOMETRIES[geometry], name, dtype, device, attention)
+    return geometry
 
 
-def random_model(
-    geometry: dict[str, Any], name: str, dtype: str = "auto", device: str = "auto", attention: str = "auto"
-) -> LoadedModel:
-    """A model with always the same random weights, made on ``device`` at once; ``dtype`` ``auto`` is bfloat16."""
+def random_model(geometry: dict[str, Any], dtype: str = "auto", device: torch.device | str = "cpu") -> Any:
+    """A causal LM with always the same random weights, made on ``device`` at once; ``dtype`` ``auto`` is bfloat16."""
     register_attention()
-    target = resolve_device(device)
     wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     config = AutoConfig.for_model(**geometry)
     torch.manual_seed(0)
-    with target:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=wanted)
-    no_tokenizer: Any = SimpleNamespace(eos_token_id=None)  # nothing is read or written as text
-    return prepare_model(model, no_tokenizer, name, target, attention)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=wanted)

@@ -1,0 +1,65 @@
+"""A step's small arrays on the host and on the device: laid side by side, so that one transfer takes them all."""
+
+import math
+from collections.abc import Callable, Mapping
+from copy import copy
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+ALIGNMENT = 128  # bytes; compiled kernels are specialised by the alignment of what they are given
+
+Arrays = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Staging:
+    """``host[name]`` is written, ``device[name]`` is what kernels read; ``upload`` brings the one to the other.
+
+    Both have a fixed size and place, as CUDA graphs need it. On CUDA the host's buffer is pinned and the transfer
+    runs beside what the host does next; call ``begin`` before writing again.
+    """
+
+    def __init__(self, arrays: Arrays, device: torch.device) -> None:
+        """``arrays``: shape and dtype by name. What is uploaded is always a leading part of them, in this order."""
+        self._arrays = arrays
+        self._starts: dict[str, int] = {}
+        size = 0
+        for name, (shape, dtype) in arrays.items():
+            self._starts[name] = size
+            size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        on_cuda = device.type == "cuda"
+        self._source = torch.zeros(size, dtype=torch.uint8, pin_memory=on_cuda)
+        self._target = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._sent = torch.cuda.Event() if on_cuda else None
+        self.host: dict[str, npt.NDArray[np.integer]] = {n: t.numpy() for n, t in self._views(self._source).items()}
+        self.device = self._views(self._target)
+
+    def begin(self) -> None:
+        """Wait until the last upload has read the host's arrays; as a rule it has, long ago."""
+        if self._sent is not None:
+            self._sent.synchronize()
+
+    def upload(self, last: str, rows: int) -> int:
+        """Bring all arrays before ``last`` and its first ``rows`` to the device, in one transfer. Returns its bytes."""
+        array = self.host[last]
+        size = self._starts[last] + rows * (array.nbytes // len(array) if len(array) else 0)
+        self._target[:size].copy_(self._source[:size], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record(torch.cuda.current_stream(self._target.device))
+        return size
+
+    def on(self, device: torch.device, move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> "Staging":
+        """A copy of what the device has now, on another device; ``move`` brings a tensor there."""
+        there = copy(self)
+        there._target = move(self._target.clone(), device)  # the next upload does not wait for the move
+        there.device = there._views(there._target)
+        return there
+
+    def _views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        views = {}
+        for name, (shape, dtype) in self._arrays.items():
+            start = self._starts[name]
+            stop = start + math.prod(shape) * dtype.itemsize
+            views[name] = buffer[start:stop].view(dtype).view(shape)
+        return views

@@ -1,0 +1,99 @@
+"""One node of a job: how its phases decode, its sequence, and what it wrote."""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerFast
+
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.sequence import Matcher, Sequence
+from rrm_engine.graph.types import Phase
+from rrm_engine.protocol.parser import EventParser
+
+Grammar = tuple[int, bool]  # children the node has had, whether it may split
+MatcherFactory = Callable[[int, bool], Matcher]  # takes a Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePlan:
+    """How one phase decodes; ``matcher`` makes a grammar's state where the phase is constrained."""
+
+    budget: int
+    thinking: bool
+    sampling: SamplingParams
+    matcher: MatcherFactory | None = None
+
+    def match(self, grammar: Grammar | None) -> Matcher | None:
+        return None if self.matcher is None or grammar is None else self.matcher(*grammar)
+
+    def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
+        """How the phase decodes, for the trace, so that its tokens can be drawn again."""
+        constrained = grammar and {"children": grammar[0], "may_split": grammar[1]}
+        return {"sampling": asdict(self.sampling), "grammar": constrained}
+
+
+@dataclass(slots=True)
+class NodeRun:
+    """A node's sequence and the text of its current phase.
+
+    ``ends[i]`` is the length of that text after the phase's i-th token, so that a place in the text can be found
+    in the tokens. ``forks`` says for each child where its fork of this node's context ends: the number of tokens,
+    those of a token cut in the middle, and the length of the chain of tokens up to there.
+    """
+
+    path: str
+    sequence: Sequence
+    phase: Phase
+    parser: EventParser | None
+    running: bool = True
+    turn: int = 0
+    first: int = 0  # index in the sequence of the phase's first sampled token
+    stream: DecodeStream = field(default_factory=DecodeStream)
+    pieces: list[str] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    events: list[tuple[int, int]] = field(default_factory=list)  # where they stand in the text
+    cut: list[int] = field(default_factory=list)  # kept part of a token that an event ended in
+    forks: dict[str, tuple[int, list[int], int]] = field(default_factory=dict)
+    sampled: list[tuple[int, int]] = field(default_factory=list)  # token ranges that the model wrote
+    reasons: list[str] = field(default_factory=list)
+    ready: tuple[float, int] = (0.0, 0)  # when the phase was handed to the engine: time, and steps launched by then
+    last: tuple[float, int] = (0.0, 0)  # the same of its last token
+
+    def wrote(self, token: int | None, tokenizer: PreTrainedTokenizerFast) -> str:
+        """Note one more token of the phase, None for an end of sequence; the text that came with it."""
+        piece = "" if token is None else self.stream.step(tokenizer.backend_tokenizer, token) or ""
+        self.pieces.append(piece)
+        self.ends.append((self.ends[-1] if self.ends else 0) + len(piece))
+        return piece
+
+    def enter(self, phase: Phase, parser: EventParser) -> None:
+        """Begin another phase behind the tokens the sequence has now."""
+        self.phase, self.parser, self.running, self.turn = phase, parser, True, self.turn + 1
+        self.first = len(self.sequence.tokens)
+        self.stream, self.pieces, self.ends, self.events, self.cut = DecodeStream(), [], [], [], []
+
+    def text(self, end: int | None = None) -> str:
+        """What it wrote in this phase up to ``end``, without its events."""
+        whole = "".join(self.pieces)[:end]
+        parts, last = [], 0
+        for start, stop in self.events:
+            parts.append(whole[last:start])
+            last = stop
+        return "".join([*parts, whole[last:]])
+
+    def split(self, boundary: int, tokenizer: PreTrainedTokenizerFast) -> tuple[int, list[int]]:
+        """(tokens, rest): the sequence's tokens up to ``boundary`` in the text, where an event ends, and the kept
+        part of a token cut in two there.
+
+        White space behind an event stays with it: only a token that begins something else is cut.
+        """
+        last = bisect_left(self.ends, boundary)
+        keep = self.first + last + 1
+        text = "".join(self.pieces)
+        if not text[boundary : self.ends[last]].strip():
+            return keep, []
+        begin = self.ends[last - 1] if last else 0
+        return keep - 1, tokenizer.encode(text[begin:boundary], add_special_tokens=False)

@@ -1,0 +1,62 @@
+"""A job's result, from what its nodes, its clocks and its joins counted."""
+
+from collections.abc import Collection
+from dataclasses import asdict
+from time import monotonic
+from typing import Any
+
+from rrm_engine.backends.meter import Meter
+from rrm_engine.backends.node import NodeRun
+from rrm_engine.backends.result import Job, JobResult
+from rrm_engine.backends.shadow import SpliceReport
+from rrm_engine.graph.machine import GraphMachine
+from rrm_engine.graph.types import Finish
+
+
+def outcome(
+    job: Job,
+    finish: Finish,
+    nodes: Collection[NodeRun],
+    meter: Meter,
+    text_joins: int,
+    reports: Collection[SpliceReport],
+    machine: GraphMachine | None,
+    **more: Any,
+) -> JobResult:
+    """The result of a job that ends now; ``more`` are fields of it that these do not know."""
+
+    def total(name: str) -> int:
+        return sum(getattr(node.sequence.counters, name) for node in nodes)
+
+    answering = [n for n in ("root", "root!direct") if n in meter.clocks]
+    return JobResult(
+        job=job,
+        status=finish.status,
+        answer=finish.answer,
+        latency_s=monotonic() - meter.started_at,
+        ttft_s=meter.ttft_s,
+        time_to_first_child_s=meter.time_to_first_child_s,
+        model_calls=len(nodes),
+        forward_prefilled=total("prefilled"),
+        forward_decoded=total("decoded"),
+        reused=total("reused"),
+        critical_path_tokens=sum(meter.clocks[n].depth for n in answering),
+        total_tokens=total("decoded"),
+        nodes=len(nodes),
+        max_depth=machine.max_depth if machine else 0,
+        max_sibling_width=machine.max_sibling_width if machine else 0,
+        overlap_s=meter.overlap_s,
+        parallel_s=meter.parallel_s,
+        resumes=sum(len(n.sampled) - 1 for n in nodes if n.sampled),
+        resume_latency_s=meter.resume_latency_s,
+        forked_blocks=total("forked_blocks"),
+        copied_blocks=total("copied_blocks"),
+        preemptions=total("preemptions") + total("dropped"),
+        offloaded_blocks=total("offloaded_blocks"),
+        restored_blocks=total("restored_blocks"),
+        spliced_tokens=total("spliced"),
+        splice_report=[asdict(report) for report in reports],
+        text_joins=text_joins,
+        finish_reasons={n.path: "+".join(n.reasons) for n in nodes},
+        **more,
+    )

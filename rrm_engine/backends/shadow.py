@@ -1,0 +1,135 @@
+"""How far what a node writes behind attached KV is from what the same model would write behind the text."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from rrm_engine.engine.engine import Sampled
+from rrm_engine.engine.replicas import AnyEngine
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.sequence import Sequence, State
+
+BEHIND_ALL = 1 << 62  # as a root: everybody goes before
+
+
+@dataclass(frozen=True, slots=True)
+class SpliceReport:
+    """One resume of ``node``: the distributions of the first ``tokens`` tokens that it wrote behind it.
+
+    ``kl_mean`` and ``kl_max`` are KL divergences in nats, from the text to what was attached; ``top1`` is the share of
+    the tokens for which both have the same likeliest one, ``first_difference`` the first for which they have not (0 is
+    the token right behind the resume, None: nowhere).
+    """
+
+    node: str
+    tokens: int
+    kl_mean: float
+    kl_max: float
+    top1: float
+    first_difference: int | None
+
+
+@dataclass(slots=True, eq=False)
+class _Shadow:
+    """``sequence`` has the tokens of ``joined``, all of them computed. Logits that are not compared yet lie in
+    ``text`` and ``spliced``, differences that were in ``kl`` and ``same``, 0-dimensional and on the device.
+    """
+
+    node: str
+    joined: Sequence
+    sequence: Sequence
+    wanted: int  # tokens to compare
+    written: list[int] = field(default_factory=list)  # by ``joined`` since the resume
+    spliced: deque[torch.Tensor] = field(default_factory=deque)
+    text: deque[torch.Tensor] = field(default_factory=deque)
+    kl: list[torch.Tensor] = field(default_factory=list)
+    same: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Shadows:
+    """The resumes of one job that are measured over ``tokens`` tokens each; none if that is 0.
+
+    A shadow shares its node's exact blocks, full ones only, so that nothing is copied for it; the rest is computed from
+    the tokens. Then it is led along what the node writes: it samples one token, which is replaced by the node's.
+    It goes behind everybody, takes blocks from nobody and does without the prefix cache; it ends when its node pauses.
+    So it costs time, one row of the node's steps, and otherwise nothing but free blocks.
+    """
+
+    engine: AnyEngine
+    tokens: int
+    reports: list[SpliceReport] = field(default_factory=list)
+    _live: list[_Shadow] = field(default_factory=list)
+    _keys: set[str] = field(default_factory=set)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that nobody but a shadow holds."""
+        tables = (shadow.sequence.table for shadow in self._live)
+        return sum(len(table.blocks) - table.first_own for table in tables)
+
+    def follow(self, node: str, joined: Sequence) -> None:
+        """``joined`` was resumed just now, and spans will be attached to it."""
+        if not self.tokens:
+            return
+        table, size = joined.table, self.engine.block_size
+        exact = table.length if table.approximate_from is None else min(table.length, table.approximate_from)
+        key = f"{joined.key}~{len(self._keys)}"
+        fork = (joined, exact // size * size)
+        sequence = self.engine.submit(key, list(joined.tokens), 1, SamplingParams(), root=BEHIND_ALL, fork_of=fork)
+        sequence.modest = sequence.keep_logits = joined.keep_logits = True
+        self._keys.add(key)
+        self._live.append(_Shadow(node, joined, sequence, self.tokens))
+
+    def on_token(self, sampled: Sampled) -> bool:
+        """A sequence of the job has a token. True if it is a shadow's, which is nobody else's business."""
+        sequence = sampled.sequence
+        for shadow in [s for s in self._live if sequence in (s.joined, s.sequence)]:
+            if sequence is shadow.joined:
+                shadow.written.append(sampled.token)
+                if sampled.stop is not None:
+                    shadow.wanted = min(shadow.wanted, len(shadow.written))
+            self._compare(shadow)
+            self._lead(shadow)
+        return sequence.key in self._keys
+
+    def end(self, node: str) -> None:
+        """``node`` pauses or is over: what was not measured by now is not measured."""
+        for shadow in [s for s in self._live if s.node == node]:
+            self._compare(shadow)
+            self._finish(shadow)
+
+    def _compare(self, shadow: _Shadow) -> None:
+        """Take the logits that are there, and compare those that both have."""
+        for sequence, found in ((shadow.joined, shadow.spliced), (shadow.sequence, shadow.text)):
+            if sequence.logits is not None:
+                found.append(sequence.logits.log_softmax(-1))
+                sequence.logits = None
+        while shadow.text and shadow.spliced and len(shadow.kl) < shadow.wanted:
+            text, spliced = shadow.text.popleft(), shadow.spliced.popleft()
+            shadow.kl.append((text.exp() * (text - spliced)).sum().clamp_min(0.0))
+            shadow.same.append(text.argmax() == spliced.argmax())
+
+    def _lead(self, shadow: _Shadow) -> None:
+        """Ask both for their next logits, the shadow once it is known what the node wrote there."""
+        done, sequence = len(shadow.kl), shadow.sequence
+        if done == shadow.wanted:
+            self._finish(shadow)
+            return
+        shadow.joined.keep_logits = done + len(shadow.spliced) < shadow.wanted
+        ahead = done + len(shadow.text)
+        if sequence.state is State.PAUSED and ahead <= len(shadow.written) and ahead < shadow.wanted:
+            sequence.tokens[-1] = shadow.written[ahead - 1]  # not run yet, so nothing depends on it
+            sequence.keep_logits = True
+            self.engine.resume(sequence, [], 1)
+
+    def _finish(self, shadow: _Shadow) -> None:
+        self.engine.finish(shadow.sequence)
+        shadow.joined.keep_logits = False
+        self._live.remove(shadow)
+        if shadow.kl:
+            kl, same = torch.stack(shadow.kl), torch.stack(shadow.same).tolist()
+            first = same.index(False) if False in same else None
+            mean, most = float(kl.mean()), float(kl.max())
+            self.reports.append(SpliceReport(shadow.node, len(same), mean, most, sum(same) / len(same), first))

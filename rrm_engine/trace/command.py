@@ -1,0 +1,52 @@
+"""What the commands that read a recorded run have in common."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rrm_engine.trace.reader import TraceError
+
+
+def make_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser that takes a run's directory as ``run`` and job names as ``--jobs``."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory that a bench run has written")
+    parser.add_argument(
+        "--jobs",
+        type=names,
+        default=[],
+        metavar="KEY,...",
+        help="only these jobs: id/mode/sample, id/mode or id (default: all)",
+    )
+    return parser
+
+
+def names(text: str) -> list[str]:
+    """The value of a flag that takes several names."""
+    return [name for name in text.split(",") if name]
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write what a command found. Raises TraceError if that cannot be done."""
+    try:
+        path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TraceError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def close_output() -> None:
+    """The reader of our output is gone: keep the exit from complaining about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,152 @@
+"""Backends of others' kernels: called as their libraries want it, chosen by name, refused with the reason."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from oracle import plain_model, prepared
+from rrm_kernels.flash import FlashAttention, FlashUnavailable, FlashUnsupported, load_flash
+from rrm_kernels.metadata import RaggedMetadata
+from rrm_kernels.reference import PagedBatch, PrefillChunk, paged_attention
+from rrm_kernels.varlen import VarlenAttention, load_varlen
+from torch.nn.attention.varlen import varlen_attn
+
+from rrm_engine.backends.local import Solver
+from rrm_engine.config import RunConfig
+from rrm_engine.engine import prepare
+from rrm_engine.models.attention import choose_attention
+
+CPU = torch.device("cpu")
+BLOCK = 256
+SEQS = [(1, 300), (5, 40), (1, 1)]  # query tokens, context
+TABLES = [[3, 1], [2], [4]]
+
+
+class Step:
+    """Random pools and a packed step of ``SEQS`` over them."""
+
+    def __init__(self, device: torch.device = CPU, dtype: torch.dtype = torch.bfloat16) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.key, self.value = (torch.randn(5, BLOCK, 2, 64, generator=generator).to(device, dtype) for _ in range(2))
+        self.query = torch.randn(sum(q for q, _ in SEQS), 4, 64, generator=generator).to(device, dtype)
+        metadata = RaggedMetadata.of([q for q, _ in SEQS], [c for _, c in SEQS], TABLES, BLOCK, device)
+        self.batch = PagedBatch(torch.empty(0), [], [], ragged=metadata)
+
+    def expected(self, window: int | None = None, softcap: float | None = None) -> torch.Tensor:
+        start, chunks = 0, []
+        for table, (queries, context) in zip(TABLES, SEQS, strict=True):
+            chunks.append(PrefillChunk(start, start + queries, torch.tensor(table), context))
+            start += queries
+        given = (t.float().cpu() for t in (self.query, self.key, self.value))
+        return paged_attention(*given, PagedBatch(torch.empty(0), [], chunks), 0.125, window, softcap)
+
+
+class Bound:
+    """In a library's place: takes what its signature takes, and reads the step as its documentation says."""
+
+    def __init__(self, signature: inspect.Signature, names: dict[str, str]) -> None:
+        self.signature = signature
+        self.names = names
+
+    def __call__(self, *args: Any, **options: Any) -> torch.Tensor:
+        given = self.signature.bind(*args, **options).arguments
+        query, key, value = args
+        starts, tables = given[self.names["starts"]].tolist(), given["block_table"]
+        left = given["window_size"][0]
+        lengths = given["seqused_k"] if "seqused_k" in given else given[self.names["keys"]].diff()
+        assert len(starts) == len(lengths) + 1 == len(tables) + 1
+        assert given[self.names["longest"]] >= max(q for q, _ in SEQS)
+        chunks = [
+            PrefillChunk(starts[i], starts[i + 1], tables[i].long(), int(length)) for i, length in enumerate(lengths)
+        ]
+        window, softcap = left + 1 if left >= 0 else None, given.get("softcap") or None
+        scale = given[self.names["scale"]]
+        inputs = (t.float() for t in (query, key, value))
+        return paged_attention(*inputs, PagedBatch(torch.empty(0), [], chunks), scale, window, softcap)
+
+
+VARLEN = {"starts": "cu_seq_q", "keys": "cu_seq_k", "longest": "max_q", "scale": "scale"}
+FLASH = {"starts": "cu_seqlens_q", "keys": "cu_seqlens_k", "longest": "max_seqlen_q", "scale": "softmax_scale"}
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("multiple", [BLOCK, 1])
+def test_varlen_is_called_as_torch_wants_it(window: int | None, multiple: int) -> None:
+    step = Step()
+    attend = VarlenAttention(Bound(inspect.signature(varlen_attn), VARLEN), multiple)
+    out = attend(step.query, step.key, step.value, step.batch, 0.125, window)
+    assert torch.allclose(out, step.expected(window), atol=1e-5)
+    assert not torch.allclose(out, step.expected(3), atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (None, 2.0)])
+def test_flash_attn_is_called_as_the_package_wants_it(window: int | None, softcap: float | None) -> None:
+    flash = pytest.importorskip("flash_attn", reason="flash-attn is not installed")
+    step = Step()
+    attend = FlashAttention(Bound(inspect.signature(flash.flash_attn_varlen_func), FLASH))
+    out = attend(step.query, step.key, step.value, step.batch, 0.125, window, softcap)
+    assert torch.allclose(out, step.expected(window, softcap), atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernels need a GPU")
+@pytest.mark.parametrize("load", [load_varlen, load_flash])
+@pytest.mark.parametrize("window", [None, 7])
+def test_on_a_gpu_they_equal_the_reference(load: Any, window: int | None) -> None:
+    device = torch.device("cuda")
+    try:
+        attend = load(device)
+    except FlashUnavailable as error:
+        pytest.skip(str(error))
+    step = Step(device)
+    out = attend(step.query, step.key, step.value, step.batch, 0.125, window).float().cpu()
+    assert torch.allclose(out, step.expected(window), atol=0.02)
+
+
+def test_what_they_cannot_compute_is_refused() -> None:
+    step = Step()
+    varlen = VarlenAttention(varlen_attn)
+    given = (step.query, step.key, step.value, step.batch, 0.125)
+    with pytest.raises(FlashUnsupported, match="soft-cap"):
+        varlen(*given, None, 2.0)
+    with pytest.raises(FlashUnsupported, match="sinks"):
+        varlen(*given, None, None, torch.zeros(4))
+    with pytest.raises(FlashUnsupported, match="one width"):
+        varlen(*given[:2], step.value[..., :32], *given[3:])
+    with pytest.raises(FlashUnsupported, match="not in float32"):
+        varlen(step.query.float(), *given[1:])
+    with pytest.raises(FlashUnsupported, match="--block-size 256"):
+        varlen(step.query, step.key[:, :16], step.value[:, :16], *given[3:])
+
+
+def test_a_model_they_cannot_run_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "choose_attention", lambda name, device: ("varlen", VarlenAttention(varlen_attn)))
+    with pytest.raises(prepare.UnsupportedModel, match=r"in float16 and bfloat16, not in float32; --attention triton"):
+        prepared(plain_model("qwen3"))
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash"])
+def test_where_they_cannot_run_the_reason_is_given(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"--attention {name}: it runs on CUDA only, not on cpu; --attention sdpa"):
+        choose_attention(name, CPU)
+
+
+def test_without_flash_attn_the_hint_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "flash_attn", None)
+    with pytest.raises(FlashUnavailable, match=r"pip install 'rrm-engine\[flash\]'"):
+        load_flash(torch.device("cuda"))
+
+
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int) -> None: ...
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", older)
+    with pytest.raises(FlashUnavailable, match="does not take block_table, enable_gqa"):
+        load_varlen(torch.device("cuda"))
+
+
+def test_a_block_size_that_does_not_fit_is_refused() -> None:
+    solver = Solver.load(RunConfig(limit=1, kv_blocks=400))
+    solver.model.attend = VarlenAttention(varlen_attn)
+    with pytest.raises(ValueError, match=r"--block-size 16: --attention auto takes multiples of 256"):
+        Solver(solver.model, RunConfig(kv_blocks=400))

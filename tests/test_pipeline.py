@@ -1,0 +1,194 @@
+"""Several steps in flight: who waits for a token is left alone, and whatever becomes of him, nothing is mixed up."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from lives import Life, prompt, submitted
+from test_scheduler_properties import ACTIONS, SETTINGS, assert_noticed, live_through, lives
+
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.scheduler import Scheduler
+from rrm_engine.engine.sequence import Sequence
+
+PIPELINES = lives(stages=(2, 3, 4))
+
+
+@SETTINGS
+@given(PIPELINES, ACTIONS)
+def test_any_pipelined_life_ends_and_every_query_reads_its_own_history(life: Life, actions: Any) -> None:
+    live_through(life, actions)
+
+
+def test_several_steps_are_in_flight_and_nobody_is_in_two() -> None:
+    """Eight sequences over four stages: two in each step, and every call of step hands out those of the oldest."""
+    life = Life(40, 4, 20, stages=4)
+    sequences = [submitted(life.submit(prompt(1, i), 9, root=i)) for i in range(8)]
+    life.step()  # all prompts fit into one step, which comes back at once
+    handed_out = []
+    for _ in range(8):
+        before = [len(s.tokens) for s in sequences]
+        life.step()
+        assert life.engine.launched - life.engine.steps == 3
+        handed_out.append({i for i, s in enumerate(sequences) if len(s.tokens) > before[i]})
+    assert handed_out == [{0, 1}, {2, 3}, {4, 5}, {6, 7}] * 2
+    life.end()
+
+
+def test_one_stage_has_nothing_in_flight_between_steps() -> None:
+    life = Life(40, 4, 20)
+    sequences = [submitted(life.submit(prompt(5, i), 4, root=i)) for i in range(3)]
+    while life.engine.has_work:
+        life.step()
+        assert life.engine.launched == life.engine.steps
+        assert not any(s.launch for s in sequences)
+    life.end()
+
+
+def flying(life: Life, tokens: int = 9) -> tuple[Sequence, Sequence]:
+    """Two sequences, the second of them in flight."""
+    first, second = (submitted(life.submit(prompt(tokens, i), 6, root=i)) for i in range(2))
+    life.step()
+    life.step()
+    assert (bool(first.launch), bool(second.launch)) == (False, True)
+    return first, second
+
+
+@pytest.mark.parametrize("end", ["finish", "pause", "wait", "truncate"])
+@pytest.mark.parametrize("policy", ["pin", "drop", "offload", "lru"])
+def test_who_ends_in_flight_does_not_get_the_token(end: str, policy: Any) -> None:
+    life = Life(20, 4, 40, stages=2, wait_policy=policy, host_blocks=20)
+    _, second = flying(life)
+    before = list(second.tokens)
+    if end == "finish":
+        life.finish(second)
+    else:
+        life.engine.pause(second)
+        if end == "wait":
+            life.engine.wait(second)
+        elif end == "truncate":
+            life.engine.truncate(second, 5)
+            del before[5:]
+    life.step()
+    life.step()
+    assert second.tokens == before
+    if end != "finish":
+        life.resume(second, prompt(2), 3)
+        life.drain()
+        assert len(second.tokens) == len(before) + 5
+    life.end()
+
+
+def test_resumed_before_the_token_of_an_earlier_launch_comes() -> None:
+    """Paused, truncated and launched again with other tokens while the first launch is still in flight."""
+    life = Life(20, 4, 40, stages=3)
+    sequences = [submitted(life.submit(prompt(6, i), 8, root=i)) for i in range(3)]
+    life.step()
+    life.step()
+    last = sequences[2]
+    assert (stale := last.launch)
+    life.engine.pause(last)
+    life.engine.truncate(last, 4)
+    life.resume(last, [1, 0, 1], 3)
+    life.step()
+    assert last.launch > stale
+    life.drain()
+    assert len(last.tokens) == 4 + 3 + 3
+    life.end()
+
+
+def test_a_sequence_in_flight_may_lose_its_blocks_and_still_gets_its_token() -> None:
+    """The first sequence needs the block of a younger one, whose step has been launched already."""
+    life = Life(5, 2, 10, stages=2, prefix_cache=False)
+    older = submitted(life.submit(prompt(3), 5, root=0))
+    younger = submitted(life.submit(prompt(4, 1), 4, root=1))
+    in_flight = 0
+    reclaim = life.scheduler._reclaim
+
+    def watched(victim: Sequence) -> None:
+        nonlocal in_flight
+        in_flight += bool(victim.launch)
+        reclaim(victim)
+
+    life.scheduler._reclaim = watched  # type: ignore[method-assign]
+    life.drain()
+    assert in_flight > 0 and younger.counters.preemptions > 0
+    assert (len(older.tokens), len(younger.tokens)) == (8, 8)
+    life.end()
+
+
+def test_a_fork_of_a_sequence_in_flight() -> None:
+    life = Life(30, 4, 40, stages=2)
+    _, second = flying(life)
+    for length in (len(second.tokens), 6):
+        submitted(life.submit([*second.tokens[:length], 1], 5, root=1, depth=1, fork_of=(second, length)))
+    life.drain()
+    life.end()
+
+
+def test_chunks_of_one_prompt_follow_each_other_through_the_stages() -> None:
+    """Nobody waits for a chunk that samples nothing: the next one is launched behind it."""
+    life = Life(20, 4, 60, stages=4, step_tokens=8)
+    submitted(life.submit(prompt(32), 2))
+    life.step()
+    assert life.engine.launched == 4
+    life.end()
+
+
+def test_nobody_is_left_out_for_long() -> None:
+    """Sequences come and go in all sizes of batches; who could run waits for no more than a round of the stages."""
+    life = Life(200, 4, 60, stages=4, step_tokens=100)
+    waited: dict[str, int] = {}
+    for turn in range(60):
+        if turn % 7 == 0:
+            for i in range(turn % 5 + 1):
+                submitted(life.submit(prompt(3, turn + i), 5 + i * 4, root=turn))
+        life.step()
+        for sequence in life.scheduler.live:
+            waited[sequence.key] = 0 if sequence.launch else waited.get(sequence.key, 0) + 1
+            assert waited[sequence.key] <= 4
+    life.end()
+
+
+# negative controls
+
+
+def test_a_sequence_in_flight_that_is_run_again_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody remembers who is in flight."""
+
+    class Forgetful(Scheduler):
+        def schedule(self) -> Any:
+            for sequence in self.live:
+                sequence.launch = 0
+            return super().schedule()
+
+    monkeypatch.setattr("rrm_engine.engine.engine.Scheduler", Forgetful)
+    assert_noticed("in flight is run again|the first sequence runs|nothing to run", some_lives=lives(stages=(3,)))
+
+
+def test_a_token_for_who_does_not_wait_for_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pausing in flight does not call the token off."""
+    remove = Scheduler._remove
+
+    def kept(self: Scheduler, sequence: Sequence) -> None:
+        launch = sequence.launch
+        remove(self, sequence)
+        sequence.launch = launch
+
+    monkeypatch.setattr(Scheduler, "_remove", kept)
+    for end in ("finish", "pause", "wait", "truncate"):
+        with pytest.raises((AssertionError, ValueError)):
+            test_who_ends_in_flight_does_not_get_the_token(end, "pin")
+
+
+def test_tokens_in_the_wrong_order_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's tokens are handed to its sequences in another order."""
+    update = Engine.collect
+
+    def swapped(self: Engine) -> Any:
+        if self._flights and self._flights[0].tokens is not None:
+            self._flights[0].sequences.reverse()
+        return update(self)
+
+    monkeypatch.setattr(Engine, "collect", swapped)
+    assert_noticed("not the sequence's token", some_lives=lives(stages=(2,)))

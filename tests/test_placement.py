@@ -1,0 +1,388 @@
+"""A model over several devices. They are virtual: one CPU named several times, or the meta device beside it."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from oracle import FAMILIES, engine_for, plain_model, prepared, prompt
+from test_engine_oracle import GREEDY, Script, live_graph, mistakes
+from test_wait_policies import policy_engine, waiting_graph
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rrm_engine.backends.local import Solver
+from rrm_engine.backends.result import Job
+from rrm_engine.bench.cli import main
+from rrm_engine.bench.tasks import load_tasks
+from rrm_engine.config import RunConfig
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.placement import kv_bytes_per_token, parse_devices, plan_memory, split
+from rrm_engine.engine.prepare import load_planned, prepare_model
+from rrm_engine.engine.replicas import SLACK, Replicas
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.engine.sampler import SamplingParams, draw
+from rrm_engine.engine.scheduler import SchedulerOutput, WaitPolicy, Work
+from rrm_engine.engine.sequence import Sequence
+from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.pool import BlockPool
+from rrm_engine.kv.table import BlockTable
+from rrm_engine.models.attention import ATTENTION_NAME, PagedForward, register_attention, transformers_forward
+from rrm_engine.models.load import load_skeleton
+from rrm_engine.models.spread import places, spread, tied_modules
+
+CPU, OTHER, META = torch.device("cpu"), torch.device("cpu:1"), torch.device("meta")
+POLICIES = get_args(WaitPolicy)
+
+# exactness
+
+
+def replicas(model: Any, count: int = 2, together: bool = False, **changes: Any) -> Replicas:
+    return Replicas([engine_for(model, **changes) for _ in range(count)], together)
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3", "gpt2"])
+def test_tokens_of_a_pipeline_equal_plain_transformers(family: str, stages: int) -> None:
+    plain = plain_model(family)
+    engine = engine_for(prepared(plain), stages=stages)
+    script = live_graph(engine)
+    assert mistakes(plain, script) == {}
+    assert engine.pool.num_used == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_tokens_of_replicas_equal_plain_transformers(family: str) -> None:
+    plain = plain_model(family)
+    engine = replicas(prepared(plain))
+    script = live_graph(engine)  # type: ignore[arg-type]
+    assert mistakes(plain, script) == {}
+    assert engine.used_blocks == 0
+    assert all(e.steps > 5 for e in engine.engines), "only one replica did anything"
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_and_small_pools_in_a_pipeline(policy: WaitPolicy, stages: int) -> None:
+    plain = plain_model("qwen3")
+    model = prepared(plain)
+    for blocks in (200, 30):
+        engine = policy_engine(model, policy, blocks, max_sequence_tokens=110, stages=stages)
+        assert mistakes(plain, waiting_graph(engine)) == {}
+        assert engine.pool.num_used == engine.space.num_used == 0
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_preemption_and_cancellation_in_a_pipeline(stages: int) -> None:
+    plain = plain_model("qwen3")
+    engine = engine_for(prepared(plain), blocks=22, max_sequence_tokens=88, stages=stages)
+    script = Script(engine)
+    sequences = [script.submit(f"r{i}", prompt(i, 20 + i), 30, root=i) for i in range(5)]
+    script.run(until=9)
+    cancelled = next(s for s in sequences if s.launch)
+    engine.finish(cancelled)
+    engine.check()
+    script.run()
+    assert sum(s.counters.preemptions for s in sequences) > 0
+    rest = [s for s in sequences if s is not cancelled]
+    script.finish(*rest)
+    assert mistakes(plain, script) == {}
+    assert {len(s.tokens) - 20 - i for i, s in enumerate(sequences) if s in rest} == {30}
+
+
+@pytest.mark.parametrize("family", [f for f in sorted(FAMILIES) if f not in ("gpt2",)])
+def test_layers_that_fetch_what_they_are_given(family: str) -> None:
+    """The second half of the layers on a device of another name: everything is handed over, and nothing changes."""
+    plain = plain_model(family, num_hidden_layers=4)
+    copy = plain_model(family, num_hidden_layers=4)
+    tokenizer: Any = prepared(plain_model("llama")).tokenizer
+    model = prepare_model(copy, tokenizer, family, CPU, layers=[CPU, CPU, OTHER, OTHER])
+    script = live_graph(engine_for(model, stages=2))
+    assert mistakes(plain, script) == {}
+
+
+# negative controls
+
+
+def test_kv_written_to_the_table_of_another_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage takes the batch of the step before for its own, as if it had not been brought there yet."""
+    plain = plain_model("qwen3")
+    model = prepared(plain, "sdpa")
+    model = replace(model, forward=transformers_forward(model.model))
+    right, last = PagedForward.batch_on, {}
+
+    def stale(self: PagedForward, device: torch.device) -> Any:
+        self.brought[device] = self.brought.get(device, 0) + 1
+        batch = right(replace(self, brought={}), device)
+        if self.brought[device] == 1:  # the first layer's
+            last["now"], last["before"] = batch, last.get("now", batch)
+            return batch
+        before = last["before"]
+        same = [len(g.lengths) for g in before.groups] == [len(g.lengths) for g in batch.groups]
+        return before if same and not batch.chunks and not before.chunks else batch
+
+    monkeypatch.setattr(PagedForward, "batch_on", stale)
+    assert mistakes(plain, live_graph(engine_for(model, stages=2))) != {}
+
+
+def test_tokens_of_the_wrong_sequences_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = Engine.collect
+
+    def swapped(self: Engine) -> Any:
+        if self._flights:
+            self._flights[0].sequences.reverse()
+        return collect(self)
+
+    monkeypatch.setattr(Engine, "collect", swapped)
+    plain = plain_model("qwen3")
+    assert mistakes(plain, live_graph(engine_for(prepared(plain), stages=2))) != {}
+
+
+# where tensors are
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from device to device, and lets no other operation have tensors of two devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.crossed = Counter[tuple[int, ...]]()
+        self.mixed: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        devices = {t.device for t in given if t.dim()}
+        if isinstance(found, torch.Tensor) and devices and found.device not in devices:
+            self.crossed[tuple(given[0].shape)] += 1
+        elif len(devices) > 1:
+            self.mixed.append(str(func))
+        return found
+
+
+@contextmanager
+def stepped(family: str, layers: int) -> Iterator[tuple[torch.Tensor, KVCache, Copies]]:
+    """A chunk and a decode through a model whose last ``layers`` layers and head are on the meta device."""
+    register_attention()
+    model = plain_model(family, num_hidden_layers=1 + layers)
+    model.set_attn_implementation(ATTENTION_NAME)
+    spread(model, [CPU, *[META] * layers])
+    runner = ModelRunner(transformers_forward(model, META), KVCache(20, 4), CPU)
+    work, pool = [], BlockPool(20, 4)
+    for i, (length, start) in enumerate(((9, 0), (6, 5))):
+        sampling = SamplingParams(0.7, 5 * i, 0.9)
+        sequence = Sequence(f"s{i}", prompt(i, length), BlockTable(pool), sampling, i, 3)
+        sequence.table.append(length)
+        work.append(Work(sequence, start, length - start, samples=True))
+    with torch.inference_mode(), Copies() as copies:
+        logits, order = runner.run(SchedulerOutput(tuple(work), ()))
+        drawn = draw(logits, [w.sequence for w in order])  # would raise if it waited for a value
+    assert logits.device == drawn.device == META
+    yield drawn, runner.cache, copies
+
+
+@pytest.mark.parametrize("family", ["cohere2", "gemma2", "gemma3_text", "granite", "llama", "olmo2", "opt", "qwen3"])
+def test_every_stage_has_its_tensors_on_its_device_and_gets_them_once(family: str) -> None:
+    with stepped(family, 1) as (_, cache, copies):
+        assert [cache.shapes[i].device for i in range(2)] == [CPU, META]
+        assert copies.mixed == []
+    with stepped(family, 4) as (_, _, more):
+        assert more.mixed == []
+    assert more.crossed == copies.crossed, "what several layers need was brought once for each"
+    assert 5 <= copies.crossed.total() <= 16
+
+
+def test_what_is_left_on_the_first_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PagedForward, "batch_on", lambda self, device: self.batch)
+    with pytest.raises(RuntimeError, match="same device"), stepped("llama", 1):
+        pass
+
+
+def test_what_is_brought_for_every_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bring = PagedForward.bring
+    monkeypatch.setattr(PagedForward, "bring", lambda self, *of: bring(replace(self, brought={}), *of))
+    with stepped("llama", 1) as (_, _, few), stepped("llama", 4) as (_, _, many):
+        assert many.crossed != few.crossed
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_tied_weight_is_copied_where_its_ends_are_apart(tie: bool) -> None:
+    apart, beside = (plain_model("llama", tie_word_embeddings=tie) for _ in range(2))
+    assert bool(tied_modules(apart)) is tie
+    spread(apart, [CPU, META])
+    spread(beside, [CPU, CPU])
+    assert (apart.model.embed_tokens.weight.device, apart.lm_head.weight.device) == (CPU, META)
+    assert bool(tied_modules(beside)) is tie
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_weight_has_one_place(family: str) -> None:
+    model = plain_model(family)
+    found = places(model, [CPU, META])
+    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+        owners = [place for place in found if name.startswith(f"{place}.")]
+        assert len(owners) == 1, name
+
+
+# the plan
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_kv_a_plan_counts_on_is_what_the_model_stores(family: str) -> None:
+    own_heads = {"num_key_value_heads": 4} if family in ("gpt2", "gpt_neox", "opt") else {}  # they know no others
+    plain = plain_model(family, **own_heads)
+    stored = {shape.bytes_per_token for shape in prepared(plain).shapes.values()}
+    assert stored == {kv_bytes_per_token(plain.config, torch.float32)}
+
+
+def test_layers_are_split_by_what_is_left_for_kv() -> None:
+    assert split([10] * 8, 1, 0, 0, [1000.0, 1000.0]) == (4, 8)
+    assert split([10] * 8, 1, 400, 0, [1000.0, 1000.0]) == (3, 8)  # an embedding before them
+    assert split([10] * 8, 1, 0, 400, [1000.0, 1000.0]) == (5, 8)
+    assert split([10] * 8, 1, 0, 0, [1000.0, 3000.0]) == (2, 8)
+    assert split([10] * 3, 1, 0, 900, [1000.0] * 3) == (1, 2, 3)
+
+
+def test_auto_takes_one_device_only_if_the_model_fits_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = load_skeleton("embedded", "auto")
+    assert all(p.device == META for p in skeleton.parameters())
+    two = [CPU, META]  # two devices that are not the same
+    for free, kind in ((1 << 40, "single"), (40 << 20, "pipeline")):
+        monkeypatch.setattr("rrm_engine.kv.memory.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("rrm_engine.engine.placement.free_memory", lambda device, free=free: free)
+        plan = plan_memory(skeleton, two, "auto")
+        assert (plan.kind, len(plan.stages)) == (kind, 1 if kind == "single" else 2)
+        assert plan_memory(skeleton, [CPU, CPU], "auto", useful=1).kind == "single"
+    weights = sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    tied = sum(m.weight.numel() * 4 for m in tied_modules(skeleton).values())
+    assert sum(stage.weights for stage in plan.stages) == weights + tied
+    both = plan_memory(skeleton, [CPU, CPU], "replicate")
+    assert both.room == plan_memory(skeleton, [CPU], "single").room // 2
+    monkeypatch.setattr("rrm_engine.kv.memory.free_memory", lambda device: 1 << 20)
+    with pytest.raises(ValueError, match=r"--placement replicate does not fit.*--devices"):
+        plan_memory(skeleton, [CPU, CPU], "replicate")
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"device": "cpu", "devices": "cpu,cpu"}, "--device and --devices both"),
+        ({"placement": "pipeline"}, "--placement pipeline needs --devices"),
+        ({"placement": "replicate"}, "--placement replicate needs --devices"),
+        ({"placement": "both", "devices": "cpu"}, "--placement takes auto, single, pipeline, replicate"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        RunConfig(**settings)
+
+
+def test_devices_that_cannot_be_used_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="--devices cuda:77 cannot be used"):
+        parse_devices("cpu,cuda:77")
+    with pytest.raises(ValueError, match="--devices names 9 stages and the model has 4 layers"):
+        plan_memory(load_skeleton("embedded", "auto"), [CPU] * 9, "pipeline")
+
+
+# replicas
+
+
+def test_weights_of_replicas_on_one_device_are_there_once() -> None:
+    plan = plan_memory(load_skeleton("embedded", "auto"), parse_devices("cpu,cpu,cpu"), "replicate")
+    models = load_planned("embedded", "auto", plan)
+    assert len(models) == 3 and len({id(m.model) for m in models}) == 1
+
+
+def test_roots_spread_forks_stay_and_children_go_home_while_there_is_room() -> None:
+    engine = replicas(prepared(plain_model("qwen3")))
+    first, second = (engine.submit(f"r{i}", prompt(i, 20), 30, GREEDY, root=i) for i in range(2))
+    assert engine._of(first) is not engine._of(second)
+    for _ in range(8):
+        engine.step()
+    where = [
+        engine._of(engine.submit(f"r0.{i}", prompt(0, 12) + prompt(i, 3), 30, GREEDY, depth=1)) for i in range(SLACK)
+    ]
+    assert set(where) == {engine._of(first)}
+    fork = engine.submit("r0.f", [*first.tokens, 5], 30, GREEDY, depth=1, fork_of=(first, len(first.tokens)))
+    assert engine._of(fork) is engine._of(first)
+    crowded = engine.submit("r0.x", prompt(0, 12), 30, GREEDY, depth=1)
+    assert engine._of(crowded) is engine._of(second)
+    engine.together = True
+    bound = engine.submit("r0.y", prompt(0, 12), 30, GREEDY, depth=1)
+    assert engine._of(bound) is engine._of(first)
+    with pytest.raises(ValueError, match="another replica"):
+        engine.keep(first, second, 0, 4)
+
+
+def test_replicas_launch_before_they_collect() -> None:
+    engine = replicas(prepared(plain_model("qwen3")))
+    order: list[str] = []
+    for name, one in zip("ab", engine.engines, strict=True):
+        launch, collect = one.launch, one.collect
+        one.launch = lambda name=name, launch=launch: order.append(f"launch {name}") or launch()  # type: ignore
+        one.collect = lambda name=name, collect=collect: order.append(f"collect {name}") or collect()  # type: ignore
+        engine.submit(name, prompt(1, 5), 3, GREEDY, root=ord(name))
+    engine.step()
+    assert order == ["launch a", "launch b", "collect a", "collect b"]
+
+
+# whole tasks
+
+
+def solved(count: int = 4, **settings: Any) -> dict[str, tuple[Any, ...]]:
+    tasks = load_tasks("embedded").tasks[:count]
+    solver = Solver.load(RunConfig(temperature=0.0, **settings), [t.problem for t in tasks])
+    jobs = [Job(t.id, t.problem) for t in tasks]
+    found = {r.job.id: (r.status, r.answer, r.finish_reasons, r.total_tokens) for r in solver.run(jobs, concurrency=2)}
+    solver.close()
+    return found
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, tuple[Any, ...]]:
+    return solved()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"devices": "cpu,cpu,cpu", "placement": "pipeline"},
+        {"devices": "cpu,cpu", "placement": "replicate"},
+        {
+            "devices": "cpu,cpu",
+            "placement": "pipeline",
+            "kv_blocks": 80,
+            "max_sequence_tokens": 900,
+            "max_concurrency": 3,
+        },
+        {"devices": "cpu,cpu", "placement": "pipeline", "wait_policy": "auto"},
+        {"devices": "cpu,cpu"},
+    ],
+)
+def test_answers_do_not_depend_on_the_placement(settings: dict[str, Any], single: dict[str, tuple[Any, ...]]) -> None:
+    assert solved(**settings) == single
+
+
+@pytest.mark.parametrize("placement", ["pipeline", "replicate"])
+def test_splices_and_forks_on_several_devices(placement: str) -> None:
+    options: dict[str, Any] = {"join": "splice", "child_context": "parent", "count": 1, "splice_report": 4}
+    assert solved(devices="cpu,cpu", placement=placement, **options) == solved(**options)
+
+
+def test_a_run_of_the_bench_on_two_devices(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = []
+    for name, flags in (("one", []), ("two", ["--devices", "cpu,cpu", "--placement", "pipeline"])):
+        arguments = ["--limit", "1", "--modes", "rrm", "--temperature", "0", "--out", str(tmp_path / name)]
+        assert main([*arguments, *flags]) == 0
+        rows.append(json.loads((tmp_path / name / "rows.jsonl").read_text()))
+    shown = capfd.readouterr().err
+    assert "memory plan, pipeline: cpu: layers 0 to" in shown
+    assert shown.index("memory plan") < shown.index("cpu,cpu (pipeline)")
+    same = ("answer", "status", "total_tokens", "critical_path_tokens", "finish_reasons")
+    assert [rows[0][k] for k in same] == [rows[1][k] for k in same]
+    resolved = json.loads((tmp_path / "two" / "run.json").read_text())["resolved"]
+    assert (resolved["devices"], resolved["placement"]) == ("cpu,cpu", "pipeline")
