@@ -58,7 +58,8 @@ def _bars(axes: Sequence[Axes], summary: Sequence[dict[str, Any]], offset: float
     seconds = [entry["answer_s"] for entry in summary]
     milliseconds = [1000 * (entry["resume_s"] or 0) for entry in summary]
     for axis, values in zip(axes, (seconds, milliseconds), strict=False):
-        axis.bar_label(axis.barh(places, values, BAR, color=colour), fmt="{:#.3g}", padding=2, fontsize=7)
+        labels = [f"{value:#.3g}".rstrip(".") for value in values]
+        axis.bar_label(axis.barh(places, values, BAR, color=colour), labels=labels, padding=2, fontsize=7)
     axes[-1].barh(places, device, BAR, color=colour)
     hatched = axes[-1].barh(places, host, BAR, left=device, color="white", edgecolor=colour, hatch="////")
     labels = [f"{d} + {h}" if h else f"{d}" for d, h in zip(device, host, strict=True)]
