@@ -1,9 +1,10 @@
-"""Train the embedded model from scratch: one to two hours on one CPU core, minutes on a GPU.
+"""Train the embedded model from scratch: two hours on one CPU core, minutes on a GPU.
 
     python scripts/train_embedded_model.py --out /tmp/embedded_model
-    python scripts/train_embedded_model.py --device cuda --tokens 200000000 --layers 6 --hidden 256 --mlp 768
+    python scripts/train_embedded_model.py --out /tmp/embedded_model --device cuda --tokens 200000000
 
-The run is reproducible from ``--seed`` as long as ``--hours`` does not cut it short.
+``--init`` goes on from a trained one. The run is reproducible from ``--seed`` as long as ``--hours`` does not cut it
+short.
 """
 
 import argparse
@@ -16,13 +17,13 @@ from embedded.training import Settings, Trainer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model; replaced at every check")
-    parser.add_argument("--tokens", type=int, default=25_000_000, help="tokens to train on, padding included")
+    parser.add_argument("--tokens", type=int, default=27_000_000, help="tokens to train on, padding included")
     parser.add_argument("--hours", type=float, default=100.0, help="end after so many hours at the latest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--batch-tokens", type=int, default=5632, help="padded tokens per step")
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--mlp", type=int, default=512)

@@ -20,8 +20,8 @@ from embedded.transcripts import (
 from embedded.wording import random_task
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-KIND_WEIGHTS = {"flat": 0.36, "depends": 0.38, "nested": 0.22, "atomic": 0.04}
-NODE_WEIGHTS = {"leaf": 0.08, "root": 0.38, "direct": 0.50, "group": 0.04}
+KIND_WEIGHTS = {"flat": 0.32, "depends": 0.35, "nested": 0.29, "atomic": 0.04}
+NODE_WEIGHTS = {"leaf": 0.06, "root": 0.38, "direct": 0.52, "group": 0.04}
 LEAF_FAMILY_WEIGHTS = {"grow": 0.4, "pair": 0.25, "mult": 0.35}
 FLAT_WIDTHS = (2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8)  # wide tasks ask for more copies over longer distances
 GIVEN_SHARE = 0.3  # leaves that start from another child's result

@@ -95,21 +95,21 @@ class Leaf:
     def result(self, start: int) -> int:
         return self.states(start)[-1]
 
-    def scratchpad(self, start: int) -> str:
-        """All lines of the computation, each closed by a newline, behind a countdown of the rounds left."""
+    def scratchpad(self, start: int, mark: str = ":") -> str:
+        """All lines, each behind a countdown of the rounds left and ``mark``, and closed by a newline."""
         states = self.states(start)
         first = reversed_digits(start)
         padded = f"0{first[0]}0{first[1:]}"
         if self.family == "mult":
-            lines = [f"{self.rounds:02d}:{first[0]}0{first[1:]}"]
+            lines = [f"{self.rounds:02d}{mark}{first[0]}0{first[1:]}"]
         elif self.family == "grow":
-            lines = [f"{self.rounds:02d}:{padded}"]
+            lines = [f"{self.rounds:02d}{mark}{padded}"]
         else:
             second = reversed_digits(self.numbers[0])
-            lines = [f"..:{padded}", f"{self.rounds:02d}:0{second[0]}0{second[1:]}"]
+            lines = [f"..{mark}{padded}", f"{self.rounds:02d}{mark}0{second[0]}0{second[1:]}"]
         begin = len(lines)
         for step in range(self.rounds):
-            lines.append(f"{self.rounds - step - 1:02d}:{self._step(states, begin + step)}")
+            lines.append(f"{self.rounds - step - 1:02d}{mark}{self._step(states, begin + step)}")
         return "\n".join(lines) + "\n"
 
     def _step(self, states: list[int], index: int) -> str:

@@ -58,9 +58,9 @@ def _prompt(system: str, user: str) -> str:
     return f"<|im_start|>system\n{system}{END}\n<|im_start|>user\n{user}{END}\n<|im_start|>assistant\n"
 
 
-def sum_line(name: str, total: int, value: int) -> str:
+def sum_line(head: str, total: int, value: int) -> str:
     """One step of the combination, e.g. ``b402+710=01202`` and a newline: id, sum so far, value, new sum."""
-    return f"{name}{reversed_digits(total)}+{reversed_digits(value)}={add_digits(total, value)}\n"
+    return f"{head}{reversed_digits(total)}+{reversed_digits(value)}={add_digits(total, value)}\n"
 
 
 def combination(results: Results) -> str:
@@ -79,21 +79,23 @@ def direct_transcript(task: Task) -> Transcript:
     """A plan of all leaves, then one leaf after another with a running sum, in one assistant turn.
 
     The leaves are labelled in their order, groups or not, and where there are no groups a leaf's label is its part's
-    id. The plan ends with the list of its labels, so that the next label stands behind the last one in it.
+    id. What a leaf needs stands close to it: its line of the plan once more, a line such as ``2|402`` with the leaves
+    that are left after it and the sum before it, and its label in every line of the scratchpad.
     """
-    plan, work, total, results = [], [], 0, task.results()
     leaves = [leaf for part in task.parts for leaf in part.leaves]
-    for label, leaf in zip(IDS, leaves, strict=False):
-        given = {} if leaf.depends_on is None else {leaf.depends_on: results[leaf.depends_on]}
-        start = leaf.start if isinstance(leaf.start, int) else results[leaf.start]
+    results, total = task.results(), 0
+    plan = [f"{label} {leaf.canonical()}\n" for label, leaf in zip(IDS, leaves, strict=False)]
+    text = f"{''.join(plan)}{len(leaves)}.\n"
+    for index, leaf in enumerate(leaves):
+        left = f"{len(leaves) - 1 - index}|"
+        given = {} if isinstance(leaf.start, int) else {leaf.start: results[leaf.start]}
+        start = leaf.start if isinstance(leaf.start, int) else given[leaf.start]
         value = leaf.result(start)
-        plan.append(f"{label} {leaf.canonical()}\n")
-        work.append(f"{label}{reversed_digits(total)}|{leaf.canonical()}\n")
-        work += [f"{name} = {known}\n" for name, known in given.items()]
-        work.append(f"{leaf.scratchpad(start)}{label} = {value}\n{sum_line(label, total, value)}")
+        text += f"{plan[index]}{left}{reversed_digits(total)}\n"
+        text += "".join(f"{name} = {known}\n" for name, known in given.items())
+        text += f"{leaf.scratchpad(start, IDS[index])}{IDS[index]} = {value}\n{sum_line(left, total, value)}"
         total = (total + value) % MODULUS
-    labels = ",".join(IDS[: len(leaves)])
-    text = f"{''.join(plan)}{labels}.\n{''.join(work)}FINAL: {total}{END}"
+    text += f"FINAL: {total}{END}"
     return Transcript("direct", task.family, ((direct_prompt(task.problem), False), (text, True)))
 
 
