@@ -53,6 +53,7 @@ def ours_run(model: LoadedModel, longest: int, most: int) -> Run:
             step_tokens=4096,
             max_sequence_tokens=longest,
             eos_ids=frozenset(),
+            lookahead=model.device.type == "cuda",
         )
         sequences = [engine.submit(f"s{i}", list(p), count, SamplingParams(), root=i) for i, p in enumerate(prompts)]
         while engine.has_work:

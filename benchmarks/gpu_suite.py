@@ -60,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = perf_counter()
     parser = build_parser()
     args = parser.parse_args(argv)
-    todo = sections()
+    chosen = sections()
     names = [name for name in args.only.split(",") if name]
-    if unknown := set(names) - {section.name for section in todo}:
-        parser.error(f"--only {', '.join(unknown)}: the sections are {', '.join(s.name for s in todo)}")
-    todo = [section for section in todo if not names or section.name in names]
+    if unknown := set(names) - {section.name for section in chosen}:
+        parser.error(f"--only {', '.join(unknown)}: the sections are {', '.join(s.name for s in chosen)}")
+    chosen = [section for section in chosen if not names or section.name in names]
     try:
         device = resolve_device(args.device)
     except ValueError as error:
@@ -74,20 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     lab = Lab(device, "tiny" if args.tiny else args.geometry, args.attention, args.tiny)
     about = describe(args, lab)
-    for section in todo:
+    for section in chosen:
         left = args.limit - (perf_counter() - began)
         print(f"{section.name}: {section.title}", flush=True)
         section.carry_out(lab, min(section.limit_s, left))
         state = section.error or (f"left out: {section.skipped}" if section.skipped else "ok")
         print(f"  {section.seconds:.1f} s, {len(section.rows)} rows, {state}", flush=True)
-        write(args.out, about | {"seconds": perf_counter() - began}, todo)
+        write(args.out, about | {"seconds": perf_counter() - began}, chosen)
     try:
-        about["plots"] = report.plots(args.out, todo)
+        about["plots"] = report.plots(args.out, chosen)
     except ImportError as error:
         about["plots"] = f"left out: {error}"
-    write(args.out, about | {"seconds": perf_counter() - began}, todo)
-    failed = [section.name for section in todo if section.error]
-    print(f"{len(todo) - len(failed)} of {len(todo)} sections ok; written to {args.out}")
+    write(args.out, about | {"seconds": perf_counter() - began}, chosen)
+    failed = [section.name for section in chosen if section.error]
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} sections ok; written to {args.out}")
     return 1 if failed else 0
 
 

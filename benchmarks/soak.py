@@ -65,6 +65,7 @@ class Settings:
     host_blocks: int
     costs: SwapCosts | None
     stops: float  # share of the vocabulary that ends a sequence
+    lookahead: bool
 
     @classmethod
     def draw(cls, seed: int, longest: int) -> "Settings":
@@ -85,6 +86,7 @@ class Settings:
             draw.choice([0, 3, blocks, 1000]),
             draw.choice([None, SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)]),
             draw.choice([0.0, 0.05]),
+            draw.random() < 0.5,
         )
 
 
@@ -140,6 +142,7 @@ class Life:
             eos_ids=frozenset(stops),
             wait_policy=settings.wait_policy,
             host_blocks=settings.host_blocks,
+            lookahead=settings.lookahead,
         )
         self.engine.scheduler.costs = settings.costs
         self.system = self.tokens(1, max(2, settings.longest // 2))  # what fresh prompts share

@@ -48,6 +48,13 @@ class RunConfig:
         "and --block-size 256; sdpa: torch reference, any device; auto: native or triton where they are, else sdpa",
         choices=("auto", "native", "triton", "varlen", "flash", "sdpa"),
     )
+    lookahead: str = setting(
+        "auto",
+        "model",
+        "launch a step before the tokens of the one before are read, so that the device never waits for the host; "
+        "auto: on CUDA",
+        choices=("auto", "on", "off"),
+    )
     eager: bool = setting(False, "model", "on CUDA launch kernels one by one instead of replaying CUDA graphs")
     prompt_style: str = setting("auto", "model", "a packaged style's name or a TOML file; auto: by model")
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.runner import pack
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Splice, WaitPolicy, Work
@@ -42,7 +43,7 @@ class Memory:
         self.kept: dict[Span, list[History]] = {}  # what each span was taken from
         self.moved: dict[str, dict[int, Moved]] = {}  # by sequence: what it may read where instead of its own
 
-    def run(self, step: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
+    def run(self, step: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:
         for copy, blocks in step.swap_outs:
             copy.payload = self.read(blocks)
         for copy, blocks in step.swap_ins:
@@ -51,14 +52,16 @@ class Memory:
         self.splice(step.splices)
         if not step.work:
             return torch.zeros(0, VOCABULARY), []
-        packed = pack(step.work, self.size, CPU)
+        packed = pack(step.work, self.size, CPU, drawn)
         owners = self.rows(step)
         self.queries += len(owners)
         assert packed.positions.tolist() == [position for _, position in owners]
         for slot, (sequence, position) in zip(packed.batch.slots.tolist(), owners, strict=True):
             assert slot >= self.size, "the null block is written"
-            self.slots[slot] = tuple(sequence.tokens[: position + 1])
-        assert packed.token_ids.tolist() == [sequence.tokens[position] for sequence, position in owners]
+            self.slots[slot] = tuple(foreseen(sequence, position + 1)[: position + 1])
+        assert packed.token_ids.tolist() == [
+            foreseen(sequence, position + 1)[position] for sequence, position in owners
+        ], "not the sequence's token"
         for group in packed.batch.groups:
             for row, table, length in zip(
                 range(group.start, group.stop), group.tables.tolist(), group.lengths.tolist(), strict=True
@@ -69,7 +72,7 @@ class Memory:
                 self.attend(chunk.table.tolist(), chunk.length - (chunk.stop - 1 - row), *owners[row])
         logits = torch.zeros(len(packed.order), VOCABULARY)
         for row, work in enumerate(packed.order):
-            logits[row, made_up(work.sequence.tokens)] = 1
+            logits[row, made_up(foreseen(work.sequence, work.start + work.count))] = 1
         return logits, packed.order
 
     def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
@@ -116,7 +119,8 @@ class Memory:
     def owns(self, sequence: Sequence, read: list[Content]) -> bool:
         """Whether that is the KV of a sequence's first tokens: made from them, or attached to it and moved there."""
         moved, first = self.moved.get(sequence.key, {}), sequence.table.approximate_from
-        for i, (content, own) in enumerate(zip(read, history(sequence.tokens, len(read)), strict=True)):
+        owned = history(foreseen(sequence, len(read)), len(read))
+        for i, (content, own) in enumerate(zip(read, owned, strict=True)):
             attached = first is not None and i >= first and content == moved.get(i) and base(content)[-1] == own[-1]
             if content != own and not attached:
                 return False
@@ -131,6 +135,12 @@ def base(content: Content) -> History:
 
 def history(tokens: list[int], length: int) -> list[History]:
     return [tuple(tokens[: i + 1]) for i in range(length)]
+
+
+def foreseen(sequence: Sequence, length: int) -> list[int]:
+    """Its tokens, and the one that is being sampled where ``length`` asks for it."""
+    tokens = sequence.tokens
+    return tokens if length <= len(tokens) else [*tokens, made_up(tokens)]
 
 
 def made_up(tokens: list[int]) -> int:
@@ -155,6 +165,7 @@ class Life:
         host_blocks: int = 0,
         costs: SwapCosts | None = None,
         stages: int = 1,
+        lookahead: bool = False,
     ) -> None:
         self.memory = Memory(blocks, size)
         self.engine = Engine(
@@ -167,6 +178,7 @@ class Life:
             wait_policy=wait_policy,
             host_blocks=host_blocks,
             stages=stages,
+            lookahead=lookahead,
         )
         self.engine.scheduler.costs = costs
         self.scheduler = self.engine.scheduler
@@ -174,7 +186,6 @@ class Life:
         self.sequences: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.reclaimed: list[Sequence] = []
-        self.steps = 0
         self._for: Sequence | None = None
         self._plan: SchedulerOutput | None = None
         self._watch()
@@ -185,7 +196,7 @@ class Life:
             f"Life({pool.num_blocks}, {pool.block_size}, {self.longest}, max_sequences={scheduler.max_sequences}, "
             f"step_tokens={scheduler.step_tokens}, prefix_cache={pool.prefix_cache}, eos={bool(self.engine.eos_ids)}, "
             f"wait_policy={scheduler.wait_policy!r}, host_blocks={scheduler.space.num_blocks}, "
-            f"costs={scheduler.costs}, stages={scheduler.stages})"
+            f"costs={scheduler.costs}, stages={scheduler.stages}, lookahead={scheduler.lookahead})"
         )
 
     def _watch(self) -> None:
@@ -204,14 +215,15 @@ class Life:
             self.reclaimed.append(victim)
             reclaim(victim)
 
-        def watched_run(plan: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
+        def watched_run(plan: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:
             self._plan = plan
-            return run(plan)
+            return run(plan, drawn)
 
         def watched_launch() -> bool:
-            live, flying = list(scheduler.live), {id(s) for s in scheduler.live if s.launch}
+            live, flying = list(scheduler.live), {id(s) for s in scheduler.live if s.flights}
             before = {id(s): s.table.length for s in live}
-            ready = {id(s) for s in live if s.state is State.RUNNING and s.pending == 1} - flying
+            decoding = [s for s in live if s.state is State.RUNNING and s.pending == 1]
+            ready = {id(s) for s in decoding if not s.flights or (scheduler.lookahead and self.goes_on(s))}
             self.reclaimed.clear()
             launched = launch()
             assert self._plan is not None
@@ -282,16 +294,22 @@ class Life:
         assert self.engine.plan is not None
         samples = [w.sequence for w in self.engine.plan.work if w.samples]
         assert {s.sequence.key for s in sampled} <= {s.key for s in samples}
-        if self.scheduler.stages == 1:
+        if self.scheduler.stages == 1 and not self.scheduler.lookahead:
             assert len(sampled) == len(samples)
         self.check()
+
+    def goes_on(self, sequence: Sequence) -> bool:
+        """Whether only the token in flight could keep a sequence from writing another one."""
+        return sequence.budget > 1 and len(sequence.tokens) + 1 < self.longest
 
     def check_plan(
         self, plan: SchedulerOutput, live: list[Sequence], flying: set[int], ready: set[int], before: dict[int, int]
     ) -> None:
         """``flying`` waited for their token when the step was planned, ``ready`` were to run one."""
         scheduled = list(dict.fromkeys(w.sequence for w in plan.work))
-        assert not flying & {id(s) for s in scheduled}, "a sequence in flight is run again"
+        again = flying & {id(s) for s in scheduled}
+        assert again <= ready, "a sequence in flight is run again"
+        assert again == {id(w.sequence) for w in plan.work if w.ahead and w.count == 1 and w.samples}
         assert id(live[0]) in flying or scheduled[0] is live[0], "the first sequence runs in every step"
         by_sequence = [[w for w in plan.work if w.sequence is s] for s in scheduled]
         assert [w for works in by_sequence for w in works] == list(plan.work), "a sequence is run twice in one step"
@@ -316,8 +334,8 @@ class Life:
             full = len(ready & {id(s) for s in scheduled}) == share < len(live)
             passed = [s for s in live if id(s) in ready - {id(w) for w in scheduled}]
             assert full or all(s.state is State.WAITING for s in passed), "a running sequence was passed over"
-            places = len(scheduled) + len(flying)
-            assert full or not passed or places == self.scheduler.max_sequences, "a place was taken and not used"
+            used = {id(s) for s in live if s.state is State.RUNNING} & (flying | {id(s) for s in scheduled})
+            assert full or not passed or len(used) == self.scheduler.max_sequences, "a place was taken and not used"
 
     def check(self) -> None:
         """Every reference counted anew, every table readable, no more sequences running than allowed."""
@@ -331,13 +349,16 @@ class Life:
         size = self.memory.size
         for sequence in self.sequences:
             table = sequence.table
+            assert table.stored <= len(sequence.tokens), "KV of a token that nobody knows"
             assert len(table.blocks) == -(-table.length // size)
             read = [self.memory.slots[slot] for slot in table.slots(0, table.length)]
             assert self.memory.owns(sequence, read)
 
     def drain(self) -> None:
         """Run what is live to its end. While nobody joins, the first sequence only ever gains tokens: a bound."""
-        steps = self.scheduler.stages * sum(len(s.tokens) + s.budget for s in self.scheduler.live)
+        steps = (self.scheduler.stages + self.scheduler.lookahead) * sum(
+            len(s.tokens) + s.budget for s in self.scheduler.live
+        )
         while self.engine.has_work:
             assert steps > 0, "not finished in the steps it may take"
             steps -= 1

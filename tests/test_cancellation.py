@@ -1,53 +1,56 @@
 """A job that ends early, in whatever state it is, takes its descendants with it and leaves not one block behind.
 
-Several copies of one nested task run side by side on the embedded model. Each copy is ended in another state; the last
-one is left alone and must come out as if it had run by itself.
+Several copies of one nested task run side by side. Each copy is ended in another state; the last one is left alone and
+must come out, token by token, as if it had run by itself. The graph's shape is fixed by grammars (``driven.py``), so
+that every state is reached whatever the weights are.
 """
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
+from driven import NODES, TASK, TOKENS, Driven
 from forked_bench import break_forward
 
 from rrm_engine.backends.job import JobRun
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.result import Job, JobResult
-from rrm_engine.config import RunConfig
-from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.events import Atomic
 
-TASK = (
-    "Work modulo 1000. (a) Ben keeps 2 boxes. The first begins at 85 and repeats one step 5 times: multiply by 6, then "
-    "add 7. The second holds 736 fish, and every day for 6 days the count becomes 3 times the old one plus 6. (b) Tom "
-    "starts with 308 fish, and 7 times over the number is multiplied by 6 and 8 more are added. What is the sum of all "
-    "results?"
-)
 Act = Callable[[JobRun, str], str | None]
+Events = list[dict[str, Any]]
+Outcome = tuple[Any, ...]
 
 
 @pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return load_model("embedded")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> Driven:
+    return Driven(tmp_path_factory.mktemp("driven"))
 
 
-def make_solver(model: LoadedModel, **changes: Any) -> Solver:
-    settings = {"temperature": 0.0, "max_sequence_tokens": 512, "kv_blocks": 500, **changes}
-    return Solver(model, RunConfig(**settings), [TASK])
+def outcome(result: JobResult, events: Events) -> Outcome:
+    """All that must not depend on what else ran: every token of every node included."""
+    tokens = {e["node"]: e["token_ids"] for e in events if e["job"] == result.job.key and "token_ids" in e}
+    return result.status, result.answer, result.critical_path_tokens, result.finish_reasons, tokens
 
 
 @pytest.fixture(scope="module")
-def alone(model: LoadedModel) -> JobResult:
-    return make_solver(model).solve(TASK)
+def alone(driven: Driven) -> Callable[[str], Outcome]:
+    """By ``child_context`` the outcome of the task where nothing else runs."""
 
+    @cache
+    def solved(child_context: str) -> Outcome:
+        events: Events = []
+        result = driven.solver(child_context=child_context).solve(TASK, on_event=events.append)
+        assert sorted(result.finish_reasons) == sorted(NODES) and result.total_tokens == TOKENS
+        return outcome(result, events)
 
-def outcome(result: JobResult) -> tuple[Any, ...]:
-    return result.status, result.answer, result.total_tokens, result.critical_path_tokens, result.finish_reasons
+    return solved
 
 
 # states of a job
@@ -94,13 +97,14 @@ def nothing_left(solver: Solver, gone: str) -> None:
     assert engine.space.num_used == sum(copy.count for s in engine.sequences for copy in s.table.host)
 
 
-def run_copies(solver: Solver, names: list[str], act: Act) -> tuple[list[str], JobResult]:
+def run_copies(solver: Solver, names: list[str], act: Act) -> tuple[list[str], Outcome]:
     """One copy of the task for each of ``names``, and one more that is left alone.
 
     ``act(copy, name)`` may end a part of a copy and then returns the beginning of the keys that must be gone. Returns
-    the names for which it did, and the result of the copy left alone.
+    the names for which it did, and the outcome of the copy left alone.
     """
-    runs = [JobRun(solver._runtime, Job(name, TASK), i, lambda event: None) for i, name in enumerate([*names, "last"])]
+    events: Events = []
+    runs = [JobRun(solver._runtime, Job(name, TASK), i, events.append) for i, name in enumerate([*names, "last"])]
     for run in runs:
         run.start()
     ended: list[str] = []
@@ -115,7 +119,7 @@ def run_copies(solver: Solver, names: list[str], act: Act) -> tuple[list[str], J
             solver.engine.check()
     nothing_left(solver, "")
     assert runs[-1].result is not None
-    return ended, runs[-1].result
+    return ended, outcome(runs[-1].result, events)
 
 
 def cancel_in_state(run: JobRun, name: str) -> str | None:
@@ -134,14 +138,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_job_cancelled_in_any_state_leaves_nothing(name: str, model: LoadedModel, alone: JobResult) -> None:
-    ended, last = run_copies(make_solver(model, **SETTINGS[name]), STATES, cancel_in_state)
-    if name == "forks":  # the model was not trained on forked contexts and need not go as deep
-        assert len(ended) >= len(STATES) // 2 and set(ended) <= set(STATES)
-    else:
-        assert sorted(ended) == sorted(STATES), "a state was never reached"
-    if name != "forks":
-        assert outcome(last) == outcome(alone)
+def test_a_job_cancelled_in_any_state_leaves_nothing(
+    name: str, driven: Driven, alone: Callable[[str], Outcome]
+) -> None:
+    settings = SETTINGS[name]
+    ended, last = run_copies(driven.solver(**settings), STATES, cancel_in_state)
+    assert sorted(ended) == sorted(STATES), "a state was never reached"
+    assert last == alone(settings.get("child_context", "task"))
+
+
+def test_states_that_are_not_reached_are_noticed(driven: Driven) -> None:
+    """Negative control: a graph that is not deep enough."""
+    ended, _ = run_copies(driven.solver(max_depth=1), STATES, cancel_in_state)
+    assert set(STATES) - set(ended) == {"grandchildren running", "a child waiting"}
+
+
+def test_a_neighbour_that_suffers_is_noticed(
+    driven: Driven, alone: Callable[[str], Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: who is cancelled wipes out more KV than was its own."""
+    solver, release = driven.solver(), JobRun.release
+
+    def wiping(self: JobRun) -> None:
+        release(self)
+        for keys, _ in solver.engine.runner.cache._layers.values():
+            keys.zero_()
+
+    monkeypatch.setattr(JobRun, "release", wiping)
+    ended, last = run_copies(solver, ["a child waiting"], cancel_in_state)
+    assert ended == ["a child waiting"] and last != alone("task")
 
 
 def answer_in_state(run: JobRun, name: str) -> str | None:
@@ -155,11 +180,11 @@ def answer_in_state(run: JobRun, name: str) -> str | None:
     return None
 
 
-def test_nodes_that_are_not_needed_any_more_are_gone_at_once(model: LoadedModel, alone: JobResult) -> None:
+def test_nodes_that_are_not_needed_any_more_are_gone_at_once(driven: Driven, alone: Callable[[str], Outcome]) -> None:
     """A node concludes while its children, and theirs, still decode: the root, or one below it."""
-    ended, last = run_copies(make_solver(model), ["root", "root.a"], answer_in_state)
+    ended, last = run_copies(driven.solver(), ["root", "root.a"], answer_in_state)
     assert sorted(ended) == ["root", "root.a"]
-    assert outcome(last) == outcome(alone)
+    assert last == alone("task")
 
 
 def forget_descendants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,18 +218,18 @@ def keep_waiting_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     ("sabotage", "how"), [(forget_descendants, "still has sequences"), (keep_waiting_blocks, "references kept")]
 )
 def test_what_is_left_behind_is_noticed(
-    sabotage: Callable[[pytest.MonkeyPatch], None], how: str, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    sabotage: Callable[[pytest.MonkeyPatch], None], how: str, driven: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control of both tests above."""
     sabotage(monkeypatch)
     with pytest.raises(AssertionError, match=how):
-        run_copies(make_solver(model), ["waiting"], cancel_in_state)
+        run_copies(driven.solver(), ["waiting"], cancel_in_state)
 
 
 # budgets
 
 
-def overspent(events: list[dict[str, Any]], budgets: dict[str, int]) -> list[str]:
+def overspent(events: Events, budgets: dict[str, int]) -> list[str]:
     """Nodes that wrote more in a phase than its budget, or that were started and never ended."""
     phases: dict[str, list[str]] = {}
     wrong, ended = [], Counter[str]()
@@ -220,13 +245,14 @@ def overspent(events: list[dict[str, Any]], budgets: dict[str, int]) -> list[str
     return wrong + [node for node in phases if ended[node] != 1]
 
 
-@pytest.mark.parametrize("planner", [30, 90, 150])
-def test_budgets_bind_every_descendant(planner: int, model: LoadedModel) -> None:
+@pytest.mark.parametrize(("planner", "nodes"), [(30, 1), (90, 3), (112, 7)])
+def test_budgets_bind_every_descendant(planner: int, nodes: int, driven: Driven) -> None:
     """A budget that ends in the middle of a plan or of a solution: what was started by then still ends."""
-    solver = make_solver(model, planner_max_tokens=planner, solver_max_tokens=9, continuation_max_tokens=12)
+    solver = driven.solver(planner_max_tokens=planner, solver_max_tokens=9, continuation_max_tokens=12)
     budgets = {"graph": planner, "solver": 9, "continuation": 12, "direct": solver.resolved.direct_max_tokens or 0}
-    events: list[dict[str, Any]] = []
+    events: Events = []
     result = solver.solve(TASK, on_event=events.append)
+    assert sum(node.split(".")[0] == "root" for node in result.finish_reasons) == nodes
     assert overspent(events, budgets) == []
     assert any(reason.startswith("length") for reason in result.finish_reasons.values())
     assert overspent(events, {**budgets, "solver": 8, "graph": planner - 1}) != []  # negative control
@@ -236,22 +262,23 @@ def test_budgets_bind_every_descendant(planner: int, model: LoadedModel) -> None
 # a step that fails
 
 
-def test_a_failed_step_under_memory_pressure_loses_no_block(model: LoadedModel, alone: JobResult) -> None:
+def test_a_failed_step_under_memory_pressure_loses_no_block(driven: Driven, alone: Callable[[str], Outcome]) -> None:
     """Wherever it fails, with blocks on their way to the host or back, and whoever was in it."""
-    solver = make_solver(model, wait_policy="offload", kv_blocks=40, max_concurrency=2)
+    solver = driven.solver(wait_policy="offload", kv_blocks=40, max_concurrency=2)
     runner, attend = solver.engine.runner, solver.engine.runner.attend
     reasons = []
-    for step in range(40, 200, 50):
+    for step in range(60, 500, 110):
         break_forward(runner, step, memory=False)
+        events: Events = []
         failed, other, later = sorted(
-            solver.run([Job(f"{n}", TASK) for n in range(3)], concurrency=2), key=lambda r: r.job.id
+            solver.run([Job(f"{n}", TASK) for n in range(3)], events.append, concurrency=2), key=lambda r: r.job.id
         )
         runner.attend = attend
         nothing_left(solver, "")
         assert solver.engine.pool.num_used == solver.engine.space.num_used == 0
         assert failed.error is not None and other.error is not None
         reasons += [failed.error, other.error]
-        assert outcome(later) == outcome(alone)
+        assert outcome(later, events) == alone("task")
         assert later.offloaded_blocks > 0
     assert any("in a step of other jobs: Trying" in reason for reason in reasons)
-    assert any("in a step of root.a.a" in reason for reason in reasons)
+    assert any("in a step of root.a.a" in reason for reason in reasons), reasons

@@ -29,7 +29,7 @@ from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.pool import NULL_BLOCK
 from rrm_engine.models import lean
-from rrm_engine.models.lean import LeanForward
+from rrm_engine.models.lean import LeanForward, Stage
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 ON_CUDA = DEVICE.type == "cuda"
@@ -57,7 +57,7 @@ def on_torch() -> tuple[Any, LoadedModel]:
     fused = model.model
     layers = [lean._layer(i, layer, fused, DEVICE) for i, layer in enumerate(fused.model.layers)]
     kernels: Any = ReferenceLayer()
-    model.forward, model.attend = LeanForward(fused, layers, kernels), ReferenceRagged()
+    model.forward, model.attend = LeanForward(fused, [Stage(DEVICE, kernels, layers)]), ReferenceRagged()
     return plain, model
 
 
@@ -88,7 +88,7 @@ def graph_of(engine: Engine) -> Script:
 def test_the_lean_forward_on_triton_equals_plain_transformers(family: str) -> None:
     model = loaded(plain_model(family, num_hidden_layers=1))
     assert isinstance(model.forward, LeanForward)
-    assert isinstance(model.forward._kernels, TritonLayer)
+    assert isinstance(model.forward._stages[0].kernels, TritonLayer)
     assert model.probe_error < 1e-4
 
 
@@ -97,7 +97,7 @@ def test_padded_steps_on_triton_equal_plain_transformers(monkeypatch: pytest.Mon
     plain = plain_model("qwen3", num_hidden_layers=1)
     model = loaded(plain)
     monkeypatch.setattr(model.attend, "sharing", ALWAYS)
-    engine = engine_for(model)
+    engine = engine_for(model, lookahead=True)
     assert engine.runner.static is not None
     keys = watch(engine.runner.static, monkeypatch)
     assert mistakes(plain, graph_of(engine)) == {}
@@ -105,12 +105,13 @@ def test_padded_steps_on_triton_equal_plain_transformers(monkeypatch: pytest.Mon
     assert any(key.pieces for key in keys)
 
 
+@pytest.mark.parametrize("lookahead", [True, False])
 @pytest.mark.parametrize("eager", [True, False])
 def test_padded_and_eager_steps_equal_plain_transformers(
-    on_torch: tuple[Any, LoadedModel], eager: bool, monkeypatch: pytest.MonkeyPatch
+    on_torch: tuple[Any, LoadedModel], eager: bool, lookahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, model = on_torch
-    engine = engine_for(model)
+    engine = engine_for(model, lookahead=lookahead)
     steps = with_runner(engine, model, eager)
     keys = watch(steps, monkeypatch)
     assert mistakes(plain, live_graph(engine)) == {}
@@ -289,9 +290,9 @@ def test_a_rotation_table_that_grows_leaves_the_recorded_one_alone(on_torch: tup
     model = on_torch[1]
     forward = model.forward
     assert isinstance(forward, LeanForward)
-    before = forward.reserve(1)
+    (before,) = forward.reserve(1)
     copies = [table.clone() for table in before]
-    after = forward.reserve(len(before[0]) + 1)
+    (after,) = forward.reserve(len(before[0]) + 1)
     assert len(after[0]) == 2 * len(before[0])
     assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True))
     assert all(torch.equal(new[: len(old)], old) for new, old in zip(after, before, strict=True))

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from lives import Life, prompt, submitted
-from test_scheduler_properties import ACTIONS, SETTINGS, assert_noticed, live_through, lives
+from lives import Life, made_up, prompt, submitted
+from test_scheduler_properties import ACTIONS, SETTINGS, assert_ended, assert_noticed, live_through, lives
 
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence
+from rrm_engine.kv.table import BlockTable
 
 PIPELINES = lives(stages=(2, 3, 4))
 
@@ -17,7 +18,7 @@ PIPELINES = lives(stages=(2, 3, 4))
 @SETTINGS
 @given(PIPELINES, ACTIONS)
 def test_any_pipelined_life_ends_and_every_query_reads_its_own_history(life: Life, actions: Any) -> None:
-    live_through(life, actions)
+    assert_ended(live_through(life, actions))
 
 
 def test_several_steps_are_in_flight_and_nobody_is_in_two() -> None:
@@ -41,7 +42,7 @@ def test_one_stage_has_nothing_in_flight_between_steps() -> None:
     while life.engine.has_work:
         life.step()
         assert life.engine.launched == life.engine.steps
-        assert not any(s.launch for s in sequences)
+        assert not any(s.flights for s in sequences)
     life.end()
 
 
@@ -50,7 +51,7 @@ def flying(life: Life, tokens: int = 9) -> tuple[Sequence, Sequence]:
     first, second = (submitted(life.submit(prompt(tokens, i), 6, root=i)) for i in range(2))
     life.step()
     life.step()
-    assert (bool(first.launch), bool(second.launch)) == (False, True)
+    assert (bool(first.flights), bool(second.flights)) == (False, True)
     return first, second
 
 
@@ -86,12 +87,12 @@ def test_resumed_before_the_token_of_an_earlier_launch_comes() -> None:
     life.step()
     life.step()
     last = sequences[2]
-    assert (stale := last.launch)
+    assert (stale := list(last.flights))
     life.engine.pause(last)
     life.engine.truncate(last, 4)
     life.resume(last, [1, 0, 1], 3)
     life.step()
-    assert last.launch > stale
+    assert last.flights > stale
     life.drain()
     assert len(last.tokens) == 4 + 3 + 3
     life.end()
@@ -107,7 +108,7 @@ def test_a_sequence_in_flight_may_lose_its_blocks_and_still_gets_its_token() -> 
 
     def watched(victim: Sequence) -> None:
         nonlocal in_flight
-        in_flight += bool(victim.launch)
+        in_flight += bool(victim.flights)
         reclaim(victim)
 
     life.scheduler._reclaim = watched  # type: ignore[method-assign]
@@ -117,12 +118,22 @@ def test_a_sequence_in_flight_may_lose_its_blocks_and_still_gets_its_token() -> 
     life.end()
 
 
-def test_a_fork_of_a_sequence_in_flight() -> None:
+@pytest.mark.parametrize("length", [9, 6])
+def test_a_fork_of_a_sequence_in_flight(length: int) -> None:
+    """It shares the blocks of all tokens whose KV is there, and runs its own one alone."""
     life = Life(30, 4, 40, stages=2)
     _, second = flying(life)
-    for length in (len(second.tokens), 6):
-        submitted(life.submit([*second.tokens[:length], 1], 5, root=1, depth=1, fork_of=(second, length)))
+    tokens, blocks = [*second.tokens[:length], 0], list(second.table.blocks)
+    child = submitted(life.submit(list(tokens), 5, root=1, depth=1, fork_of=(second, length)))
+    assert child.table.blocks == blocks[: -(-length // 4)]
     life.drain()
+    assert child.table.blocks[: length // 4] == blocks[: length // 4] == second.table.blocks[: length // 4]
+    assert not set(child.table.blocks[length // 4 :]) & set(second.table.blocks)
+    for _ in range(5):
+        tokens.append(made_up(tokens))
+    assert child.tokens == tokens and len(second.tokens) == 9 + 6
+    counters = child.counters
+    assert (counters.reused, counters.prefilled, counters.decoded, counters.copied_blocks) == (length, 1, 5, 1)
     life.end()
 
 
@@ -145,12 +156,21 @@ def test_nobody_is_left_out_for_long() -> None:
                 submitted(life.submit(prompt(3, turn + i), 5 + i * 4, root=turn))
         life.step()
         for sequence in life.scheduler.live:
-            waited[sequence.key] = 0 if sequence.launch else waited.get(sequence.key, 0) + 1
+            waited[sequence.key] = 0 if sequence.flights else waited.get(sequence.key, 0) + 1
             assert waited[sequence.key] <= 4
     life.end()
 
 
 # negative controls
+
+
+@pytest.mark.parametrize("less", [1, 9])
+def test_a_fork_that_shares_less_than_there_is_is_noticed(less: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = BlockTable.fork
+    monkeypatch.setattr(BlockTable, "fork", lambda self, length: fork(self, max(0, length - less)))
+    for length in (9, 6):
+        with pytest.raises(AssertionError):
+            test_a_fork_of_a_sequence_in_flight(length)
 
 
 def test_a_sequence_in_flight_that_is_run_again_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +179,7 @@ def test_a_sequence_in_flight_that_is_run_again_is_noticed(monkeypatch: pytest.M
     class Forgetful(Scheduler):
         def schedule(self) -> Any:
             for sequence in self.live:
-                sequence.launch = 0
+                sequence.flights = []
             return super().schedule()
 
     monkeypatch.setattr("rrm_engine.engine.engine.Scheduler", Forgetful)
@@ -171,9 +191,9 @@ def test_a_token_for_who_does_not_wait_for_it_is_noticed(monkeypatch: pytest.Mon
     remove = Scheduler._remove
 
     def kept(self: Scheduler, sequence: Sequence) -> None:
-        launch = sequence.launch
+        flights = list(sequence.flights)
         remove(self, sequence)
-        sequence.launch = launch
+        sequence.flights = flights
 
     monkeypatch.setattr(Scheduler, "_remove", kept)
     for end in ("finish", "pause", "wait", "truncate"):
@@ -187,7 +207,7 @@ def test_tokens_in_the_wrong_order_are_noticed(monkeypatch: pytest.MonkeyPatch) 
 
     def swapped(self: Engine) -> Any:
         if self._flights and self._flights[0].tokens is not None:
-            self._flights[0].sequences.reverse()
+            self._flights[0].order.reverse()
         return update(self)
 
     monkeypatch.setattr(Engine, "collect", swapped)

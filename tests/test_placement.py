@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
 from oracle import FAMILIES, engine_for, plain_model, prepared, prompt
+from rrm_kernels.reference_layer import ReferenceLayer
 from test_engine_oracle import GREEDY, Script, live_graph, mistakes
 from test_wait_policies import policy_engine, waiting_graph
+from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rrm_engine.backends.local import Solver
@@ -31,7 +33,10 @@ from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
+from rrm_engine.models import lean
 from rrm_engine.models.attention import ATTENTION_NAME, PagedForward, register_attention, transformers_forward
+from rrm_engine.models.fuse import fuse
+from rrm_engine.models.lean import LeanForward, Stage
 from rrm_engine.models.load import load_skeleton
 from rrm_engine.models.spread import places, spread, tied_modules
 
@@ -83,7 +88,7 @@ def test_preemption_and_cancellation_in_a_pipeline(stages: int) -> None:
     script = Script(engine)
     sequences = [script.submit(f"r{i}", prompt(i, 20 + i), 30, root=i) for i in range(5)]
     script.run(until=9)
-    cancelled = next(s for s in sequences if s.launch)
+    cancelled = next(s for s in sequences if s.flights)
     engine.finish(cancelled)
     engine.check()
     script.run()
@@ -101,6 +106,8 @@ def test_layers_that_fetch_what_they_are_given(family: str) -> None:
     copy = plain_model(family, num_hidden_layers=4)
     tokenizer: Any = prepared(plain_model("llama")).tokenizer
     model = prepare_model(copy, tokenizer, family, CPU, layers=[CPU, CPU, OTHER, OTHER])
+    if isinstance(prepared(plain).forward, LeanForward):
+        assert isinstance(model.forward, LeanForward) and [len(s.layers) for s in model.forward._stages] == [2, 2]
     script = live_graph(engine_for(model, stages=2))
     assert mistakes(plain, script) == {}
 
@@ -134,7 +141,7 @@ def test_tokens_of_the_wrong_sequences_are_noticed(monkeypatch: pytest.MonkeyPat
 
     def swapped(self: Engine) -> Any:
         if self._flights:
-            self._flights[0].sequences.reverse()
+            self._flights[0].order.reverse()
         return collect(self)
 
     monkeypatch.setattr(Engine, "collect", swapped)
@@ -164,33 +171,53 @@ class Copies(TorchDispatchMode):
         return found
 
 
+def lean_over(model: Any, devices: list[torch.device]) -> LeanForward:
+    """The lean forward over two devices, with kernels of plain torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "allclose", lambda *_, **__: True)  # tensors on the meta device have no values
+        fuse(model)
+    stages = [Stage(device, cast(Any, ReferenceLayer())) for device in (CPU, META)]
+    for i, device in enumerate(devices):
+        layer = lean._layer(i, model.model.layers[i], model, device)
+        assert layer is not None
+        stages[device == META].layers.append(layer)
+    return LeanForward(model, stages)
+
+
 @contextmanager
-def stepped(family: str, layers: int) -> Iterator[tuple[torch.Tensor, KVCache, Copies]]:
+def stepped(family: str, layers: int, is_lean: bool = False) -> Iterator[tuple[torch.Tensor, KVCache, Copies]]:
     """A chunk and a decode through a model whose last ``layers`` layers and head are on the meta device."""
     register_attention()
     model = plain_model(family, num_hidden_layers=1 + layers)
     model.set_attn_implementation(ATTENTION_NAME)
-    spread(model, [CPU, *[META] * layers])
-    runner = ModelRunner(transformers_forward(model, META), KVCache(20, 4), CPU)
+    devices = [CPU, *[META] * layers]
+    spread(model, devices)
+    forward = lean_over(model, devices) if is_lean else transformers_forward(model, META)
+    runner = ModelRunner(forward, KVCache(20, 4), CPU)
     work, pool = [], BlockPool(20, 4)
     for i, (length, start) in enumerate(((9, 0), (6, 5))):
         sampling = SamplingParams(0.7, 5 * i, 0.9)
         sequence = Sequence(f"s{i}", prompt(i, length), BlockTable(pool), sampling, i, 3)
         sequence.table.append(length)
         work.append(Work(sequence, start, length - start, samples=True))
-    with torch.inference_mode(), Copies() as copies:
+    no_padding = {"meta_nonzero_assume_all_nonzero": True}  # the reference kernels look for some
+    with torch.inference_mode(), fx_config.patch(no_padding), Copies() as copies:
         logits, order = runner.run(SchedulerOutput(tuple(work), ()))
         drawn = draw(logits, [w.sequence for w in order])  # would raise if it waited for a value
     assert logits.device == drawn.device == META
     yield drawn, runner.cache, copies
 
 
-@pytest.mark.parametrize("family", ["cohere2", "gemma2", "gemma3_text", "granite", "llama", "olmo2", "opt", "qwen3"])
-def test_every_stage_has_its_tensors_on_its_device_and_gets_them_once(family: str) -> None:
-    with stepped(family, 1) as (_, cache, copies):
+TRANSFORMERS = ["cohere2", "gemma2", "gemma3_text", "granite", "llama", "olmo2", "opt", "qwen3"]
+LEAN = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.mark.parametrize(("family", "is_lean"), [*((f, False) for f in TRANSFORMERS), *((f, True) for f in LEAN)])
+def test_every_stage_has_its_tensors_on_its_device_and_gets_them_once(family: str, is_lean: bool) -> None:
+    with stepped(family, 1, is_lean) as (_, cache, copies):
         assert [cache.shapes[i].device for i in range(2)] == [CPU, META]
         assert copies.mixed == []
-    with stepped(family, 4) as (_, _, more):
+    with stepped(family, 4, is_lean) as (_, _, more):
         assert more.mixed == []
     assert more.crossed == copies.crossed, "what several layers need was brought once for each"
     assert 5 <= copies.crossed.total() <= 16
@@ -307,8 +334,9 @@ def test_roots_spread_forks_stay_and_children_go_home_while_there_is_room() -> N
         engine._of(engine.submit(f"r0.{i}", prompt(0, 12) + prompt(i, 3), 30, GREEDY, depth=1)) for i in range(SLACK)
     ]
     assert set(where) == {engine._of(first)}
-    fork = engine.submit("r0.f", [*first.tokens, 5], 30, GREEDY, depth=1, fork_of=(first, len(first.tokens)))
-    assert engine._of(fork) is engine._of(first)
+    for i in range(2):  # the second while its replica is clearly more loaded
+        fork = engine.submit(f"r0.f{i}", [*first.tokens, i], 30, GREEDY, depth=1, fork_of=(first, len(first.tokens)))
+        assert fork in engine._of(first).sequences and fork not in engine._of(second).sequences
     crowded = engine.submit("r0.x", prompt(0, 12), 30, GREEDY, depth=1)
     assert engine._of(crowded) is engine._of(second)
     engine.together = True

@@ -4,8 +4,9 @@ import gzip
 import importlib.util
 import inspect
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import engine_for, plain_model, prepared, prompt
+from oracle import compiled, engine_for, plain_model, prepared, prompt
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb2
+from rrm_kernels.native import load_native_layer
+from rrm_kernels.products import NativeLinear
 from torch.profiler import ProfilerActivity, record_function
 
 import rrm_engine.trace.profile as profile_module
@@ -24,7 +27,9 @@ from rrm_engine.bench.tasks import load_tasks
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput
+from rrm_engine.models.fuse import PackedLinear
 from rrm_engine.trace.cli import main as trace_command
+from rrm_engine.trace.kernel_names import KERNELS
 from rrm_engine.trace.perfetto import ranges_of
 from rrm_engine.trace.profile import WARM_UP, Profile, ProfileError
 from rrm_engine.trace.profile_reader import (
@@ -50,9 +55,9 @@ def spy(patch: pytest.MonkeyPatch) -> Spied:
     seen: Spied = []
     run = ModelRunner.run
 
-    def spying(self: ModelRunner, step: SchedulerOutput) -> Any:
+    def spying(self: ModelRunner, step: SchedulerOutput, *rest: Any) -> Any:
         seen.append({work.sequence.key: work.count for work in step.work})
-        return run(self, step)
+        return run(self, step, *rest)
 
     patch.setattr(ModelRunner, "run", spying)
     return seen
@@ -420,12 +425,60 @@ def test_the_device_decides_what_is_recorded(device: str, monkeypatch: pytest.Mo
     assert asked == [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + (device == "cuda")]
 
 
-def test_the_trace_file_is_one_that_torch_wrote(recorded: tuple[Path, Spied]) -> None:
-    """What was added is in args of its events and in one entry; operators lie in the forwards."""
-    trace = json.loads(gzip.decompress((recorded[0] / PROFILE).read_bytes()))
+# operators
+
+
+def operators_of_forwards(directory: Path) -> list[Counter[str]]:
+    """By name the operators and compiled kernels that ran within each forward."""
+    trace = json.loads(gzip.decompress((directory / PROFILE).read_bytes()))
     assert trace["schemaVersion"] == 1 and trace["rrm_engine"]["session"] == 0
-    forwards = [e for e in trace["traceEvents"] if e.get("cat") == "user_annotation" and e["name"] in FORWARDS]
-    operators = [e for e in trace["traceEvents"] if e.get("cat") == "cpu_op" and e["name"].startswith("aten::")]
-    assert len(forwards) == STEPS
-    for forward in forwards:
-        assert any(forward["ts"] <= e["ts"] <= forward["ts"] + forward["dur"] for e in operators)
+    of = lambda category: [e for e in trace["traceEvents"] if e.get("cat") == category]  # noqa: E731
+    forwards = [(e["ts"], e["ts"] + e["dur"]) for e in of("user_annotation") if e["name"] in FORWARDS]
+    found = [(e["ts"], e["name"]) for e in of("cpu_op")]
+    return [Counter(name for ts, name in found if start <= ts <= stop) for start, stop in forwards]
+
+
+def products(operators: Counter[str]) -> int:
+    """Whoever multiplies."""
+    return sum(operators[name] for name in ("rrm::linear", "aten::linear", "mkldnn::_linear_pointwise"))
+
+
+def kernels(forwards: list[Counter[str]]) -> int:
+    return sum(forward[name] for forward in forwards for name, *_ in KERNELS)
+
+
+def test_the_trace_file_is_one_that_torch_wrote(recorded: tuple[Path, Spied], solver: Solver) -> None:
+    """What was added is in args of its events and in one entry; every product of every forward is in it."""
+    forwards = operators_of_forwards(recorded[0])
+    assert [products(forward) for forward in forwards] == [4 * len(solver.model.shapes) + 1] * STEPS
+    if isinstance(PackedLinear(torch.ones(8, 8), None)._product, NativeLinear):
+        assert "rrm::linear" in (recorded[0] / SUMMARY).read_text()
+
+
+def test_compiled_kernels_are_named_while_they_are_recorded(recorded: tuple[Path, Spied], solver: Solver) -> None:
+    compiled(load_native_layer)
+    layers = len(solver.model.shapes)
+    calls = {"paged_attention": layers, "rope_store": layers, "silu_mul": layers, "norm": 1, "add_norm": 2 * layers}
+    for forward in operators_of_forwards(recorded[0]):
+        assert {name: forward[f"rrm::{name}"] for name in calls} == calls
+
+
+def test_kernels_have_no_names_before_and_after(
+    solver: Solver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off, they are called as ever; and a profile without names is the control of the two tests above."""
+    compiled(load_native_layer)
+    as_ever = [getattr(owner, method) for _, owner, method in KERNELS]
+    seen: list[bool] = []
+
+    def look(event: dict[str, Any]) -> None:
+        seen.append([getattr(owner, method) for _, owner, method in KERNELS] == as_ever)
+
+    with solver.profile(tmp_path / "named", 5, session=0):
+        solver.solve(load_tasks("embedded").tasks[0].problem, on_event=look)
+    assert seen[0] and seen[-1] and [getattr(owner, method) for _, owner, method in KERNELS] == as_ever
+    monkeypatch.setattr(profile_module, "named_kernels", nullcontext)
+    with solver.profile(tmp_path / "nameless", 5, session=0):
+        solver.solve(load_tasks("embedded").tasks[0].problem)
+    named, nameless = (kernels(operators_of_forwards(tmp_path / name)) for name in ("named", "nameless"))
+    assert named >= 5 * (5 * len(solver.model.shapes) + 1) and nameless == 0

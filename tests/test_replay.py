@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,11 @@ from oracle import VOCABULARY, plain_model, prepared, wrong_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rrm_engine.engine.prepare import LoadedModel, load_model, prepare_model
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.engine.scheduler import SchedulerOutput
+from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.table import BlockTable
 from rrm_engine.models.geometry import GEOMETRIES, random_model
 from rrm_engine.replay.check import ReplayMismatch, check_logits, check_transcripts
 from rrm_engine.replay.driver import Contender, Memory, Ours, Replayed, blocks_needed
@@ -204,6 +209,39 @@ def test_prefills_are_exactly_those_predicted(model: LoadedModel) -> None:
     assert forked.copied_blocks == 2
 
 
+def computed_twice(name: str, memory: Memory, graph: Graph) -> list[list[str]]:
+    """For each token that ran more than once in the same context: the nodes it ran for, each time."""
+    ran: list[tuple[Sequence, int]] = []
+    step_of = ModelRunner.run
+
+    def watched(self: ModelRunner, plan: SchedulerOutput, *rest: Any) -> Any:
+        ran.extend((work.sequence, work.start + i) for work in plan.work for i in range(work.count))
+        return step_of(self, plan, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelRunner, "run", watched)
+        run(name, memory, graph)
+    nodes = defaultdict(list)
+    for sequence, position in ran:
+        nodes[tuple(sequence.tokens[: position + 1])].append(sequence.key)
+    return sorted(sorted(keys) for keys in nodes.values() if len(keys) > 1)
+
+
+def test_pin_and_forks_compute_no_token_twice(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the last token before a fork, which its parent has not run yet where it goes on: both run that one."""
+    graph = drawn(DEEP | {"shared_prefix": 2 * BLOCK})
+    memory = memory_for(model, graph)
+    assert computed_twice("serial", memory, graph) == []
+    assert computed_twice("pin", memory, graph) == [["root.a", "root.a.x"]]
+    forks = [["root", "root.a"], ["root", "root.c"], ["root.a", "root.a.x"]]
+    assert computed_twice("pin+fork", memory, graph) == forks
+    for name in ("drop", "drop+fork", "offload", "pin+nocache", "no-reuse"):  # controls
+        assert len(computed_twice(name, memory, graph)) > 2 * BLOCK, name
+    fork = BlockTable.fork
+    monkeypatch.setattr(BlockTable, "fork", lambda self, length: fork(self, length - 1))
+    assert len(computed_twice("pin+fork", memory, graph)) > len(forks)
+
+
 def test_attached_tokens_are_not_prefilled(model: LoadedModel) -> None:
     """All of what is carried but the last token, which a child has never run, and which runs what follows."""
     graph = drawn(CARRIED)
@@ -279,9 +317,8 @@ def spoil_swap_in(monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = KVCache.swap_in
 
     def spoiled(self: KVCache, copy: Any, blocks: Any) -> None:
-        for pools in copy.payload.values():
-            for rows in pools:
-                rows[0, 0] += 1.0
+        for rows in copy.payload:
+            rows[:, 0, 0] += 1.0
         genuine(self, copy, blocks)
 
     monkeypatch.setattr(KVCache, "swap_in", spoiled)

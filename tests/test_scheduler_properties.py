@@ -42,7 +42,9 @@ ACTIONS = st.lists(
 
 
 @st.composite
-def lives(draw: st.DrawFn, least: int = 4, most: int = 24, stages: tuple[int, ...] = (1,)) -> Life:
+def lives(
+    draw: st.DrawFn, least: int = 4, most: int = 24, stages: tuple[int, ...] = (1,), lookahead: bool = False
+) -> Life:
     """Pools from the smallest that holds one longest sequence up to a comfortable one."""
     size, longest = draw(st.integers(1, 5)), draw(st.integers(least, most))
     return Life(
@@ -57,6 +59,7 @@ def lives(draw: st.DrawFn, least: int = 4, most: int = 24, stages: tuple[int, ..
         host_blocks=draw(st.sampled_from([0, 1, 5, 100])),
         costs=draw(st.sampled_from([None, SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)])),
         stages=draw(st.sampled_from(stages)),
+        lookahead=lookahead,
     )
 
 
@@ -114,10 +117,16 @@ SETTINGS = settings(max_examples=500, deadline=None, suppress_health_check=list(
 @SETTINGS
 @given(lives(), ACTIONS)
 def test_any_life_ends_and_every_query_reads_its_own_history(life: Life, actions: list[tuple[Any, ...]]) -> None:
-    ended = live_through(life, actions)
-    assert not ended.engine.has_work and {s.state for s in ended.finished} <= {State.FINISHED}
-    least, most = ended.counted()
-    assert least <= ended.memory.queries <= most and ended.steps <= ended.memory.queries
+    assert_ended(live_through(life, actions))
+
+
+def assert_ended(life: Life) -> None:
+    """Nothing runs, nobody is left, and as many queries were checked as the sequences say they ran."""
+    engine = life.engine
+    assert not engine.has_work and not life.sequences
+    assert {s.state for s in life.finished} <= {State.FINISHED}
+    least, most = life.counted()
+    assert least <= life.memory.queries <= most and engine.steps <= life.memory.queries
 
 
 def assert_noticed(how: str, actions: Any = ACTIONS, some_lives: Any = None) -> None:

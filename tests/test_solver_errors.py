@@ -58,12 +58,12 @@ def test_an_error_in_a_step_fails_the_jobs_in_flight_only(
     runner, calls = solver.engine.runner, 0
     run = runner.run
 
-    def failing(step: Any) -> Any:
+    def failing(*step: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 60:
             raise RuntimeError("the device is gone")
-        return run(step)
+        return run(*step)
 
     monkeypatch.setattr(runner, "run", failing)
     events: list[dict[str, Any]] = []

@@ -346,7 +346,7 @@ def test_any_life_with_attached_spans_ends_and_loses_nothing(life: Life, actions
     ended = live_through(life, actions)
     assert not ended.engine.has_work and {s.state for s in ended.finished} <= {State.FINISHED}
     least, most = ended.counted()
-    assert least <= ended.memory.queries <= most and ended.steps <= ended.memory.queries
+    assert least <= ended.memory.queries <= most and ended.engine.steps <= ended.memory.queries
 
 
 def unmoved(self: Memory, sources: list[int], destinations: list[int], positions: list[int]) -> None:

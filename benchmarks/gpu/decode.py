@@ -14,6 +14,8 @@ from rrm_engine.kv.cache import KVCache, bytes_per_block
 from rrm_engine.kv.memory import free_memory
 from rrm_engine.kv.pool import BlockPool
 
+# What becomes of the host's work: hidden behind the device's, in its way with few launches, or with all of them.
+HOST_WORK = {"lookahead": (False, True), "graphs": (False, False), "eager": (True, False)}
 BATCHES, CONTEXTS = (1, 4, 16, 32, 64, 128), (512, 2048, 8192)
 WARM, TIMED = 4, 16
 MEMORY_SHARE = 0.85
@@ -42,10 +44,10 @@ def run(lab: Lab, rows: list[Row]) -> None:
     left_out = [f"{batch} x {context}" for context, batch in wanted if (context, batch) not in points]
     if left_out:
         rows.append({"left_out": left_out, "reason": f"KV of more than {room} blocks"})
-    for eager in (False, True):
+    for host_work, (eager, _) in HOST_WORK.items():
         runner = ModelRunner(model.forward, cache, model.device, model.attend, eager)
         for context, batch in points:
-            rows.append(_point(lab, model, runner, context, batch, eager))
+            rows.append(_point(lab, model, runner, context, batch, host_work))
 
 
 def _blocks(context: int, batch: int) -> int:
@@ -53,8 +55,9 @@ def _blocks(context: int, batch: int) -> int:
     return batch * (-(-(context + WARM + TIMED + 2) // BLOCK_SIZE) + 1)
 
 
-def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batch: int, eager: bool) -> Row:
+def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batch: int, host_work: str) -> Row:
     """Sequences whose KV is there already decode greedily; whole steps of the engine are timed."""
+    eager, lookahead = HOST_WORK[host_work]
     steps = WARM + TIMED
     engine = Engine(
         runner,
@@ -63,6 +66,7 @@ def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batc
         step_tokens=4096,
         max_sequence_tokens=context + steps + 2,
         eos_ids=frozenset(),
+        lookahead=lookahead,
     )
     vocabulary = model.model.config.vocab_size  # type: ignore[union-attr]
     for i in range(batch):
@@ -80,7 +84,7 @@ def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batc
         "context": context,
         "batch": batch,
         "graphs": not eager and bool(runner.static and runner.static.replays),
-        "eager": eager,
+        "host_work": host_work,
         "ms_per_step": 1e3 * step_s,
         "ms_spread": [1e3 * min(times[WARM:]), 1e3 * max(times[WARM:])],
         "tokens_per_s": batch / step_s,

@@ -71,10 +71,9 @@ def plots(folder: Path, sections: Sequence[Section]) -> list[str]:
 
 def _decode(axes: Any, rows: list[Row]) -> None:
     for context in sorted({row["context"] for row in rows}):
-        for eager in (False, True):
-            line = [row for row in rows if row["context"] == context and row["eager"] == eager]
-            label = f"{context} tokens{', eager' if eager else ''}"
-            style = "--" if eager else "-"
+        for host_work, style in (("lookahead", "-"), ("graphs", "--"), ("eager", ":")):
+            line = [row for row in rows if row["context"] == context and row["host_work"] == host_work]
+            label = f"{context} tokens, {host_work}"
             axes.plot([r["batch"] for r in line], [r["ms_per_step"] for r in line], style, marker="o", label=label)
     axes.set(xscale="log", xlabel="sequences", ylabel="ms per step", title="Decoding, random weights")
 

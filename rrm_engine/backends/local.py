@@ -274,6 +274,7 @@ def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> E
         wait_policy=cast(Any, config.wait_policy),
         host_blocks=config.host_kv_blocks or 0,
         stages=model.stages,
+        lookahead=config.lookahead == "on",
     )
     if config.join != "text":
         engine.runner.rotary = find_rotary(model)

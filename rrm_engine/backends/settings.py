@@ -61,6 +61,7 @@ def resolve(
         values[flag] = getattr(config, flag) or min(style.budget(phase), model.max_position)
     if config.constrain == "auto":
         values["constrain"] = "off" if style.trained_on_events else "on"
+    values["lookahead"] = _lookahead(config, model)
     values["step_tokens"] = config.step_tokens or (4096 if model.device.type == "cuda" else 512)
     config = replace(config, **values)
     longest = longest_prompt(style, chat, tasks)
@@ -78,6 +79,18 @@ def _where(config: RunConfig, model: LoadedModel, replicas: Sequence[LoadedModel
     if config.devices is None:
         return {"device": str(model.device), "placement": config.placement}
     return {"placement": placement}
+
+
+def _lookahead(config: RunConfig, model: LoadedModel) -> str:
+    """Whether steps are launched ahead. Raises ValueError where that was asked for and cannot be."""
+    shadowed = config.join != "text" and config.splice_report > 0
+    if config.lookahead == "on" and model.stages > 1:
+        raise ValueError("--lookahead on: in a pipeline the stages' steps hide the host's work already; leave it out")
+    if config.lookahead == "on" and shadowed:
+        raise ValueError("--lookahead on: the splice report reads every token before the next step; --splice-report 0")
+    if config.lookahead == "auto":
+        return "on" if model.device.type == "cuda" and model.stages == 1 and not shadowed else "off"
+    return config.lookahead
 
 
 def longest_prompt(style: Style, chat: ChatFormat, tasks: Sequence[str]) -> int:

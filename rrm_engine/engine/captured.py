@@ -19,7 +19,7 @@ from rrm_kernels.sharing import SharingPlan
 from rrm_kernels.staging import Staging
 from rrm_kernels.triton_attention import plan_sharing
 
-from rrm_engine.engine.layout import Layout, lay_out
+from rrm_engine.engine.layout import Drawn, Layout, lay_out
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.models.attention import Forward, PagedForward
@@ -48,7 +48,7 @@ class Key:
 
 @dataclass(slots=True)
 class Buffers:
-    """Static buffers of one size: token ids, positions, slots and sampled rows (int64), and the metadata."""
+    """Static buffers of one size: token ids, positions, slots, sampled and drawn rows (int64), and the metadata."""
 
     staging: Staging
     metadata: RaggedMetadata
@@ -56,7 +56,8 @@ class Buffers:
     @classmethod
     def make(cls, tokens: int, seqs: int, blocks: int, block_size: int, device: torch.device) -> "Buffers":
         capacity = Capacity(seqs, tokens, tokens, blocks, MAX_PIECES, 4 * tokens, tokens, MAX_PARTIALS)
-        own = dict.fromkeys(("token_ids", "positions", "slots"), ((tokens,), LONG)) | {"sampled": ((seqs,), LONG)}
+        of_rows = dict.fromkeys(("token_ids", "positions", "slots", "drawn"), ((tokens,), LONG))
+        own = of_rows | {"sampled": ((seqs,), LONG)}
         staging = Staging({**own, **RaggedMetadata.arrays(capacity)}, device)
         return cls(staging, RaggedMetadata.over(staging, capacity, block_size))
 
@@ -156,9 +157,12 @@ class StaticSteps:
     _seen: set[Key] = field(default_factory=set)
     _buffers: dict[tuple[int, int, int], Buffers] = field(default_factory=dict)
 
-    def pack(self, work: tuple[Work, ...]) -> StaticStep:
-        """Write a step into its buffers and send it to the device, in one transfer."""
-        layout = lay_out(work, self.cache.block_size)
+    def pack(self, work: tuple[Work, ...], drawn: Drawn | None = None) -> StaticStep:
+        """Write a step into its buffers and send it to the device, in one transfer.
+
+        Tokens that nobody knows yet are taken from ``drawn``, on the device.
+        """
+        layout = lay_out(sorted(work, key=lambda item: item.count > 1), self.cache.block_size)
         tokens, seqs, blocks = self._size(layout)
         padded = self.pad and tokens is not None
         live, live_seqs = len(layout.token_ids), len(layout.tables)
@@ -175,10 +179,13 @@ class StaticSteps:
             ("positions", layout.positions, 0),
             ("slots", layout.slots, PADDING_SLOT),
             ("sampled", layout.sampled, 0),
+            ("drawn", layout.drawn_rows(drawn, live), -1),
         ):
             host[name][: len(values)] = values
             host[name][len(values) :] = rest
         uploaded = metadata.upload(live_seqs)
+        if drawn is not None and layout.ahead:
+            drawn.fill(device["token_ids"][:live], device["drawn"][:live])
         key = None
         capacity = step.size()
         if padded:

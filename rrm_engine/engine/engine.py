@@ -7,10 +7,11 @@ from time import monotonic
 
 import torch
 
+from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
-from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, WaitPolicy
+from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, WaitPolicy, Work
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
 from rrm_engine.kv.host import HostSpace
 from rrm_engine.kv.pool import BlockPool
@@ -30,14 +31,22 @@ class Sampled:
 
 @dataclass(slots=True)
 class Flight:
-    """A launched step. ``tokens`` are those of ``sequences``, None if nobody samples in it."""
+    """A launched step. ``logits`` ``[rows, vocabulary]`` are there until the ``tokens`` of ``order`` are drawn."""
 
     number: int
     began: float
     plan: SchedulerOutput
-    sequences: list[Sequence]
+    order: list[Work]
+    logits: torch.Tensor | None
     tokens: Readback | None = None
-    logits: dict[int, torch.Tensor] = field(default_factory=dict)  # by row, where they are to be kept
+    kept: dict[Sequence, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def drawn(self) -> Drawn | None:
+        """What the next step may run before it is known."""
+        if self.tokens is None:
+            return None
+        return Drawn(self.tokens.tensor, {work.sequence: row for row, work in enumerate(self.order)})
 
 
 class Engine:
@@ -49,6 +58,9 @@ class Engine:
     With several ``stages`` (a model whose layers lie on several devices) as many steps are in flight, of different
     sequences, and a call of ``step`` hands out the tokens of the oldest. What is said about "between steps" holds for
     sequences in flight too: one that is paused or finished does not get the token that is being computed.
+
+    With ``lookahead`` the next step is on the device before the tokens of the last one are read: what the host does
+    about them, and planning and packing the step behind, takes none of the device's time.
     """
 
     def __init__(
@@ -64,11 +76,14 @@ class Engine:
         wait_policy: WaitPolicy = "pin",
         host_blocks: int = 0,
         stages: int = 1,
+        lookahead: bool = False,
     ) -> None:
         """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
+        ``lookahead`` launches a step before the tokens of the one before are known; it wants a single stage.
 
         Raises ValueError if the pool cannot hold one sequence of ``max_sequence_tokens``.
         """
+        assert stages == 1 or not lookahead
         blocks = -(-max_sequence_tokens // pool.block_size)
         if blocks > pool.num_blocks:
             raise ValueError(
@@ -79,7 +94,7 @@ class Engine:
         self.runner = runner
         self.pool = pool
         self.space = HostSpace(host_blocks)
-        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages)
+        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space, None, stages, lookahead)
         self.max_sequence_tokens = max_sequence_tokens
         self.eos_ids = eos_ids
         self.seed = seed
@@ -164,6 +179,7 @@ class Engine:
             sampling,
             noise_key(self.seed, key),
             budget,
+            self.max_sequence_tokens,
             root,
             depth,
             self._arrivals,
@@ -241,55 +257,72 @@ class Engine:
         return self.collect()
 
     def launch(self) -> None:
-        """Launch steps until there are as many in flight as stages, or all who could run are."""
-        while self.has_work and len(self._flights) < self.scheduler.stages and self._launch():
+        """Launch steps until there are as many in flight as there may be, or all who could run are."""
+        most = self.scheduler.stages + self.scheduler.lookahead
+        while self.has_work and len(self._flights) < most and self._launch():
             pass
 
     def collect(self) -> list[Sampled]:
         """Wait for the oldest step in flight; returns its new tokens, none if nothing is in flight."""
         if not self._flights:
             return []
-        flight = self._flights.popleft()
+        flight = self._flights[0]
+        self._draw(flight)
+        self._flights.popleft()
         self.steps, self.began, self.plan = flight.number, flight.began, flight.plan
         if flight.tokens is None:
             return []
-        with self.ranges("collect", flight.sequences):
+        with self.ranges("collect", flight.order):
             tokens = flight.tokens.tolist()
-        # Who was paused or ended meanwhile does not wait for this token any more.
-        landed = [row for row, sequence in enumerate(flight.sequences) if sequence.launch == flight.number]
-        for row in landed:
-            if row in flight.logits:
-                flight.sequences[row].logits = flight.logits[row]
-        return [self._update(flight.sequences[row], tokens[row]) for row in landed]
+        sampled = []
+        for work, token in zip(flight.order, tokens, strict=True):
+            # Who was paused or ended meanwhile does not wait for this token any more.
+            if flight.number in work.sequence.flights:
+                work.sequence.logits = flight.kept.get(work.sequence, work.sequence.logits)
+                sampled.append(self._update(work.sequence, token))
+        return sampled
 
     def _launch(self) -> bool:
         """Plan a step and give it to the devices; False if there was nothing to run."""
+        if self._flights:
+            self._draw(self._flights[-1])
         self.plan, began, number = None, monotonic(), self.launched + 1
         with self.ranges("schedule", self.scheduler.live):
             self.plan = plan = self.scheduler.schedule()
         for sequence in plan.admitted:
             sequence.admitted = (began, number)
-        logits, order = self.runner.run(plan)
+        drawn = self._flights[-1].drawn if self.scheduler.lookahead and self._flights else None
+        logits, order = self.runner.run(plan, drawn)
         for splice in plan.splices:
             splice.sequence.attached(splice.span, splice.position)
         for work in plan.work:
             sequence = work.sequence
-            sequence.counters.prefilled += work.count - sequence.unrun_samples
+            sequence.counters.prefilled += work.prefilled
             sequence.unrun_samples = 0
             if not sequence.modest:
                 sequence.table.register(sequence.tokens)
         if not plan.work:
             return False
-        flight = Flight(number, began, plan, [work.sequence for work in order])
+        flight = Flight(number, began, plan, order, logits if order else None)
         self._flights.append(flight)
-        for row, sequence in enumerate(flight.sequences):
-            sequence.launch = number
+        for row, work in enumerate(order):
+            sequence = work.sequence
+            sequence.flights.append(number)
             if sequence.keep_logits:  # grammars change them in place
-                flight.logits[row], sequence.keep_logits = logits[row].to(torch.float32, copy=True), False
-        if order:
-            with self.ranges("sample", flight.sequences):
-                flight.tokens = Readback(draw(logits, flight.sequences))
+                flight.kept[sequence], sequence.keep_logits = logits[row].to(torch.float32, copy=True), False
+        if not any(work.ahead and work.sequence.matcher for work in order):
+            self._draw(flight)
         return True
+
+    def _draw(self, flight: Flight) -> None:
+        """Sample a step's tokens. A grammar must know all tokens before them: those of earlier steps are collected."""
+        if flight.logits is None:
+            return
+        sequences = [work.sequence for work in flight.order]
+        positions = [work.start + work.count for work in flight.order]
+        wanted = [flight.number in sequence.flights for sequence in sequences]
+        with self.ranges("sample", sequences):
+            flight.tokens, flight.logits = Readback(draw(flight.logits, sequences, positions, wanted)), None
 
     def check(self) -> None:
         """Recount every block reference from scratch; raises AssertionError on any difference."""
@@ -298,9 +331,9 @@ class Engine:
         self.space.check(copy for s in self.sequences for copy in s.table.host)
 
     def _update(self, sequence: Sequence, token: int) -> Sampled:
-        sequence.launch = 0
+        del sequence.flights[0]
         sequence.tokens.append(token)
-        sequence.unrun_samples = 1
+        sequence.unrun_samples = 0 if sequence.flights else 1
         sequence.counters.decoded += 1
         sequence.budget -= 1
         stop = None
@@ -310,7 +343,7 @@ class Engine:
             stop = Stop.EOS
         elif sequence.budget <= 0:
             stop = Stop.LENGTH
-        elif len(sequence.tokens) >= self.max_sequence_tokens:
+        elif len(sequence.tokens) >= sequence.longest:
             stop = Stop.CONTEXT
         if stop is not None:
             self.scheduler.pause(sequence)

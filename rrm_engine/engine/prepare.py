@@ -14,8 +14,8 @@ from rrm_engine.engine.probe import probe, refuse_known_mismatches
 from rrm_engine.kv.cache import LayerShape
 from rrm_engine.models.attention import (
     Forward,
+    OnOwnDevice,
     choose_attention,
-    on_own_device,
     register_attention,
     transformers_forward,
 )
@@ -104,19 +104,15 @@ def prepare_model(
     if reason := refuse_known_mismatches(config):
         raise UnsupportedModel(f"{name}: {reason}")
     attention_name, attend = choose_attention(attention, device)
-    if spreads:
-        attend = on_own_device(attend)
+    devices = layers or [device] * config.num_hidden_layers
 
     def optimise(model: Any) -> Iterator[Forward]:
         fuse(model)
-        if spreads:
-            yield transformers_forward(model, layers[-1])
-            return
-        if attend is not paged_attention and (lean := lean_forward(model, device, attend)) is not None:
+        if attend is not paged_attention and (lean := lean_forward(model, devices, attend)) is not None:
             yield lean
-        yield transformers_forward(model)
+        yield transformers_forward(model, devices[-1] if spreads else None)
 
-    result = probe(model, device, optimise, attend)
+    result = probe(model, device, optimise, OnOwnDevice(attend) if spreads else attend)
     if result.reason or result.forward is None:
         raise UnsupportedModel(f"{name}: {result.reason}")
     return LoadedModel(
@@ -129,7 +125,7 @@ def prepare_model(
         device=device,
         shapes=result.shapes,
         attention=attention_name,
-        attend=attend,
+        attend=OnOwnDevice(attend) if spreads else attend,
         max_position=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         eos_ids=_eos_ids(model, tokenizer),
         generation=_generation(model),

@@ -62,7 +62,7 @@ class Replicas:
 
     @property
     def launched(self) -> int:
-        return self.steps  # nothing is in flight between steps
+        return max(engine.launched for engine in self.engines)
 
     @property
     def used_blocks(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from rrm_kernels.reference import DecodeGroup, PagedAttention, PagedBatch, PrefillChunk, paged_attention
 
 from rrm_engine.engine.captured import static_steps
+from rrm_engine.engine.layout import Drawn, lay_out
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
 from rrm_engine.kv.cache import KVCache
@@ -53,10 +54,10 @@ class ModelRunner:
         self.rotary: Mapping[int, torch.Tensor] = {}  # what splices need: see engine/rotary.py
 
     @torch.inference_mode()
-    def run(self, step: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
+    def run(self, step: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:
         """Logits ``[rows, vocabulary]`` of the work items that sample, and those items in row order.
 
-        A step without work only moves blocks.
+        A step without work only moves blocks. ``drawn`` are the tokens of the step before, if they are in flight.
         """
         if step.swap_outs or step.swap_ins:
             with self.ranges("offload", step.swapped):
@@ -75,11 +76,11 @@ class ModelRunner:
             return torch.empty(0, 0), []
         if self.static is not None:
             with self.ranges("pack", step.work):
-                packed_step = self.static.pack(step.work)
+                packed_step = self.static.pack(step.work, drawn)
             with self.ranges.forward(step.work):
                 return self.static.run(packed_step), packed_step.order
         with self.ranges("pack", step.work):
-            packed = pack(step.work, self.cache.block_size, self.device)
+            packed = pack(step.work, self.cache.block_size, self.device, drawn)
         with self.ranges.forward(step.work):
             paged = PagedForward(self.cache, packed.batch, self.attend)
             logits = self.forward(packed.token_ids, packed.positions, packed.sampled, paged)
@@ -95,45 +96,35 @@ class ModelRunner:
         self.cache.splice(sources, destinations, moves, self.rotary)
 
 
-def pack(work: tuple[Work, ...], block_size: int, device: torch.device) -> PackedStep:
-    """Lay a step's tokens side by side and say where each one's KV goes and what it attends to."""
+def pack(work: tuple[Work, ...], block_size: int, device: torch.device, drawn: Drawn | None = None) -> PackedStep:
+    """Lay a step's tokens side by side and say where each one's KV goes and what it attends to.
+
+    Tokens that nobody knows yet are taken from ``drawn``.
+    """
     decodes = sorted((w for w in work if w.count == 1), key=lambda w: len(w.sequence.table.blocks))
-    prefills = [w for w in work if w.count > 1]
-    tokens = [w.sequence.tokens[w.start] for w in decodes]
-    positions = [w.start for w in decodes]
-    slots = [w.sequence.table.blocks[w.start // block_size] * block_size + w.start % block_size for w in decodes]
-    sampled = [row for row, w in enumerate(decodes) if w.samples]
-    order = [w for w in decodes if w.samples]
-    chunks = []
-    for w in prefills:
-        first, stop = len(tokens), w.start + w.count
-        tokens += w.sequence.tokens[w.start : stop]
-        positions += range(w.start, stop)
-        slots += w.sequence.table.slots(w.start, stop)
-        table = integers(w.sequence.table.blocks)
-        chunks.append(PrefillChunk(first, len(tokens), table, stop))
-        if w.samples:
-            sampled.append(len(tokens) - 1)
-            order.append(w)
-    longest = max(w.start + w.count for w in work)
-    batch = batch_on(PagedBatch(integers(slots), _group(decodes), chunks, longest), device)
-    inputs = (integers(values, device) for values in (tokens, positions, sampled))
-    return PackedStep(next(inputs), next(inputs), batch, next(inputs), order)
+    layout = lay_out([*decodes, *(w for w in work if w.count > 1)], block_size)
+    chunks, stop = [], len(decodes)
+    for i in range(len(decodes), len(layout.tables)):
+        start, stop = stop, stop + layout.query_lens[i]
+        chunks.append(PrefillChunk(start, stop, integers(layout.tables[i]), layout.context_lens[i]))
+    groups = _groups(layout.tables[: len(decodes)], layout.context_lens)
+    batch = batch_on(PagedBatch(integers(layout.slots), groups, chunks, max(layout.context_lens)), device)
+    token_ids = integers(layout.token_ids, device)
+    if drawn is not None and layout.ahead:
+        drawn.fill(token_ids, integers(layout.drawn_rows(drawn, len(token_ids)), device))
+    positions, sampled = integers(layout.positions, device), integers(layout.sampled, device)
+    return PackedStep(token_ids, positions, batch, sampled, layout.order)
 
 
-def _group(decodes: list[Work]) -> list[DecodeGroup]:
+def _groups(tables: list[list[int]], lengths: list[int]) -> list[DecodeGroup]:
     """Decoding sequences, already in order of length, cut where padding to the longest would waste too much."""
     groups = []
     start = 0
-    for stop in range(1, len(decodes) + 1):
-        shortest = len(decodes[start].sequence.table.blocks)
-        if stop == len(decodes) or len(decodes[stop].sequence.table.blocks) > 2 * shortest + 8:
-            rows = [w.sequence.table.blocks for w in decodes[start:stop]]
-            width = len(rows[-1])
-            tables = np.full((len(rows), width), NULL_BLOCK, dtype=np.int64)
-            for row, blocks in enumerate(rows):
-                tables[row, : len(blocks)] = blocks
-            lengths = integers([w.start + 1 for w in decodes[start:stop]])
-            groups.append(DecodeGroup(start, stop, torch.from_numpy(tables), lengths))
+    for stop in range(1, len(tables) + 1):
+        if stop == len(tables) or len(tables[stop]) > 2 * len(tables[start]) + 8:
+            padded = np.full((stop - start, len(tables[stop - 1])), NULL_BLOCK, dtype=np.int64)
+            for row, blocks in enumerate(tables[start:stop]):
+                padded[row, : len(blocks)] = blocks
+            groups.append(DecodeGroup(start, stop, torch.from_numpy(padded), integers(lengths[start:stop])))
             start = stop
     return groups

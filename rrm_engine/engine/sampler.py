@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import torch
 from rrm_engine.kv.transfer import integers, to_device
 
 if TYPE_CHECKING:
-    from rrm_engine.engine.sequence import Sequence
+    from rrm_engine.engine.sequence import Matcher, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -58,18 +59,30 @@ def sample(logits: torch.Tensor, sequences: Seq["Sequence"]) -> list[int]:
 
 
 @torch.inference_mode()
-def draw(logits: torch.Tensor, sequences: Seq["Sequence"]) -> torch.Tensor:
-    """As ``sample``, int64 ``[rows]`` where the logits are; waits for no device."""
-    _apply_grammars(logits, sequences)
+def draw(
+    logits: torch.Tensor,
+    sequences: Seq["Sequence"],
+    positions: Seq[int] | None = None,
+    wanted: Seq[bool] | None = None,
+) -> torch.Tensor:
+    """As ``sample``, int64 ``[rows]`` where the logits are; waits for no device.
+
+    ``positions`` are those of the tokens to be drawn, if they do not stand right behind the sequences' known ones.
+    Whose token is not ``wanted`` gets any: its grammar may be at another place by now.
+    """
+    positions = positions if positions is not None else [len(s.tokens) for s in sequences]
+    _apply_grammars(logits, [s.matcher if wanted is None or wanted[i] else None for i, s in enumerate(sequences)])
     by_params: dict[SamplingParams, list[int]] = defaultdict(list)
     for row, sequence in enumerate(sequences):
         by_params[sequence.sampling].append(row)
+    keys = [s.noise_key for s in sequences]
     if len(by_params) == 1:
-        return _draw_group(logits, sequences[0].sampling, sequences)
+        return _draw_group(logits, sequences[0].sampling, keys, positions)
     out = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
     for params, rows in by_params.items():
         index = integers(rows, logits.device)
-        out.index_copy_(0, index, _draw_group(logits.index_select(0, index), params, [sequences[r] for r in rows]))
+        places = [keys[row] for row in rows], [positions[row] for row in rows]
+        out.index_copy_(0, index, _draw_group(logits.index_select(0, index), params, *places))
     return out
 
 
@@ -77,7 +90,7 @@ def _argmax(x: torch.Tensor) -> torch.Tensor:
     return x.max(-1).indices  # several times faster than argmax on CPU in bf16, same result
 
 
-def _draw_group(logits: torch.Tensor, params: SamplingParams, sequences: Seq["Sequence"]) -> torch.Tensor:
+def _draw_group(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
     if params.temperature == 0:
         return _argmax(logits)
     scores = logits.float() / params.temperature
@@ -93,16 +106,15 @@ def _draw_group(logits: torch.Tensor, params: SamplingParams, sequences: Seq["Se
         if params.top_p < 1:
             drop |= probs.cumsum(-1) - probs >= params.top_p
         scores = scores.masked_fill(drop, float("-inf"))
-    keys = integers([s.noise_key for s in sequences], ids.device)
-    positions = integers([len(s.tokens) for s in sequences], ids.device)
-    best = (scores.double() + keyed_gumbel(keys, positions, ids)).argmax(-1, keepdim=True)
+    noise = keyed_gumbel(integers(keys, ids.device), integers(positions, ids.device), ids)
+    best = (scores.double() + noise).argmax(-1, keepdim=True)
     return ids.gather(-1, best)[:, 0]
 
 
-def _apply_grammars(logits: torch.Tensor, sequences: Seq["Sequence"]) -> None:
-    for row, sequence in enumerate(sequences):
-        if sequence.matcher is not None:
-            bits = np.unpackbits(sequence.matcher.mask().view(np.uint8), bitorder="little")
+def _apply_grammars(logits: torch.Tensor, matchers: Iterable["Matcher | None"]) -> None:
+    for row, matcher in enumerate(matchers):
+        if matcher is not None:
+            bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
             allowed = to_device(torch.from_numpy(bits[: logits.shape[-1]].astype(bool)), logits.device)
             logits[row, : allowed.shape[0]].masked_fill_(~allowed, float("-inf"))
             logits[row, allowed.shape[0] :] = float("-inf")

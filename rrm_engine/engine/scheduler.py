@@ -21,12 +21,21 @@ class EngineStuck(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Run ``sequence.tokens[start : start + count]``; ``samples`` if that reaches the sequence's end."""
+    """Run ``sequence.tokens[start : start + count]``; ``samples`` if that reaches the sequence's end.
+
+    ``ahead``: it is one token, which the step before samples and nobody knows yet.
+    """
 
     sequence: Sequence
     start: int
     count: int
     samples: bool
+    ahead: bool = False
+
+    @property
+    def prefilled(self) -> int:
+        """How many of its tokens were not sampled in the sequence's last step."""
+        return self.count - (1 if self.ahead else self.sequence.unrun_samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,10 @@ class Scheduler:
     With several ``stages`` as many steps are launched before the first one's tokens are there. Who waits for a token
     is left out; all of the above holds for the first one that does not, and no token takes longer than the steps in
     flight. Blocks may be taken from a sequence in flight like from any other: see ``ModelRunner``.
+
+    With ``lookahead`` two steps are launched one behind the other, and who decodes is in both of them: the second runs
+    the token that the first one samples, before anybody knows it. A sequence that ends or pauses with the first one's
+    token loses the second one's, and the KV behind the tokens it has.
     """
 
     def __init__(
@@ -76,6 +89,7 @@ class Scheduler:
         space: HostSpace | None = None,
         costs: SwapCosts | None = None,
         stages: int = 1,
+        lookahead: bool = False,
     ) -> None:
         """``costs`` decide what ``auto`` does with a waiting sequence under pressure; without them it is dropped."""
         self.pool = pool
@@ -85,6 +99,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.step_tokens = step_tokens
         self.stages = stages
+        self.lookahead = lookahead
         self.live: list[Sequence] = []  # waiting and running, by priority
         self.paused: dict[str, Sequence] = {}
         self._running = 0
@@ -158,18 +173,19 @@ class Scheduler:
         """
         order = list(self.live)
         share = -(-len(order) // self.stages)
-        decoding = min(share, sum(1 for s in order if s.state is State.RUNNING and s.pending == 1))
+        decodes = [self._decodes(sequence) for sequence in order]
+        decoding = min(share, sum(decodes))
         room = max(self.step_tokens - decoding, 1)
         work: list[Work] = []
         copies: list[BlockCopy] = []
         splices: list[Splice] = []
         self._pressed, self._admitted, flying = False, [], False
         for index, sequence in enumerate(order):
-            if sequence.launch:
-                flying = True
+            flying = flying or bool(sequence.flights)
+            waiting = sequence.state is State.WAITING  # maybe only just: its blocks may have been taken in this step
+            decode = decodes[index] and not waiting
+            if sequence.flights and not decode:
                 continue
-            waiting = sequence.state is State.WAITING
-            decode = not waiting and sequence.pending == 1
             if (share if decode else room) <= 0:
                 continue
             behind = order[index + 1 :]
@@ -191,6 +207,12 @@ class Scheduler:
         output = SchedulerOutput(tuple(work), tuple(copies), *swaps, tuple(splices), tuple(self._admitted))
         self._swap_outs, self._swap_ins, self._swapped = [], [], []
         return output
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        """Whether it can run its last token now, the one in flight if it has one."""
+        if sequence.state is not State.RUNNING or sequence.pending != 1:
+            return False
+        return not sequence.flights or (self.lookahead and sequence.foreseeable)
 
     def _run(
         self, sequence: Sequence, room: int, victims: Iterator[Sequence]
@@ -214,7 +236,7 @@ class Scheduler:
                 copies += table.append(skip, exact=False)
             start = table.length
             copies += table.append(count)
-            runs.append(Work(sequence, start, count, samples=sequence.pending == 0))
+            runs.append(Work(sequence, start, count, sequence.pending == 0, ahead=bool(sequence.flights)))
             room -= count
         return runs, copies, splices
 
@@ -313,7 +335,9 @@ class Scheduler:
         return True
 
     def _remove(self, sequence: Sequence) -> None:
-        sequence.launch = 0  # the token it may be waiting for is thrown away
+        sequence.flights.clear()  # the tokens it may be waiting for are thrown away
+        if sequence.table.stored > len(sequence.tokens):
+            sequence.table.truncate(len(sequence.tokens))
         if sequence.state is State.RUNNING:
             self._running -= 1
         if sequence.state in (State.WAITING, State.RUNNING):
@@ -326,4 +350,4 @@ def _ahead(sequence: Sequence) -> tuple[Span | None, int]:
     if following is not None and following[0] == sequence.table.length:
         attach = following[1]
         following = next(((p, s) for p, s in sequence.splices[1:] if s.live), None)
-    return attach, following[0] if following is not None else len(sequence.tokens)
+    return attach, following[0] if following is not None else sequence.length

@@ -1,5 +1,6 @@
 """One sequence of the batch: its tokens, its block table, and what ends it."""
 
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -69,13 +70,14 @@ class Sequence:
     sampling: SamplingParams
     noise_key: int
     budget: int
+    longest: int = sys.maxsize  # tokens it may have
     root: int = 0
     depth: int = 0
     arrival: int = 0
     matcher: Matcher | None = None
     state: State = State.WAITING
     admitted: tuple[float, int] = (0.0, 0)  # the step that let it run last: when it began, and its number
-    launch: int = 0  # number of the launched step whose token it waits for; 0: none
+    flights: list[int] = field(default_factory=list)  # numbers of the launched steps whose tokens it waits for
     counters: Counters = field(default_factory=Counters)
     unrun_samples: int = 0  # 1 while the last sampled token has not been run yet
     kept: list[Span] = field(default_factory=list)
@@ -90,9 +92,19 @@ class Sequence:
         return (self.root, -self.depth, self.arrival)
 
     @property
+    def length(self) -> int:
+        """Its tokens, those in flight included."""
+        return len(self.tokens) + len(self.flights)
+
+    @property
     def pending(self) -> int:
-        """Tokens that have to be run before the next one can be sampled."""
-        return len(self.tokens) - self.table.length
+        """Tokens that have to be run before the next one can be sampled; the last of them may be in flight."""
+        return len(self.tokens) + len(self.flights) - self.table.length
+
+    @property
+    def foreseeable(self) -> bool:
+        """Whether one more token can be sampled behind those in flight, if none of them ends it."""
+        return self.budget > len(self.flights) and self.length < self.longest
 
     @property
     def holds_blocks(self) -> bool:

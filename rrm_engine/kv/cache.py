@@ -1,10 +1,10 @@
 """The KV tensors: one K and one V pool per layer, addressed by the block ids of ``BlockPool``."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
-from rrm_kernels.reference import copy_blocks
 from rrm_kernels.rope import rerotate
 
 from rrm_engine.kv.host import HostCopy
@@ -27,11 +27,15 @@ class LayerShape:
         return self.kv_heads * (self.key_width + self.value_width) * self.dtype.itemsize
 
 
+Stack = tuple[list[int], torch.Tensor, torch.Tensor]  # layers, their keys and their values
+
+
 class KVCache:
     """``num_blocks`` usable blocks and the null block, ``[num_blocks + 1, block_size, kv heads, width]`` a layer.
 
     Layers are created from ``shapes`` or, where a layer is unknown, from the first keys and values it stores:
-    models of some families differ from layer to layer, or have no single head width in their config.
+    models of some families differ from layer to layer, or have no single head width in their config. Pools of one
+    shape, type and device that are known from the start lie in one tensor, so that blocks move in all layers at once.
     """
 
     def __init__(self, num_blocks: int, block_size: int, shapes: Mapping[int, LayerShape] | None = None) -> None:
@@ -39,46 +43,42 @@ class KVCache:
         self.block_size = block_size
         self.shapes: dict[int, LayerShape] = {}
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stacks: list[Stack] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}  # for transfers to the host
-        for index, shape in (shapes or {}).items():
-            self._create(index, shape)
+        self._create(shapes or {})
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The K and V pools of a layer that stores ``key`` and ``value`` ``[tokens, kv heads, width]``."""
         if index not in self._layers:
             shape = LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device)
-            self._create(index, shape)
+            self._create({index: shape})
         return self._layers[index]
 
     def pools(self, index: int, shape: LayerShape) -> tuple[torch.Tensor, torch.Tensor]:
         """The K and V pools of a layer of that shape."""
         if index not in self._layers:
-            self._create(index, shape)
+            self._create({index: shape})
         return self._layers[index]
 
     def copy(self, copies: list[BlockCopy]) -> None:
         """Do the block copies of a step; every source is read before any destination is written."""
         sources, destinations = (_Index(numbers) for numbers in zip(*copies, strict=True))
-        for pools in self._layers.values():
-            for pool in pools:
-                copy_blocks(pool, sources.on(pool.device), destinations.on(pool.device))
+        for pools in self._pools():
+            pools.index_copy_(1, destinations.on(pools.device), pools.index_select(1, sources.on(pools.device)))
 
     def swap_out(self, copy: HostCopy, blocks: Sequence[int]) -> None:
         """Read ``blocks`` into host memory; on CUDA the transfer goes on beside the steps that follow."""
         taken = _Index(blocks)
-        copy.payload = {
-            index: [self._to_host(pool.index_select(0, taken.on(pool.device))) for pool in pools]
-            for index, pools in self._layers.items()
-        }
+        copy.payload = [self._to_host(pools.index_select(1, taken.on(pools.device))) for pools in self._pools()]
 
     def swap_in(self, copy: HostCopy, blocks: Sequence[int]) -> None:
         """Write what ``swap_out`` read into ``blocks``, as far as they go."""
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
         given = _Index(blocks)
-        for index, pools in self._layers.items():
-            for pool, rows in zip(pools, copy.payload[index], strict=True):
-                pool.index_copy_(0, given.on(pool.device), rows[: len(blocks)].to(pool.device, non_blocking=True))
+        for pools, rows in zip(self._pools(), copy.payload, strict=True):
+            back = rows[:, : len(blocks)].to(pools.device, non_blocking=True)
+            pools.index_copy_(1, given.on(pools.device), back)
         copy.payload = None
 
     def splice(
@@ -93,11 +93,20 @@ class KVCache:
         ``rotary``: by layer index the frequencies fp32 ``[rotary / 2]`` with which its keys are rotated.
         """
         indices = _Index(sources), _Index(destinations), _Index(moves)
-        for index, (keys, values) in self._layers.items():
+        for layers, keys, values in self._stacks:
             source, destination, delta = (numbers.on(keys.device) for numbers in indices)
-            moved = rerotate(_rows(keys).index_select(0, source), delta, rotary[index])
-            _rows(keys).index_copy_(0, destination, moved)
-            _rows(values).index_copy_(0, destination, _rows(values).index_select(0, source))
+            keys, values = _rows(keys), _rows(values)
+            values.index_copy_(1, destination, values.index_select(1, source))
+            for _, run in groupby(enumerate(layers), lambda layer: id(rotary[layer[1]])):
+                (first, layer), *others = run
+                pools = keys[first : first + 1 + len(others)]
+                pools.index_copy_(1, destination, rerotate(pools.index_select(1, source), delta, rotary[layer]))
+
+    def _pools(self) -> Iterator[torch.Tensor]:
+        """All pools ``[layers, blocks, block_size, kv heads, width]``, keys and values in turn."""
+        for _, keys, values in self._stacks:
+            yield keys
+            yield values
 
     def _to_host(self, rows: torch.Tensor) -> torch.Tensor:
         if rows.device.type != "cuda":
@@ -110,13 +119,16 @@ class KVCache:
         rows.record_stream(stream)
         return host
 
-    def _create(self, index: int, shape: LayerShape) -> None:
-        # Zeros, not empty: the null block and unwritten slots are read under a mask, and NaN * 0 is NaN.
-        rows = (self.num_blocks + 1, self.block_size, shape.kv_heads)
-        key = torch.zeros(*rows, shape.key_width, dtype=shape.dtype, device=shape.device)
-        value = torch.zeros(*rows, shape.value_width, dtype=shape.dtype, device=shape.device)
-        self.shapes[index] = shape
-        self._layers[index] = (key, value)
+    def _create(self, shapes: Mapping[int, LayerShape]) -> None:
+        for shape in dict.fromkeys(shapes.values()):
+            layers = [index for index, other in shapes.items() if other == shape]
+            rows = (len(layers), self.num_blocks + 1, self.block_size, shape.kv_heads)
+            # Zeros, not empty: the null block and unwritten slots are read under a mask, and NaN * 0 is NaN.
+            keys = torch.zeros(*rows, shape.key_width, dtype=shape.dtype, device=shape.device)
+            values = torch.zeros(*rows, shape.value_width, dtype=shape.dtype, device=shape.device)
+            self._stacks.append((layers, keys, values))
+            self._layers |= dict(zip(layers, zip(keys, values, strict=True), strict=True))
+        self.shapes |= shapes
 
 
 class _Index:
@@ -132,9 +144,9 @@ class _Index:
         return self._found[device]
 
 
-def _rows(pool: torch.Tensor) -> torch.Tensor:
-    """A pool by token slots."""
-    return pool.view(-1, *pool.shape[2:])
+def _rows(pools: torch.Tensor) -> torch.Tensor:
+    """Stacked pools by token slots."""
+    return pools.flatten(1, 2)
 
 
 def bytes_per_block(shapes: Mapping[int, LayerShape], block_size: int) -> int:

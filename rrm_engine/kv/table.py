@@ -79,12 +79,12 @@ class BlockTable:
         return self.length
 
     def register(self, tokens: Sequence[int]) -> None:
-        """Offer full exact blocks to the prefix cache; ``tokens`` are the sequence's, at least ``length`` of them."""
+        """Offer full exact blocks to the prefix cache, as far as ``tokens``, the sequence's, are known."""
         if not self.pool.prefix_cache:
             return
         size = self.pool.block_size
         exact = self.length if self.approximate_from is None else self.approximate_from
-        for i in range(len(self._uids), exact // size):
+        for i in range(len(self._uids), min(exact, len(tokens)) // size):
             parent = self._uids[-1] if self._uids else ROOT_UID
             key = tuple(tokens[i * size : (i + 1) * size])
             self._uids.append(self.pool.register(self.blocks[i], parent, key))

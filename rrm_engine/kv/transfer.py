@@ -57,6 +57,7 @@ class Readback:
     """A device tensor's values, on their way to the host since this was made."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
         self._host = tensor
         self._there: torch.cuda.Event | None = None
         if tensor.device.type == "cuda":

@@ -166,14 +166,18 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, PagedAttenti
     return "torch reference", paged_attention
 
 
-def on_own_device(attend: PagedAttention) -> PagedAttention:
-    """``attend`` with CUDA's current device that of its arguments, as kernels compiled outside torch need it."""
+class OnOwnDevice:
+    """An attention with CUDA's current device that of its arguments, as kernels compiled outside torch need it."""
 
-    def attend_there(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+    def __init__(self, attend: PagedAttention) -> None:
+        self.attend = attend
+
+    def __call__(self, query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
-            return attend(query, *rest, **options)
+            return self.attend(query, *rest, **options)
 
-    return attend_there
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attend, name)
 
 
 def block_multiple(attend: PagedAttention) -> int:

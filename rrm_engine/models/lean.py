@@ -5,9 +5,10 @@ operations on the same (fused) weights, in the same order and with the same roun
 with the plain model like any other path, and whatever is not recognised keeps transformers' forward.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, loa
 from torch import nn
 
 from rrm_engine.kv.cache import LayerShape
+from rrm_engine.kv.transfer import hand_over
 from rrm_engine.models.attention import PagedForward
 from rrm_engine.models.fuse import FusedRMSNorm, MergedPart, PackedLinear
 
@@ -28,6 +30,7 @@ MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 LEAST_POSITIONS = 256  # of the rotation's table
 
 Linear = PackedLinear | nn.Linear
+Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,81 +52,119 @@ class Layer:
     down: Linear
 
 
-class LeanForward:
-    """A ``Forward``: packed tokens in, logits of the sampled rows out. On CUDA nothing in it waits for the device.
+@dataclass(slots=True)
+class Stage:
+    """Consecutive layers on one device. ``norms``: each one's first, and the model's last behind the last layer."""
 
-    With Triton's kernels (``skips_padding``) a row with a negative slot and no sequence is padding: it stores nothing,
-    and what comes out of it is undefined.
-    """
+    device: torch.device
+    kernels: "NativeLayer | TritonLayer"
+    layers: list[Layer] = field(default_factory=list)
+    norms: list[FusedRMSNorm] = field(default_factory=list)
+    tables: Tables = (torch.empty(0), torch.empty(0))
 
-    def __init__(self, model: Any, layers: list[Layer], kernels: "NativeLayer | TritonLayer") -> None:
-        inner = model.model
-        self._embedding = inner.embed_tokens.weight.detach()
-        self._rotary = inner.rotary_emb
-        self._head: Linear = model.lm_head
-        self._layers = layers
-        self._norms = [*(layer.input_norm for layer in layers), inner.norm]
-        self._kernels = kernels
-        self._tables = self._rotation(LEAST_POSITIONS)
-        self.skips_padding = not isinstance(kernels, NativeLayer)
-
-    def reserve(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotation's cos and sin of at least that many positions, which the forward reads from now on."""
-        if positions > len(self._tables[0]):
-            self._tables = self._rotation(max(positions, 2 * len(self._tables[0])))
-        return self._tables
-
-    def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, paged: PagedForward
-    ) -> torch.Tensor:
-        kernels, slots, tokens = self._kernels, paged.batch.slots, len(token_ids)
-        assert paged.batch.longest > 0  # or the rotation's table might end before the positions do
-        tables = self.reserve(paged.batch.longest)
-        residual = self._embedding[token_ids]
+    def run(self, residual: torch.Tensor, positions: torch.Tensor, paged: PagedForward) -> torch.Tensor:
+        """Run the layers on ``residual`` ``[tokens, hidden]``, in place; returns it behind the last of the norms."""
+        kernels, batch = self.kernels, paged.batch_on(self.device)
+        positions = paged.bring(positions, self.device)
         normed = torch.empty_like(residual)
-        query = residual.new_empty(tokens, self._layers[0].heads, self._layers[0].shape.key_width)
-        gated = residual.new_empty(tokens, self._layers[0].down.in_features)
-        kernels.norm(residual, self._norms[0].weight, self._norms[0].eps, normed)
-        for layer, norm in zip(self._layers, self._norms[1:], strict=True):
+        query = residual.new_empty(len(residual), self.layers[0].heads, self.layers[0].shape.key_width)
+        gated = residual.new_empty(len(residual), self.layers[0].down.in_features)
+        kernels.norm(residual, self.norms[0].weight, self.norms[0].eps, normed)
+        for layer, norm in zip_longest(self.layers, self.norms[1:]):
             keys, values = paged.cache.pools(layer.index, layer.shape)
             qkv = layer.qkv(normed)
-            kernels.rope_store(qkv, layer.norms, layer.norm_eps, tables, positions, slots, query, keys, values)
-            mixed = paged.attend(query, keys, values, paged.batch, layer.scale, layer.window)
+            kernels.rope_store(
+                qkv, layer.norms, layer.norm_eps, self.tables, positions, batch.slots, query, keys, values
+            )
+            mixed = paged.attend(query, keys, values, batch, layer.scale, layer.window)
             kernels.add_norm(
                 layer.output(mixed.flatten(1)), residual, layer.mlp_norm.weight, layer.mlp_norm.eps, normed
             )
             kernels.silu_mul(layer.gate_up(normed), gated)
-            kernels.add_norm(layer.down(gated), residual, norm.weight, norm.eps, normed)
-        return self._head(normed[sampled])
+            if norm is None:  # it lies with the next stage
+                residual += layer.down(gated)
+            else:
+                kernels.add_norm(layer.down(gated), residual, norm.weight, norm.eps, normed)
+        return normed
 
-    def _rotation(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+
+class LeanForward:
+    """A ``Forward``: packed tokens in, logits of the sampled rows out. On CUDA nothing in it waits for the device.
+
+    With Triton's kernels on one device (``skips_padding``) a row with a negative slot and no sequence is padding: it
+    stores nothing, and what comes out of it is undefined.
+    """
+
+    def __init__(self, model: Any, stages: list[Stage]) -> None:
+        inner = model.model
+        self._embedding = inner.embed_tokens.weight.detach()
+        self._rotary = inner.rotary_emb
+        self._head: Linear = model.lm_head
+        self._stages = stages
+        for stage in stages:
+            stage.norms = [layer.input_norm for layer in stage.layers]
+        stages[-1].norms.append(inner.norm)
+        self._reserved = 0
+        self.reserve(LEAST_POSITIONS)
+        self.skips_padding = len(stages) == 1 and not isinstance(stages[0].kernels, NativeLayer)
+
+    def reserve(self, positions: int) -> list[Tables]:
+        """The rotation's cos and sin of at least that many positions, which the forward reads from now on."""
+        if positions > self._reserved:
+            self._reserved = max(positions, 2 * self._reserved)
+            tables = self._rotation(self._reserved)
+            for stage in self._stages:
+                stage.tables = tables[0].to(stage.device), tables[1].to(stage.device)
+        return [stage.tables for stage in self._stages]
+
+    def __call__(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, paged: PagedForward
+    ) -> torch.Tensor:
+        assert paged.batch.longest > 0  # or the rotation's table might end before the positions do
+        self.reserve(paged.batch.longest)
+        normed = residual = self._embedding[token_ids]
+        for stage in self._stages:
+            residual = hand_over(residual, stage.device)
+            with torch.cuda.device(stage.device) if len(self._stages) > 1 and residual.is_cuda else nullcontext():
+                normed = stage.run(residual, positions, paged)
+        return self._head(normed[paged.bring(sampled, normed.device)])
+
+    def _rotation(self, count: int) -> Tables:
         """cos and sin of the first ``count`` positions, fp32 ``[count, rotary / 2]``, rounded as in the model."""
         cos, sin = self._rotary(self._embedding, torch.arange(count, device=self._embedding.device)[None])
         half = cos.shape[-1] // 2
         return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
 
 
-def lean_forward(model: Any, device: torch.device, attend: PagedAttention) -> LeanForward | None:
-    """The lean forward of a fused model, or None where its class, type or device is not one that is known.
+def lean_forward(model: Any, devices: Sequence[torch.device], attend: PagedAttention) -> LeanForward | None:
+    """The lean forward of a fused model, or None where its class, type or a device is not one that is known.
 
-    Its kernels are the compiled ones on CPU, and Triton's on CUDA and wherever attention is Triton's.
+    ``devices`` are those of its layers. Its kernels are the compiled ones on CPU, and Triton's on CUDA and wherever
+    attention is Triton's.
     """
     if type(model).__name__ not in MODELS or model.dtype not in (*DTYPES, torch.float16):
         return None
-    if model.dtype == torch.float16 and device.type == "cpu":
+    if model.dtype == torch.float16 and any(device.type == "cpu" for device in devices):
         return None
-    layers = [_layer(index, module, model, device) for index, module in enumerate(model.model.layers)]
-    known = [layer for layer in layers if layer is not None]
+    stages: list[Stage] = []
+    for index, (module, device) in enumerate(zip(model.model.layers, devices, strict=True)):
+        layer = _layer(index, module, model, device)
+        if layer is None:
+            return None
+        if not stages or stages[-1].device != device:
+            try:
+                stages.append(Stage(device, _kernels(device, attend)))
+            except (NativeUnavailable, TritonUnavailable):
+                return None
+        stages[-1].layers.append(layer)
     ends_known = isinstance(model.model.norm, FusedRMSNorm) and _plain(model.lm_head)
-    if len(known) < len(layers) or not ends_known:
-        return None
-    load: Callable[[], NativeLayer | TritonLayer] = load_native_layer
-    if device.type != "cpu" or isinstance(attend, TritonAttention):
-        load = partial(load_triton_layer, device)
-    try:
-        return LeanForward(model, known, load())
-    except (NativeUnavailable, TritonUnavailable):
-        return None
+    return LeanForward(model, stages) if ends_known else None
+
+
+def _kernels(device: torch.device, attend: PagedAttention) -> "NativeLayer | TritonLayer":
+    """Raises NativeUnavailable or TritonUnavailable."""
+    on_triton = device.type != "cpu" or isinstance(attend, TritonAttention)
+    return load_triton_layer(device) if on_triton else load_native_layer()
 
 
 def _plain(module: Any) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.probe import LARGEST
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
@@ -39,9 +40,9 @@ class RecordingRunner(ModelRunner):
 
     places: Places | None = None
 
-    def run(self, step: SchedulerOutput) -> tuple[torch.Tensor, list[Work]]:
+    def run(self, step: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:
         """See ModelRunner."""
-        logits, order = super().run(step)
+        logits, order = super().run(step, drawn)
         if self.places is not None and order:
             values, tokens = logits.float().topk(2, dim=-1)
             spreads = logits.float().std(-1)

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from rrm_engine.engine.ranges import HasSequence, Ranges
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence
+from rrm_engine.trace.kernel_names import named_kernels
 from rrm_engine.trace.profile_reader import ENTRY, PROFILE, RANGE, STEP, SUMMARY, from_chrome, range_table
 
 STEPS, WARM_UP = 200, 10  # steps recorded, and left out before
@@ -56,6 +57,7 @@ class Profile(Ranges):
         self._about = dict(about or {})
         self._seen = 0
         self._on = False
+        self._names = ExitStack()  # of the compiled kernels, for as long as it is on
         self._number = 0  # of the step that runs
         self._noted: list[tuple[str, dict[str, Any]]] = []  # of each range, in the order they were opened in
         self._entered: list[tuple[float, float]] = []  # monotonic seconds before and after each step's range opened
@@ -76,7 +78,7 @@ class Profile(Ranges):
         tokens, nodes = {PREFILL: 0, DECODE: 0}, {}
         for item in work:
             nodes[item.sequence.key] = item.count
-            tokens[DECODE if item.count == item.sequence.unrun_samples else PREFILL] += item.count
+            tokens[PREFILL if item.prefilled else DECODE] += item.count
         name = "+".join(kind for kind, count in tokens.items() if count)
         return self._open(name, {"nodes": nodes, **{f"{kind}_tokens": count for kind, count in tokens.items()}})
 
@@ -85,6 +87,7 @@ class Profile(Ranges):
         self._seen += 1
         self._number = number
         if self._seen == self.warm_up + 1:
+            self._names.enter_context(named_kernels())
             self._profiler.start_trace()
             self._on = True
         if not self._on:
@@ -128,6 +131,7 @@ class Profile(Ranges):
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self._profiler.stop_trace()
+            self._names.close()
 
     def _exported(self, directory: Path) -> dict[str, Any]:
         """torch's Chrome trace, with what was noted in it."""

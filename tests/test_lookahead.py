@@ -1,0 +1,263 @@
+"""A step launched before the tokens of the one before are known: nothing is mixed up, and nothing is kept too much."""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from lab import JOBS, Lab, Recorded, make_lab, recorded, wrong_tokens
+from lives import EOS, Life, prompt, submitted
+from oracle import engine_for, plain_model, prepared
+from test_engine_oracle import Script, live_graph, mistakes
+from test_scheduler_properties import ACTIONS, SETTINGS, assert_noticed, live_through, lives
+from test_wait_policies import policy_engine, waiting_graph
+
+from rrm_engine.backends.settings import resolve
+from rrm_engine.config import RunConfig
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.layout import Drawn
+from rrm_engine.engine.replicas import Replicas
+from rrm_engine.engine.scheduler import Scheduler, WaitPolicy
+from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.kv.table import BlockTable
+
+AHEAD = lives(lookahead=True)
+POLICIES = get_args(WaitPolicy)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+# bookkeeping
+
+
+@SETTINGS
+@given(AHEAD, ACTIONS)
+def test_any_life_that_looks_ahead_ends_and_every_query_reads_its_own_history(life: Life, actions: Any) -> None:
+    ended = live_through(life, actions)
+    assert not ended.engine.has_work and {s.state for s in ended.finished} <= {State.FINISHED}
+    least, most = ended.counted()
+    assert least <= ended.memory.queries <= most
+
+
+def test_one_sequence_is_in_two_steps_at_once() -> None:
+    life = Life(20, 4, 40, lookahead=True)
+    sequence = submitted(life.submit(prompt(5), 6))
+    for known in range(1, 5):
+        life.step()
+        assert (len(sequence.tokens), len(sequence.flights), life.engine.launched) == (5 + known, 1, known + 1)
+    life.drain()
+    assert len(sequence.tokens) == 11
+    assert life.memory.queries == 5 + 5, "a token was run for nothing, though the budget says where it ends"
+    life.end()
+
+
+def test_a_token_behind_an_unforeseen_end_is_thrown_away() -> None:
+    """An end of sequence is known only when the next step is under way: its token and its KV are gone."""
+    foreseen = []
+    for salt in range(30):
+        life = Life(20, 4, 30, lookahead=True, eos=True)
+        sequence = submitted(life.submit(prompt(5, salt), salt % 5 + 1))
+        while sequence.state is not State.PAUSED:
+            life.step()
+        foreseen.append(sequence.budget == 0)
+        assert foreseen[-1] or sequence.tokens[-1] == EOS
+        assert EOS not in sequence.tokens[5:-1] and sequence.flights == []
+        assert sequence.table.length <= len(sequence.tokens)
+        assert life.memory.queries == len(sequence.tokens) - foreseen[-1]
+        life.end()
+    assert 5 < sum(foreseen) < 25
+
+
+def test_a_child_runs_in_the_step_after_its_line_is_known() -> None:
+    life = Life(40, 4, 40, lookahead=True)
+    parent = submitted(life.submit(prompt(5), 12))
+    life.step()
+    life.step()
+    child = submitted(life.submit([*parent.tokens, 1], 4, depth=1, fork_of=(parent, len(parent.tokens))))
+    launched = life.engine.launched
+    life.step()
+    assert child.admitted[1] == launched + 1
+    life.end()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_who_pauses_while_two_steps_are_in_flight_keeps_what_is_known(policy: WaitPolicy) -> None:
+    life = Life(20, 4, 40, lookahead=True, wait_policy=policy, host_blocks=20)
+    sequence = submitted(life.submit(prompt(6), 9))
+    life.engine.launch()
+    assert len(sequence.flights) == 2
+    life.engine.pause(sequence)
+    assert (sequence.table.length, sequence.flights) == (6, [])
+    life.engine.wait(sequence)
+    assert life.engine.collect() == life.engine.collect() == []
+    life.resume(sequence, prompt(2), 3)
+    life.drain()
+    assert len(sequence.tokens) == 6 + 2 + 3
+    life.end()
+
+
+# exactness
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3", "gpt2"])
+def test_tokens_equal_plain_transformers(family: str) -> None:
+    plain = plain_model(family)
+    engine = engine_for(prepared(plain), lookahead=True)
+    assert mistakes(plain, live_graph(engine)) == {}
+    assert engine.pool.num_used == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_and_small_pools(policy: WaitPolicy) -> None:
+    plain = plain_model("qwen3")
+    model = prepared(plain)
+    for blocks in (200, 30):
+        engine = policy_engine(model, policy, blocks, max_sequence_tokens=110, lookahead=True)
+        assert mistakes(plain, waiting_graph(engine)) == {}
+        assert engine.pool.num_used == engine.space.num_used == 0
+
+
+def test_preemption_and_cancellation() -> None:
+    plain = plain_model("qwen3")
+    engine = engine_for(prepared(plain), blocks=22, max_sequence_tokens=88, lookahead=True)
+    script = Script(engine)
+    sequences = [script.submit(f"r{i}", prompt(20 + i, i), 30, root=i) for i in range(5)]
+    script.run(until=9)
+    cancelled = next(s for s in sequences if s.flights)
+    engine.finish(cancelled)
+    engine.check()
+    script.run()
+    assert sum(s.counters.preemptions for s in sequences) > 0
+    rest = [s for s in sequences if s is not cancelled]
+    script.finish(*rest)
+    assert mistakes(plain, script) == {}
+
+
+def test_replicas() -> None:
+    plain = plain_model("qwen3")
+    model = prepared(plain)
+    engine: Any = Replicas([engine_for(model, lookahead=True) for _ in range(2)])
+    assert mistakes(plain, live_graph(engine)) == {}
+    assert engine.used_blocks == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_blocks": 50}, {"child_context": "parent"}, {"wait_policy": "drop"}])
+def test_whole_runs_under_a_grammar_with_noise(changes: dict[str, Any], lab: Lab) -> None:
+    """Grammars are asked in time, noise falls where it did, counters count the same; and plain transformers agrees."""
+    ahead, alone = recorded(lab, lookahead="on", **changes), recorded(lab, lookahead="off", **changes)
+    assert ahead.solver.engine.steps > 0
+    assert ahead.rows() == alone.rows()
+    assert wrong_tokens(lab.plain, ahead) == {}
+    if not changes:  # with room for everything
+        assert counted(ahead) == counted(alone)
+
+
+def counted(run: Recorded) -> list[tuple[int, int]]:
+    """Of each job: tokens sampled, and tokens prefilled or found in the cache, for which of both hangs on the time."""
+    return [(r.forward_decoded, r.forward_prefilled + r.reused) for _, r in sorted(run.results.items())]
+
+
+def test_the_host_knows_the_tokens_of_one_step_while_the_next_one_runs(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grammar or not: whenever tokens are collected in the middle of a run another step is under way behind them."""
+    behind: list[int] = []
+    collect = Engine.collect
+
+    def watched(self: Engine) -> Any:
+        behind.append(len(self._flights) - 1)
+        return collect(self)
+
+    monkeypatch.setattr(Engine, "collect", watched)
+    recorded(lab, lookahead="on")
+    assert set(behind) <= {0, 1} and sum(behind) > 0.8 * len(behind)
+
+
+# settings
+
+
+def test_what_auto_means_and_where_it_cannot_be_had(lab: Lab) -> None:
+    assert lab.solver().resolved.lookahead == "off", "on a CPU there is nobody to hide the host's work from"
+    assert isinstance(lab.solver(lookahead="on").engine, Engine)
+    with pytest.raises(ValueError, match="--splice-report 0"):
+        lab.solver(lookahead="on", join="splice")
+    assert lab.solver(lookahead="on", join="splice", splice_report=0).resolved.lookahead == "on"
+    chat, style = lab.solver()._runtime.chat, lab.solver()._runtime.style
+    lab.model.stages, stages = 2, lab.model.stages
+    try:
+        with pytest.raises(ValueError, match="pipeline"):
+            resolve(RunConfig(lookahead="on"), lab.model, style, chat, [])
+    finally:
+        lab.model.stages = stages
+
+
+# negative controls
+
+
+def test_tokens_of_other_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = Drawn.fill
+
+    def shifted(self: Drawn, token_ids: torch.Tensor, rows: torch.Tensor) -> None:
+        fill(Drawn(self.tokens.roll(1), self.rows), token_ids, rows)
+
+    monkeypatch.setattr(Drawn, "fill", shifted)
+    assert_noticed("not the sequence's token", some_lives=AHEAD)
+    plain = plain_model("qwen3")
+    assert mistakes(plain, live_graph(engine_for(prepared(plain), lookahead=True))) != {}
+
+
+def test_kv_of_a_token_that_was_thrown_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence paused in flight keeps the KV of the token it did not get."""
+
+    def kept(self: Scheduler, sequence: Sequence) -> None:
+        sequence.flights.clear()
+        if sequence.state is State.RUNNING:
+            self._running -= 1
+        self.live.remove(sequence)
+
+    monkeypatch.setattr(Scheduler, "_remove", kept)
+    with pytest.raises(AssertionError):
+        test_who_pauses_while_two_steps_are_in_flight_keeps_what_is_known("pin")
+
+
+def test_blocks_offered_before_their_tokens_are_known_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    register = BlockTable.register
+
+    def hasty(self: BlockTable, tokens: Any) -> None:
+        register(self, [*tokens, 0][: max(len(tokens), self.length)])
+
+    monkeypatch.setattr(BlockTable, "register", hasty)
+    assert_noticed("reads what is not its own", some_lives=AHEAD)
+
+
+def test_a_grammar_that_is_asked_too_early_is_noticed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is drawn as soon as it has been launched, whatever is still to be told to a grammar."""
+    launch = Engine._launch
+
+    def hasty(self: Engine) -> bool:
+        done = launch(self)
+        if self._flights:
+            self._draw(self._flights[-1])
+        return done
+
+    monkeypatch.setattr(Engine, "_launch", hasty)
+    try:
+        noticed = wrong_tokens(lab.plain, recorded(lab, JOBS[:1], lookahead="on")) != {}
+    except ValueError as error:
+        noticed = "not allowed by the grammar" in str(error)
+    assert noticed
+
+
+def test_noise_of_another_place_is_noticed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions counted by the tokens that are known, one too few for who runs ahead."""
+    monkeypatch.setattr("rrm_engine.engine.engine.draw", short_of_one)
+    assert wrong_tokens(lab.plain, recorded(lab, JOBS[:1], lookahead="on")) != {}
+
+
+def short_of_one(logits: torch.Tensor, sequences: Any, positions: list[int], wanted: list[bool]) -> torch.Tensor:
+    from rrm_engine.engine.sampler import draw
+
+    return draw(logits, sequences, [len(s.tokens) for s in sequences], wanted)
