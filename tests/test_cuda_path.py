@@ -25,6 +25,7 @@ from rrm_engine.engine import captured
 from rrm_engine.engine.captured import StaticSteps
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel, prepare_model
+from rrm_engine.engine.recorder import CudaGraphs, Share
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.pool import NULL_BLOCK
@@ -61,6 +62,21 @@ def on_torch() -> tuple[Any, LoadedModel]:
     return plain, model
 
 
+@pytest.fixture(scope="module")
+def on_two_devices() -> tuple[Any, LoadedModel]:
+    """The same in two shares; without CUDA the second one's device is the CPU under another name."""
+    plain = plain_model("qwen3", num_hidden_layers=3)
+    model = loaded(plain) if ON_CUDA else prepared(plain, "sdpa")
+    fused, second = model.model, DEVICE if ON_CUDA else torch.device("cpu:1")
+    kernels: Any = TritonLayer() if ON_CUDA else ReferenceLayer()
+    layers = [lean._layer(i, layer, fused, DEVICE) for i, layer in enumerate(fused.model.layers)]
+    stages = [Stage(DEVICE, kernels, layers[:2]), Stage(second, kernels, layers[2:])]  # type: ignore[arg-type]
+    model.forward = LeanForward(fused, stages)
+    if not ON_CUDA:
+        model.attend = ReferenceRagged()
+    return plain, model
+
+
 def with_runner(engine: Engine, model: LoadedModel, eager: bool) -> StaticSteps:
     """Give the engine a runner of the wanted kind, on the same cache."""
     engine.runner = ModelRunner(model.forward, engine.runner.cache, model.device, model.attend, eager)
@@ -88,7 +104,7 @@ def graph_of(engine: Engine) -> Script:
 def test_the_lean_forward_on_triton_equals_plain_transformers(family: str) -> None:
     model = loaded(plain_model(family, num_hidden_layers=1))
     assert isinstance(model.forward, LeanForward)
-    assert isinstance(model.forward._stages[0].kernels, TritonLayer)
+    assert isinstance(model.forward.stages[0].kernels, TritonLayer)
     assert model.probe_error < 1e-4
 
 
@@ -117,8 +133,48 @@ def test_padded_and_eager_steps_equal_plain_transformers(
     assert mistakes(plain, live_graph(engine)) == {}
     assert all((key is None) == eager for key in keys)
     assert eager or {key.queries == 1 for key in keys} == {True, False}
-    assert (steps.captures > 0) != eager
-    assert (steps.replays > steps.captures) != eager
+    (share,) = steps.shares
+    assert (share.captures > 0) != eager
+    assert (share.replays > share.captures) != eager
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_every_device_replays_its_share(on_two_devices: tuple[Any, LoadedModel], eager: bool) -> None:
+    """Two steps in flight, each device with graphs of its own on a mirror of the buffers."""
+    plain, model = on_two_devices
+    engine = engine_for(model, stages=2)
+    steps = with_runner(engine, model, eager)
+    assert mistakes(plain, live_graph(engine)) == {}
+    assert len(steps.shares) == 2
+    assert all((share.captures > 0) != eager and (share.replays > share.captures) != eager for share in steps.shares)
+
+
+@pytest.mark.parametrize("stale", ["the mirror", "the hidden states"])
+def test_a_share_that_runs_on_what_another_step_left_is_noticed(
+    on_two_devices: tuple[Any, LoadedModel], stale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: what the second device had in the first step is all it ever has."""
+    plain, model = on_two_devices
+    if stale == "the mirror":
+        follow, seen = Staging.follow, set[int]()
+
+        def once(self: Staging, *given: Any) -> None:
+            if id(self) not in seen:
+                follow(self, *given)
+            seen.add(id(self))
+
+        monkeypatch.setattr(Staging, "follow", once)
+    else:
+        bring = Share._bring
+
+        def left(self: Share, hidden: torch.Tensor, key: Any) -> torch.Tensor:
+            known = key is not None and key.tokens in self._hidden
+            return self._hidden[key.tokens] if known else bring(self, hidden, key)
+
+        monkeypatch.setattr(Share, "_bring", left)
+    engine = engine_for(model, stages=2)
+    with_runner(engine, model, eager=False)
+    assert mistakes(plain, live_graph(engine)) != {}
 
 
 def watch(steps: StaticSteps, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -268,20 +324,20 @@ def test_what_was_recorded_serves_later_steps(on_torch: tuple[Any, LoadedModel])
         for engine in pair.engines:
             for sequence in list(engine.sequences):
                 engine.finish(sequence)
-    assert 0 < pair.padded.captures == len(pair.padded.graphs)
-    assert pair.padded.replays > 3 * pair.padded.captures
+    assert 0 < pair.padded.shares[0].captures == len(pair.padded.shares[0].graphs)
+    assert pair.padded.shares[0].replays > 3 * pair.padded.shares[0].captures
 
 
 def test_a_replay_of_an_old_step_is_noticed(on_torch: tuple[Any, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: logits that the recording left, instead of those of a replay."""
     pair = Pair(on_torch[1])
-    record = type(pair.padded.recorder).record
+    record = type(pair.padded.shares[0].recorder).record
 
     def once(self: Any, call: Any) -> Any:
         logits = record(self, call)().clone()
         return lambda: logits
 
-    monkeypatch.setattr(type(pair.padded.recorder), "record", once)
+    monkeypatch.setattr(type(pair.padded.shares[0].recorder), "record", once)
     pair.submit(3, 9, 12)
     assert pair.run() > 0.01
 
@@ -290,9 +346,10 @@ def test_a_rotation_table_that_grows_leaves_the_recorded_one_alone(on_torch: tup
     model = on_torch[1]
     forward = model.forward
     assert isinstance(forward, LeanForward)
-    (before,) = forward.reserve(1)
+    before = forward.stages[0].tables
     copies = [table.clone() for table in before]
-    (after,) = forward.reserve(len(before[0]) + 1)
+    forward.reserve(len(before[0]) + 1)
+    after = forward.stages[0].tables
     assert len(after[0]) == 2 * len(before[0])
     assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True))
     assert all(torch.equal(new[: len(old)], old) for new, old in zip(after, before, strict=True))
@@ -301,8 +358,8 @@ def test_a_rotation_table_that_grows_leaves_the_recorded_one_alone(on_torch: tup
 @pytest.mark.skipif(not ON_CUDA, reason="CUDA graphs need a GPU")
 def test_graphs_are_given_up_where_they_hold_too_much(on_torch: tuple[Any, LoadedModel]) -> None:
     pair = Pair(on_torch[1])
-    recorder = pair.padded.recorder
-    assert isinstance(recorder, captured.CudaGraphs)
+    recorder = pair.padded.shares[0].recorder
+    assert isinstance(recorder, CudaGraphs)
     for length in (9, 70):
         pair.submit(3, length, 12)
         assert pair.run() < CLOSE
@@ -310,7 +367,7 @@ def test_graphs_are_given_up_where_they_hold_too_much(on_torch: tuple[Any, Loade
             for sequence in list(engine.sequences):
                 engine.finish(sequence)
         recorder.max_bytes = -1  # the next capture starts over
-    assert 0 < len(pair.padded.graphs) < pair.padded.captures
+    assert 0 < len(pair.padded.shares[0].graphs) < pair.padded.shares[0].captures
 
 
 @pytest.mark.skipif(not ON_CUDA, reason="only CUDA has anything to wait for")

@@ -107,7 +107,7 @@ def test_layers_that_fetch_what_they_are_given(family: str) -> None:
     tokenizer: Any = prepared(plain_model("llama")).tokenizer
     model = prepare_model(copy, tokenizer, family, CPU, layers=[CPU, CPU, OTHER, OTHER])
     if isinstance(prepared(plain).forward, LeanForward):
-        assert isinstance(model.forward, LeanForward) and [len(s.layers) for s in model.forward._stages] == [2, 2]
+        assert isinstance(model.forward, LeanForward) and [len(s.layers) for s in model.forward.stages] == [2, 2]
     script = live_graph(engine_for(model, stages=2))
     assert mistakes(plain, script) == {}
 

@@ -57,7 +57,6 @@ def _blocks(context: int, batch: int) -> int:
 
 def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batch: int, host_work: str) -> Row:
     """Sequences whose KV is there already decode greedily; whole steps of the engine are timed."""
-    eager, lookahead = HOST_WORK[host_work]
     steps = WARM + TIMED
     engine = Engine(
         runner,
@@ -66,7 +65,7 @@ def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batc
         step_tokens=4096,
         max_sequence_tokens=context + steps + 2,
         eos_ids=frozenset(),
-        lookahead=lookahead,
+        lookahead=HOST_WORK[host_work][1],
     )
     vocabulary = model.model.config.vocab_size  # type: ignore[union-attr]
     for i in range(batch):
@@ -83,7 +82,7 @@ def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batc
     return {
         "context": context,
         "batch": batch,
-        "graphs": not eager and bool(runner.static and runner.static.replays),
+        "graphs": bool(runner.static and runner.static.shares[0].replays),
         "host_work": host_work,
         "ms_per_step": 1e3 * step_s,
         "ms_spread": [1e3 * min(times[WARM:]), 1e3 * max(times[WARM:])],

@@ -49,6 +49,21 @@ class Staging:
             self._sent.record(torch.cuda.current_stream(self._target.device))
         return size
 
+    @property
+    def place(self) -> torch.device:
+        return self._target.device
+
+    def mirror(self, device: torch.device) -> "Staging":
+        """The same arrays on another device, which ``follow`` brings up to date; the host's are shared."""
+        there = copy(self)
+        there._target = torch.zeros_like(self._target, device=device)
+        there.device = there._views(there._target)
+        return there
+
+    def follow(self, other: "Staging", move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> None:
+        """Take over what ``other``, whose mirror this is, has on its device now; ``move`` brings a tensor here."""
+        self._target.copy_(move(other._target.clone(), self.place))  # the next upload does not wait for the move
+
     def on(self, device: torch.device, move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> "Staging":
         """A copy of what the device has now, on another device; ``move`` brings a tensor there."""
         there = copy(self)

@@ -7,7 +7,6 @@ buffers; steps too large to gain anything are not padded.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,43 +14,36 @@ from typing import Any
 import torch
 from rrm_kernels.metadata import Capacity, RaggedMetadata, StepShape
 from rrm_kernels.reference import PagedAttention, PagedBatch
-from rrm_kernels.sharing import SharingPlan
+from rrm_kernels.sharing import SharingCost, SharingPlan
 from rrm_kernels.staging import Staging
 from rrm_kernels.triton_attention import plan_sharing
 
 from rrm_engine.engine.layout import Drawn, Layout, lay_out
+from rrm_engine.engine.recorder import Calls, CudaGraphs, Inputs, Key, Share
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.transfer import hand_over
 from rrm_engine.models.attention import Forward, PagedForward
+from rrm_engine.models.lean import LeanForward, Stage
 
 # Padded numbers of tokens: no step wastes more than a third of its rows, large ones less.
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 PADDING_SLOT = -1  # stores nothing
 MIXED_SEQUENCES = 64  # a mixed step is padded to this many sequences, or to a power of two above
 MAX_PIECES, MAX_PARTIALS = 256, 64  # of shared runs; a step with more of them shares nothing
-MAX_GRAPH_BYTES = 2 << 30
-LEAST_FREE_BYTES = 1 << 30  # of device memory; with less nothing is captured, for a step may need it
 LONG = torch.int64
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """What a graph is captured for. ``blocks``, ``pieces`` and ``partials`` are rounded up far, to be few."""
-
-    tokens: int
-    seqs: int
-    queries: int  # query tokens of one sequence: 1 in a step of decodes
-    blocks: int
-    pieces: int
-    partials: int
 
 
 @dataclass(slots=True)
 class Buffers:
-    """Static buffers of one size: token ids, positions, slots, sampled and drawn rows (int64), and the metadata."""
+    """Static buffers of one size: token ids, positions, slots, sampled and drawn rows (int64), and the metadata.
+
+    ``mirrors`` are those of other devices that run a share of the forward.
+    """
 
     staging: Staging
     metadata: RaggedMetadata
+    mirrors: "dict[torch.device, Buffers]" = field(default_factory=dict)
 
     @classmethod
     def make(cls, tokens: int, seqs: int, blocks: int, block_size: int, device: torch.device) -> "Buffers":
@@ -61,81 +53,34 @@ class Buffers:
         staging = Staging({**own, **RaggedMetadata.arrays(capacity)}, device)
         return cls(staging, RaggedMetadata.over(staging, capacity, block_size))
 
+    def on(self, device: torch.device) -> "Buffers":
+        """These, or their mirror on another device with what is in them now."""
+        if device == self.staging.place:
+            return self
+        if device not in self.mirrors:
+            mirror = self.staging.mirror(device)
+            metadata = RaggedMetadata.over(mirror, self.metadata.capacity, self.metadata.block_size)
+            self.mirrors[device] = Buffers(mirror, metadata)
+        mirrored = self.mirrors[device]
+        mirrored.staging.follow(self.staging, hand_over)
+        return mirrored
+
+    def inputs(self, rows: int, sampled: int, longest: int, launches: Capacity) -> Inputs:
+        """The first ``rows`` and ``sampled`` rows, for launches of that size."""
+        there = self.staging.device
+        batch = PagedBatch(there["slots"][:rows], [], [], longest, self.metadata.sized(launches))
+        return Inputs(there["token_ids"][:rows], there["positions"][:rows], there["sampled"][:sampled], batch)
+
 
 @dataclass(slots=True)
 class StaticStep:
-    """A step in its buffers; the tensors are views of them, padded to ``key`` if it has one."""
+    """A step in the buffers of each share's device, padded to ``key`` if it has one."""
 
-    token_ids: torch.Tensor  # int64 [tokens]
-    positions: torch.Tensor  # int64 [tokens]
-    sampled: torch.Tensor  # int64 [rows]
-    batch: PagedBatch
+    inputs: list[Inputs]
     order: list[Work]
+    longest: int  # context in it, or that its buffers can hold
     key: Key | None
     uploaded: int  # bytes
-
-
-Replay = Callable[[], torch.Tensor]  # runs what was recorded, on what the buffers hold now; returns its logits
-
-
-class Calls:
-    """Where there are no CUDA graphs: a replay calls the function again, on the tensors it was recorded with."""
-
-    full = False
-
-    def has_room(self, replays: dict[Key, Replay]) -> bool:
-        return True
-
-    def record(self, call: Replay) -> Replay:
-        logits: list[torch.Tensor] = []
-
-        def replay() -> torch.Tensor:
-            out = call()
-            if logits:
-                logits[0].copy_(out)  # in place, as a graph would
-            else:
-                logits.append(out)
-            return logits[0]
-
-        return replay
-
-
-class CudaGraphs:
-    """CUDA graphs in one memory pool, for one runs at a time.
-
-    Where they come to hold more than ``max_bytes``, all are given up, and those still needed captured again. With too
-    little memory left nothing more is captured (``full``).
-    """
-
-    def __init__(self, max_bytes: int = MAX_GRAPH_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self.full = False
-        self._bytes = 0
-        self._pool: Any = None
-
-    def has_room(self, replays: dict[Key, Replay]) -> bool:
-        """Whether there is memory for one more graph; may empty ``replays`` to make some."""
-        torch.cuda.synchronize()
-        if self._bytes > self.max_bytes:
-            replays.clear()
-            self._pool, self._bytes = None, 0
-        torch.cuda.empty_cache()
-        self.full = self.full or torch.cuda.mem_get_info()[0] < LEAST_FREE_BYTES
-        return not self.full
-
-    def record(self, call: Replay) -> Replay:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        free = torch.cuda.mem_get_info()[0]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = call()
-        self._bytes += max(0, free - torch.cuda.mem_get_info()[0])
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return logits
-
-        return replay
 
 
 @dataclass
@@ -145,16 +90,11 @@ class StaticSteps:
     Logits are valid until the next step.
     """
 
-    forward: Forward
-    attend: PagedAttention
-    cache: KVCache
-    device: torch.device
+    shares: list[Share]
+    reserve: Callable[[int], Any]  # makes the forward ready for contexts of that many tokens
+    sharing: SharingCost | None
+    block_size: int
     pad: bool
-    recorder: Calls | CudaGraphs
-    graphs: dict[Key, Replay] = field(default_factory=dict)
-    captures: int = 0
-    replays: int = 0
-    _seen: set[Key] = field(default_factory=set)
     _buffers: dict[tuple[int, int, int], Buffers] = field(default_factory=dict)
 
     def pack(self, work: tuple[Work, ...], drawn: Drawn | None = None) -> StaticStep:
@@ -162,7 +102,7 @@ class StaticSteps:
 
         Tokens that nobody knows yet are taken from ``drawn``, on the device.
         """
-        layout = lay_out(sorted(work, key=lambda item: item.count > 1), self.cache.block_size)
+        layout = lay_out(sorted(work, key=lambda item: item.count > 1), self.block_size)
         tokens, seqs, blocks = self._size(layout)
         padded = self.pad and tokens is not None
         live, live_seqs = len(layout.token_ids), len(layout.tables)
@@ -186,50 +126,21 @@ class StaticSteps:
         uploaded = metadata.upload(live_seqs)
         if drawn is not None and layout.ahead:
             drawn.fill(device["token_ids"][:live], device["drawn"][:live])
-        key = None
-        capacity = step.size()
+        key, launches, longest = None, step.size(), max(layout.context_lens)
         if padded:
-            key = _key(rows, seqs, blocks, capacity)
-            capacity = _launches(key)
-            live, sampled = rows, seqs
-        batch = PagedBatch(device["slots"][:live], [], [], max(layout.context_lens), metadata.sized(capacity))
-        token_ids, positions = device["token_ids"][:live], device["positions"][:live]
-        return StaticStep(token_ids, positions, device["sampled"][:sampled], batch, layout.order, key, uploaded)
+            key = _key(rows, seqs, blocks, launches)
+            launches, live, sampled, longest = _launches(key), rows, seqs, blocks * self.block_size
+        inputs = [buffers.on(share.device).inputs(live, sampled, longest, launches) for share in self.shares]
+        return StaticStep(inputs, layout.order, longest, key, uploaded)
 
     def run(self, step: StaticStep) -> torch.Tensor:
         """The logits ``[rows, vocabulary]`` of the rows that sample."""
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            return self._run(step)
-
-    def _run(self, step: StaticStep) -> torch.Tensor:
-        rows = len(step.order)
-        if step.key is None:
-            return self._call(step)[:rows]
-        if (replay := self.graphs.get(step.key)) is None:
-            first = step.key not in self._seen  # compiles and sets up what a capture may not
-            self._seen.add(step.key)
-            if first or self.recorder.full or not self.recorder.has_room(self.graphs):
-                return self._call(step)[:rows]
-            replay = self.graphs[step.key] = self._capture(step, step.key)
-        self.replays += 1
-        return replay()[:rows]
-
-    def _call(self, step: StaticStep) -> torch.Tensor:
-        paged = PagedForward(self.cache, step.batch, self.attend)
-        return self.forward(step.token_ids, step.positions, step.sampled, paged)
-
-    def _capture(self, step: StaticStep, key: Key) -> Replay:
-        """Record the forward on the buffers that ``step`` lies in; it serves every step with that key."""
-        step.batch.longest = key.blocks * self.cache.block_size  # what it may come to
-        reserve: Callable[[int], Any] | None = getattr(self.forward, "reserve", None)
-        tables = reserve(step.batch.longest) if reserve else None
-        replay = self.recorder.record(partial(self._call, step))
-        self.captures += 1
-
-        def on_same_tables(_: Any = tables) -> torch.Tensor:  # the recorded launches read them: they must live on
-            return replay()
-
-        return on_same_tables
+        self.reserve(step.longest)
+        out = None
+        for share, inputs in zip(self.shares, step.inputs, strict=True):
+            out = share.run(inputs, out, step.key)
+        assert out is not None
+        return out[: len(step.order)]
 
     def _size(self, layout: Layout) -> tuple[int | None, int, int]:
         """Rows (None: more than are padded), sequences and blocks of the buffers that a step goes into."""
@@ -244,16 +155,15 @@ class StaticSteps:
     def _buffer(self, tokens: int, seqs: int, blocks: int) -> Buffers:
         size = tokens, seqs, blocks
         if size not in self._buffers:
-            self._buffers[size] = Buffers.make(*size, self.cache.block_size, self.device)
+            self._buffers[size] = Buffers.make(*size, self.block_size, self.shares[0].device)
         return self._buffers[size]
 
     def _shape(self, layout: Layout, tables: Any, most: Capacity) -> StepShape:
         """The step with its shared runs, or without them where they are more than the buffers hold."""
-        block_size = self.cache.block_size
-        cost = getattr(self.attend, "sharing", None)
-        plan: SharingPlan | None = plan_sharing(layout.query_lens, layout.context_lens, tables, block_size, cost)
-        step = StepShape(layout.query_lens, tables, block_size, plan)
-        return step if most.holds(step.size()) else StepShape(layout.query_lens, tables, block_size, None)
+        size = self.block_size
+        plan: SharingPlan | None = plan_sharing(layout.query_lens, layout.context_lens, tables, size, self.sharing)
+        step = StepShape(layout.query_lens, tables, size, plan)
+        return step if most.holds(step.size()) else StepShape(layout.query_lens, tables, size, None)
 
 
 def static_steps(
@@ -266,8 +176,31 @@ def static_steps(
     if not getattr(attend, "ragged", False):
         return None
     pads = getattr(forward, "skips_padding", False) and getattr(attend, "capturable", False)
-    recorder = CudaGraphs() if device.type == "cuda" else Calls()
-    return StaticSteps(forward, attend, cache, device, pads and not eager, recorder)
+
+    def whole(inputs: Inputs, _: torch.Tensor | None) -> torch.Tensor:
+        paged = PagedForward(cache, inputs.batch, attend)
+        return forward(inputs.token_ids, inputs.positions, inputs.sampled, paged)
+
+    def staged(stage: Stage, inputs: Inputs, hidden: torch.Tensor | None) -> torch.Tensor:
+        paged = PagedForward(cache, inputs.batch, attend)
+        return stage(inputs.token_ids, inputs.positions, inputs.sampled, hidden, paged)
+
+    def nothing(*_: Any) -> None:
+        pass
+
+    def recorder(device: torch.device) -> Calls | CudaGraphs:
+        return CudaGraphs() if device.type == "cuda" else Calls()
+
+    if isinstance(forward, LeanForward):
+        shares = [
+            Share(stage.device, partial(staged, stage), partial(getattr, stage, "tables"), recorder(stage.device))
+            for stage in forward.stages
+        ]
+        reserve: Callable[[int], Any] = forward.reserve
+    else:
+        shares = [Share(device, whole, nothing, recorder(device))]
+        reserve = nothing
+    return StaticSteps(shares, reserve, getattr(attend, "sharing", None), cache.block_size, pads and not eager)
 
 
 def _key(tokens: int, seqs: int, blocks: int, step: Capacity) -> Key:

@@ -7,7 +7,7 @@ with the plain model like any other path, and whatever is not recognised keeps t
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -54,18 +54,38 @@ class Layer:
 
 @dataclass(slots=True)
 class Stage:
-    """Consecutive layers on one device. ``norms``: each one's first, and the model's last behind the last layer."""
+    """Consecutive layers on one device. ``norms``: each one's first, and the model's last behind the last layer.
+
+    The first one has the ``embedding``, the last one the ``head``.
+    """
 
     device: torch.device
     kernels: "NativeLayer | TritonLayer"
     layers: list[Layer] = field(default_factory=list)
     norms: list[FusedRMSNorm] = field(default_factory=list)
     tables: Tables = (torch.empty(0), torch.empty(0))
+    embedding: torch.Tensor | None = None
+    head: Linear | None = None
 
-    def run(self, residual: torch.Tensor, positions: torch.Tensor, paged: PagedForward) -> torch.Tensor:
-        """Run the layers on ``residual`` ``[tokens, hidden]``, in place; returns it behind the last of the norms."""
-        kernels, batch = self.kernels, paged.batch_on(self.device)
-        positions = paged.bring(positions, self.device)
+    def __call__(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        sampled: torch.Tensor,
+        hidden: torch.Tensor | None,
+        paged: PagedForward,
+    ) -> torch.Tensor:
+        """The logits of the rows ``sampled``, or for the next stage the hidden states ``[tokens, hidden]``.
+
+        All is on its device; ``hidden`` is what the stage before returned, and is overwritten.
+        """
+        hidden = self.embedding[token_ids] if self.embedding is not None else hidden
+        assert hidden is not None
+        normed = self._run(hidden, positions, paged)
+        return hidden if self.head is None else self.head(normed[sampled])
+
+    def _run(self, residual: torch.Tensor, positions: torch.Tensor, paged: PagedForward) -> torch.Tensor:
+        kernels, slots = self.kernels, paged.batch.slots
         normed = torch.empty_like(residual)
         query = residual.new_empty(len(residual), self.layers[0].heads, self.layers[0].shape.key_width)
         gated = residual.new_empty(len(residual), self.layers[0].down.in_features)
@@ -73,10 +93,8 @@ class Stage:
         for layer, norm in zip_longest(self.layers, self.norms[1:]):
             keys, values = paged.cache.pools(layer.index, layer.shape)
             qkv = layer.qkv(normed)
-            kernels.rope_store(
-                qkv, layer.norms, layer.norm_eps, self.tables, positions, batch.slots, query, keys, values
-            )
-            mixed = paged.attend(query, keys, values, batch, layer.scale, layer.window)
+            kernels.rope_store(qkv, layer.norms, layer.norm_eps, self.tables, positions, slots, query, keys, values)
+            mixed = paged.attend(query, keys, values, paged.batch, layer.scale, layer.window)
             kernels.add_norm(
                 layer.output(mixed.flatten(1)), residual, layer.mlp_norm.weight, layer.mlp_norm.eps, normed
             )
@@ -91,43 +109,45 @@ class Stage:
 class LeanForward:
     """A ``Forward``: packed tokens in, logits of the sampled rows out. On CUDA nothing in it waits for the device.
 
-    With Triton's kernels on one device (``skips_padding``) a row with a negative slot and no sequence is padding: it
-    stores nothing, and what comes out of it is undefined.
+    With Triton's kernels (``skips_padding``) a row with a negative slot and no sequence is padding: it stores nothing,
+    and what comes out of it is undefined. ``stages`` are its parts, one for each device.
     """
 
     def __init__(self, model: Any, stages: list[Stage]) -> None:
         inner = model.model
-        self._embedding = inner.embed_tokens.weight.detach()
+        self.stages = stages
         self._rotary = inner.rotary_emb
-        self._head: Linear = model.lm_head
-        self._stages = stages
         for stage in stages:
             stage.norms = [layer.input_norm for layer in stage.layers]
         stages[-1].norms.append(inner.norm)
+        stages[-1].head = model.lm_head
+        self._embedding = stages[0].embedding = inner.embed_tokens.weight.detach()
         self._reserved = 0
         self.reserve(LEAST_POSITIONS)
-        self.skips_padding = len(stages) == 1 and not isinstance(stages[0].kernels, NativeLayer)
+        self.skips_padding = not any(isinstance(stage.kernels, NativeLayer) for stage in stages)
 
-    def reserve(self, positions: int) -> list[Tables]:
-        """The rotation's cos and sin of at least that many positions, which the forward reads from now on."""
+    def reserve(self, positions: int) -> None:
+        """Make the stages' ``tables``, cos and sin of the rotation, be those of at least that many positions."""
         if positions > self._reserved:
             self._reserved = max(positions, 2 * self._reserved)
             tables = self._rotation(self._reserved)
-            for stage in self._stages:
+            for stage in self.stages:
                 stage.tables = tables[0].to(stage.device), tables[1].to(stage.device)
-        return [stage.tables for stage in self._stages]
 
     def __call__(
         self, token_ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, paged: PagedForward
     ) -> torch.Tensor:
         assert paged.batch.longest > 0  # or the rotation's table might end before the positions do
         self.reserve(paged.batch.longest)
-        normed = residual = self._embedding[token_ids]
-        for stage in self._stages:
-            residual = hand_over(residual, stage.device)
-            with torch.cuda.device(stage.device) if len(self._stages) > 1 and residual.is_cuda else nullcontext():
-                normed = stage.run(residual, positions, paged)
-        return self._head(normed[paged.bring(sampled, normed.device)])
+        out = None
+        for stage in self.stages:
+            device = stage.device
+            out = out if out is None else hand_over(out, device)
+            there = replace(paged, batch=paged.batch_on(device)) if len(self.stages) > 1 else paged
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                out = stage(token_ids, paged.bring(positions, device), paged.bring(sampled, device), out, there)
+        assert out is not None
+        return out
 
     def _rotation(self, count: int) -> Tables:
         """cos and sin of the first ``count`` positions, fp32 ``[count, rotary / 2]``, rounded as in the model."""

@@ -1,0 +1,159 @@
+"""Forwards that were recorded once for a size and are replayed for every step that fits into it."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from rrm_kernels.reference import PagedBatch
+
+from rrm_engine.kv.transfer import hand_over
+
+MAX_GRAPH_BYTES = 2 << 30
+LEAST_FREE_BYTES = 1 << 30  # of device memory; with less nothing is captured, for a step may need it
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a graph is captured for. ``blocks``, ``pieces`` and ``partials`` are rounded up far, to be few."""
+
+    tokens: int
+    seqs: int
+    queries: int  # query tokens of one sequence: 1 in a step of decodes
+    blocks: int
+    pieces: int
+    partials: int
+
+
+@dataclass(slots=True)
+class Inputs:
+    """A step on one device, in static buffers: token ids, positions and sampled rows (int64), and the batch."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    sampled: torch.Tensor
+    batch: PagedBatch
+
+
+Replay = Callable[[], torch.Tensor]  # runs what was recorded, on what the buffers hold now; returns its result
+
+
+class Calls:
+    """Where there are no CUDA graphs: a replay calls the function again, on the tensors it was recorded with."""
+
+    full = False
+
+    def has_room(self, replays: dict[Key, Replay]) -> bool:
+        return True
+
+    def record(self, call: Replay) -> Replay:
+        result: list[torch.Tensor] = []
+
+        def replay() -> torch.Tensor:
+            out = call()
+            if result:
+                result[0].copy_(out)  # in place, as a graph would
+            else:
+                result.append(out)
+            return result[0]
+
+        return replay
+
+
+class CudaGraphs:
+    """CUDA graphs of the current device in one memory pool, for one runs at a time.
+
+    Where they come to hold more than ``max_bytes``, all are given up, and those still needed captured again. With too
+    little memory left nothing more is captured (``full``).
+    """
+
+    def __init__(self, max_bytes: int = MAX_GRAPH_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.full = False
+        self._bytes = 0
+        self._pool: Any = None
+
+    def has_room(self, replays: dict[Key, Replay]) -> bool:
+        """Whether there is memory for one more graph; may empty ``replays`` to make some."""
+        torch.cuda.synchronize()
+        if self._bytes > self.max_bytes:
+            replays.clear()
+            self._pool, self._bytes = None, 0
+        torch.cuda.empty_cache()
+        self.full = self.full or torch.cuda.mem_get_info()[0] < LEAST_FREE_BYTES
+        return not self.full
+
+    def record(self, call: Replay) -> Replay:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        free = torch.cuda.mem_get_info()[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = call()
+        self._bytes += max(0, free - torch.cuda.mem_get_info()[0])
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+Call = Callable[[Inputs, torch.Tensor | None], torch.Tensor]
+
+
+@dataclass
+class Share:
+    """One device's share of a forward. ``call`` takes its inputs and the hidden states that the share before returns,
+    which it may overwrite; ``constants`` are tensors that it reads besides and that may be exchanged for others.
+    """
+
+    device: torch.device
+    call: Call
+    constants: Callable[[], Any]
+    recorder: Calls | CudaGraphs
+    graphs: dict[Key, Replay] = field(default_factory=dict)
+    captures: int = 0
+    replays: int = 0
+    _seen: set[Key] = field(default_factory=set)
+    _hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # static, by rows
+
+    def run(self, inputs: Inputs, hidden: torch.Tensor | None, key: Key | None) -> torch.Tensor:
+        """What ``call`` returns; with a ``key`` as a rule by a replay, and valid until the next one."""
+        with self.on_device():
+            if hidden is not None:
+                hidden = self._bring(hidden, key)
+            return self.call(inputs, hidden) if key is None else self._replayed(inputs, hidden, key)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _bring(self, hidden: torch.Tensor, key: Key | None) -> torch.Tensor:
+        if key is None:
+            return hand_over(hidden, self.device)
+        if key.tokens not in self._hidden:
+            self._hidden[key.tokens] = torch.empty_like(hidden, device=self.device)
+        # The share before may replay its next step into its result while a copy to another device still reads it.
+        return self._hidden[key.tokens].copy_(hand_over(hidden.clone(), self.device))
+
+    def _replayed(self, inputs: Inputs, hidden: torch.Tensor | None, key: Key) -> torch.Tensor:
+        if (replay := self.graphs.get(key)) is None:
+            first = key not in self._seen  # compiles and sets up what a capture may not
+            self._seen.add(key)
+            if first or self.recorder.full or not self.recorder.has_room(self.graphs):
+                return self.call(inputs, hidden)
+            replay = self.graphs[key] = self._capture(inputs, hidden)
+        self.replays += 1
+        return replay()
+
+    def _capture(self, inputs: Inputs, hidden: torch.Tensor | None) -> Replay:
+        """Record the call on the buffers of ``inputs``; it serves every step with the same key."""
+        constants = self.constants()
+        replay = self.recorder.record(partial(self.call, inputs, hidden))
+        self.captures += 1
+
+        def on_same_constants(_: Any = constants) -> torch.Tensor:  # what was recorded reads them: they must live on
+            return replay()
+
+        return on_same_constants
