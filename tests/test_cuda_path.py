@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import engine_for, plain_model, prepared, prompt
-from test_engine_oracle import Script, live_graph, mistakes
+from test_engine_oracle import live_graph, mistakes, short_graph
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
 from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged
@@ -84,22 +84,6 @@ def with_runner(engine: Engine, model: LoadedModel, eager: bool) -> StaticSteps:
     return engine.runner.static
 
 
-def graph_of(engine: Engine) -> Script:
-    """Mixed steps and decodes of several sizes: a root that forks in mid-block and resumes, beside two children."""
-    script = Script(engine)
-    root = script.submit("root", prompt(1, 22), 3)
-    script.run()
-    forks = [
-        script.submit(f"root.{i}", [*root.tokens, *prompt(3 + i, 2)], 4, depth=1, fork_of=(root, len(root.tokens)))
-        for i in range(2)
-    ]
-    script.run()
-    script.resume(root, prompt(5, 5), 3)
-    script.run()
-    script.finish(root, *forks)
-    return script
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_lean_forward_on_triton_equals_plain_transformers(family: str) -> None:
     model = loaded(plain_model(family, num_hidden_layers=1))
@@ -116,7 +100,7 @@ def test_padded_steps_on_triton_equal_plain_transformers(monkeypatch: pytest.Mon
     engine = engine_for(model, lookahead=True)
     assert engine.runner.static is not None
     keys = watch(engine.runner.static, monkeypatch)
-    assert mistakes(plain, graph_of(engine)) == {}
+    assert mistakes(plain, short_graph(engine)) == {}
     assert {key.queries == 1 for key in keys} == {True, False}
     assert any(key.pieces for key in keys)
 
@@ -311,7 +295,7 @@ def test_steps_that_are_too_large_are_not_padded(
     engine = engine_for(model)
     steps = with_runner(engine, model, eager=False)
     keys = watch(steps, monkeypatch)
-    assert mistakes(plain, graph_of(engine)) == {}
+    assert mistakes(plain, short_graph(engine)) == {}
     assert {key is None for key in keys} == {True, False}
 
 

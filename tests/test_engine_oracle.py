@@ -61,6 +61,38 @@ def live_graph(engine: Engine) -> Script:
     return script
 
 
+def short_graph(engine: Engine) -> Script:
+    """Mixed steps and decodes of several sizes: a root that forks in mid-block, waits and resumes, and two children."""
+    script = Script(engine)
+    root = script.submit("root", prompt(1, 22), 3)
+    script.run()
+    forks = [
+        script.submit(f"root.{i}", [*root.tokens, *prompt(3 + i, 2)], 4, depth=1, fork_of=(root, len(root.tokens)))
+        for i in range(2)
+    ]
+    script.run()
+    script.resume(root, prompt(5, 5), 3)
+    script.run()
+    script.finish(root, *forks)
+    return script
+
+
+def crowded(engine: Engine) -> Script:
+    """Five sequences in too small a pool (22 blocks of 4), one of which is cancelled while it is in flight."""
+    script = Script(engine)
+    sequences = [script.submit(f"r{i}", prompt(i, 20 + i), 30, root=i) for i in range(5)]
+    script.run(until=9)
+    cancelled = next(s for s in sequences if s.flights)
+    engine.finish(cancelled)
+    engine.check()
+    script.run()
+    assert sum(s.counters.preemptions for s in sequences) > 0
+    rest = [s for s in sequences if s is not cancelled]
+    assert {len(s.tokens) - 20 - i for i, s in enumerate(sequences) if s in rest} == {30}
+    script.finish(*rest)
+    return script
+
+
 def mistakes(plain: Any, script: Script) -> dict[str, list[int]]:
     return {
         key: wrong

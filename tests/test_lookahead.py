@@ -8,7 +8,7 @@ from hypothesis import given
 from lab import JOBS, Lab, Recorded, make_lab, recorded, wrong_tokens
 from lives import EOS, Life, prompt, submitted
 from oracle import engine_for, plain_model, prepared
-from test_engine_oracle import Script, live_graph, mistakes
+from test_engine_oracle import crowded, live_graph, mistakes
 from test_scheduler_properties import ACTIONS, SETTINGS, assert_noticed, live_through, lives
 from test_wait_policies import policy_engine, waiting_graph
 
@@ -123,17 +123,7 @@ def test_policies_and_small_pools(policy: WaitPolicy) -> None:
 def test_preemption_and_cancellation() -> None:
     plain = plain_model("qwen3")
     engine = engine_for(prepared(plain), blocks=22, max_sequence_tokens=88, lookahead=True)
-    script = Script(engine)
-    sequences = [script.submit(f"r{i}", prompt(20 + i, i), 30, root=i) for i in range(5)]
-    script.run(until=9)
-    cancelled = next(s for s in sequences if s.flights)
-    engine.finish(cancelled)
-    engine.check()
-    script.run()
-    assert sum(s.counters.preemptions for s in sequences) > 0
-    rest = [s for s in sequences if s is not cancelled]
-    script.finish(*rest)
-    assert mistakes(plain, script) == {}
+    assert mistakes(plain, crowded(engine)) == {}
 
 
 def test_replicas() -> None:

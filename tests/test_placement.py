@@ -12,7 +12,7 @@ import pytest
 import torch
 from oracle import FAMILIES, engine_for, plain_model, prepared, prompt
 from rrm_kernels.reference_layer import ReferenceLayer
-from test_engine_oracle import GREEDY, Script, live_graph, mistakes
+from test_engine_oracle import GREEDY, crowded, live_graph, mistakes
 from test_wait_policies import policy_engine, waiting_graph
 from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,18 +85,7 @@ def test_policies_and_small_pools_in_a_pipeline(policy: WaitPolicy, stages: int)
 def test_preemption_and_cancellation_in_a_pipeline(stages: int) -> None:
     plain = plain_model("qwen3")
     engine = engine_for(prepared(plain), blocks=22, max_sequence_tokens=88, stages=stages)
-    script = Script(engine)
-    sequences = [script.submit(f"r{i}", prompt(i, 20 + i), 30, root=i) for i in range(5)]
-    script.run(until=9)
-    cancelled = next(s for s in sequences if s.flights)
-    engine.finish(cancelled)
-    engine.check()
-    script.run()
-    assert sum(s.counters.preemptions for s in sequences) > 0
-    rest = [s for s in sequences if s is not cancelled]
-    script.finish(*rest)
-    assert mistakes(plain, script) == {}
-    assert {len(s.tokens) - 20 - i for i, s in enumerate(sequences) if s in rest} == {30}
+    assert mistakes(plain, crowded(engine)) == {}
 
 
 @pytest.mark.parametrize("family", [f for f in sorted(FAMILIES) if f not in ("gpt2",)])

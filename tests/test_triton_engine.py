@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import engine_for, plain_model, prepared, prompt
+from oracle import engine_for, plain_model, prepared
 from rrm_kernels.sharing import SharingCost
 from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, load_triton
-from test_engine_oracle import Script, mistakes
+from test_engine_oracle import Script, mistakes, short_graph
 
 from rrm_engine.models.attention import choose_attention
 
@@ -31,22 +31,10 @@ class Spy:
         return ragged.ragged_attention(query, key_cache, value_cache, metadata, *options)
 
 
-def short_graph(plain: Any, attend: TritonAttention) -> Script:
-    """A root that forks in mid-block, waits and resumes, beside two children."""
+def graph_on(plain: Any, attend: TritonAttention) -> Script:
     model = prepared(plain, "sdpa")
     model.attend = attend
-    script = Script(engine_for(model))
-    root = script.submit("root", prompt(1, 22), 3)
-    script.run()
-    forks = [
-        script.submit(f"root.{i}", [*root.tokens, *prompt(3 + i, 2)], 4, depth=1, fork_of=(root, len(root.tokens)))
-        for i in range(2)
-    ]
-    script.run()
-    script.resume(root, prompt(5, 5), 3)
-    script.run()
-    script.finish(root, *forks)
-    return script
+    return short_graph(engine_for(model))
 
 
 @interpreted
@@ -54,7 +42,7 @@ def short_graph(plain: Any, attend: TritonAttention) -> Script:
 def test_tokens_equal_plain_transformers(family: str) -> None:
     plain = plain_model(family)
     spy = Spy()
-    script = short_graph(plain, TritonAttention(spy, SharingCost(member=0, crossover=0)))
+    script = graph_on(plain, TritonAttention(spy, SharingCost(member=0, crossover=0)))
     assert mistakes(plain, script) == {}
     assert spy.calls > 0
     assert spy.pieces > 0  # the two children read their parent's blocks once
@@ -65,7 +53,7 @@ def test_a_broken_shared_run_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     """Negative control: without the shared keys the tokens are others."""
     plain = plain_model("qwen3")
     monkeypatch.setattr(ragged, "attend_shared", lambda *_: None)
-    script = short_graph(plain, TritonAttention(ragged.ragged_attention, SharingCost(member=0, crossover=0)))
+    script = graph_on(plain, TritonAttention(ragged.ragged_attention, SharingCost(member=0, crossover=0)))
     assert mistakes(plain, script) != {}
 
 
@@ -74,7 +62,7 @@ def test_by_default_nothing_so_short_is_shared() -> None:
     spy = Spy()
     attend = load_triton(CPU)
     attend._kernel = spy
-    short_graph(plain_model("llama", num_hidden_layers=1), attend)
+    graph_on(plain_model("llama", num_hidden_layers=1), attend)
     assert spy.calls > 0
     assert spy.pieces == 0
 
