@@ -88,16 +88,19 @@ def generate_run(model: Any) -> Run:
     return run
 
 
-def hf_generate_batch(model_name: str, dtype: str, device: str) -> Run:
-    return generate_batch_run(load_pretrained(model_name, dtype, resolve_device(device))[0])
+def hf_generate_batch(model_name: str, dtype: str, device: str, longest: int, most: int) -> Run:
+    return generate_batch_run(load_pretrained(model_name, dtype, resolve_device(device))[0], longest, most)
 
 
-def generate_batch_run(model: Any, tokens: int | None = None) -> Run:
-    """transformers' own continuous batching, with KV for so many ``tokens``; None: with most of the free memory."""
+def generate_batch_run(model: Any, longest: int, most: int) -> Run:
+    """transformers' own continuous batching, with KV for ``most`` sequences of ``longest`` tokens.
+
+    Left to itself it would set most of the free memory up anew in each call, which takes longer than the decoding.
+    """
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    room = {} if tokens is None else {"num_blocks": -(-tokens // HF_BLOCK), "max_batch_tokens": min(tokens, 4096)}
-
+    blocks = (most + 2) * -(-longest // HF_BLOCK)
+    room = {"num_blocks": blocks, "max_batch_tokens": min(blocks * HF_BLOCK, 4096)}
     model.set_attn_implementation("sdpa")
     model.eval()
 
@@ -198,7 +201,7 @@ def main() -> None:
     model = (args.model, args.dtype, args.device)
     makers: dict[str, Callable[[], Run]] = {
         "hf": lambda: hf_generate(*model),
-        "hf-batch": lambda: hf_generate_batch(*model),
+        "hf-batch": lambda: hf_generate_batch(*model, longest, most),
         "vllm": lambda: vllm_engine(*model, longest, most),
     }
     contenders = {"ours": ours(*model, longest, most)}

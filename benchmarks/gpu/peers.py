@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from decode import HF_BLOCK, Run, generate_batch_run, generate_run, measure, ours_run
+from decode import Run, generate_batch_run, generate_run, measure, ours_run
 
 from gpu.lab import Lab, Row
 
@@ -13,7 +13,7 @@ def run(lab: Lab, rows: list[Row]) -> None:
     plain = lab.plain_model()
     makers: dict[str, Callable[[], Run]] = {
         "generate": lambda: generate_run(plain),
-        "generate_batch": lambda: generate_batch_run(plain, (max(batches) + 2) * 2 * HF_BLOCK),
+        "generate_batch": lambda: generate_batch_run(plain, prompt + count + 1, max(batches)),
     }
     ours = ours_run(lab.model(), prompt + count + 1, max(batches))
     failed = []

@@ -266,10 +266,9 @@ class Engine:
         """Wait for the oldest step in flight; returns its new tokens, none if nothing is in flight."""
         if not self._flights:
             return []
-        flight = self._flights[0]
-        self._draw(flight)
-        self._flights.popleft()
+        flight = self._flights.popleft()
         self.steps, self.began, self.plan = flight.number, flight.began, flight.plan
+        self._draw(flight)
         if flight.tokens is None:
             return []
         with self.ranges("collect", flight.order):
