@@ -2,7 +2,6 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -111,10 +110,17 @@ def _draw_group(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], po
     return ids.gather(-1, best)[:, 0]
 
 
-def _apply_grammars(logits: torch.Tensor, matchers: Iterable["Matcher | None"]) -> None:
-    for row, matcher in enumerate(matchers):
-        if matcher is not None:
-            bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
-            allowed = to_device(torch.from_numpy(bits[: logits.shape[-1]].astype(bool)), logits.device)
-            logits[row, : allowed.shape[0]].masked_fill_(~allowed, float("-inf"))
-            logits[row, allowed.shape[0] :] = float("-inf")
+def _apply_grammars(logits: torch.Tensor, matchers: Seq["Matcher | None"]) -> None:
+    """Forbid in each row what its grammar does; all masks go to the device in one transfer."""
+    rows = [row for row, matcher in enumerate(matchers) if matcher is not None]
+    if not rows:
+        return
+    vocabulary = logits.shape[-1]
+    masks = np.stack([matcher.mask() for matcher in matchers if matcher is not None])
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocabulary, bitorder="little")
+    forbidden = to_device(torch.from_numpy(bits == 0), logits.device)
+    if len(rows) == len(matchers):
+        logits.masked_fill_(forbidden, float("-inf"))
+    else:
+        index = integers(rows, logits.device)
+        logits.index_copy_(0, index, logits.index_select(0, index).masked_fill(forbidden, float("-inf")))
