@@ -17,7 +17,7 @@ from embedded.training import Settings, Trainer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model; replaced at every check")
-    parser.add_argument("--tokens", type=int, default=27_000_000, help="tokens to train on, padding included")
+    parser.add_argument("--tokens", type=int, default=28_000_000, help="tokens to train on, padding included")
     parser.add_argument("--hours", type=float, default=100.0, help="end after so many hours at the latest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--mlp", type=int, default=512)
     parser.add_argument("--init", type=Path, help="model folder to continue from")
+    parser.add_argument("--leaves", type=float, help="share of transcripts that are single leaves (default: 0.06)")
     parser.add_argument("--decay-from", type=float, default=0.35, help="share of the run at the peak learning rate")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -42,6 +43,7 @@ def main() -> None:
         layers=args.layers,
         hidden=args.hidden,
         mlp=args.mlp,
+        leaves=args.leaves,
         init=args.init,
         decay_from=args.decay_from,
     )

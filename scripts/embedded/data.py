@@ -1,7 +1,7 @@
 """The stream of training batches and the held-out transcripts for teacher-forced checks."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -20,8 +20,8 @@ from embedded.transcripts import (
 from embedded.wording import random_task
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-KIND_WEIGHTS = {"flat": 0.32, "depends": 0.35, "nested": 0.29, "atomic": 0.04}
-NODE_WEIGHTS = {"leaf": 0.06, "root": 0.38, "direct": 0.52, "group": 0.04}
+KIND_WEIGHTS = {"flat": 0.31, "depends": 0.34, "nested": 0.29, "atomic": 0.06}
+NODE_WEIGHTS = {"leaf": 0.06, "root": 0.34, "direct": 0.56, "group": 0.04}
 LEAF_FAMILY_WEIGHTS = {"grow": 0.4, "pair": 0.25, "mult": 0.35}
 FLAT_WIDTHS = (2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8)  # wide tasks ask for more copies over longer distances
 GIVEN_SHARE = 0.3  # leaves that start from another child's result
@@ -40,9 +40,17 @@ class Batch:
         return self.ids.numel()
 
 
-def sample_transcript(rng: random.Random, scale: float) -> Transcript:
+def node_weights(leaves: float | None) -> dict[str, float]:
+    """NODE_WEIGHTS, or with another share of leaves and the others in proportion."""
+    if leaves is None:
+        return NODE_WEIGHTS
+    rest = (1 - leaves) / (1 - NODE_WEIGHTS["leaf"])
+    return {node: leaves if node == "leaf" else weight * rest for node, weight in NODE_WEIGHTS.items()}
+
+
+def sample_transcript(rng: random.Random, scale: float, weights: Mapping[str, float] = NODE_WEIGHTS) -> Transcript:
     """One training transcript; nothing in it belongs to the reserved residue class."""
-    node = rng.choices(list(NODE_WEIGHTS), list(NODE_WEIGHTS.values()))[0]
+    node = rng.choices(list(weights), list(weights.values()))[0]
     if node == "leaf":
         (family,) = rng.choices(list(LEAF_FAMILY_WEIGHTS), list(LEAF_FAMILY_WEIGHTS.values()))
         start = rng.choice(IDS[:-1]) if rng.random() < GIVEN_SHARE else None
@@ -92,8 +100,11 @@ def cut_batches(rows: list[tuple[list[int], list[bool]]], batch_tokens: int, pad
 class TrainingStream:
     """Endless batches. Set ``scale`` (0..1] to shorten the leaves of what is drawn from then on."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int, leaves: float | None = None
+    ) -> None:
         self.scale = 1.0
+        self._weights = node_weights(leaves)
         self._tokenizer = tokenizer
         self._rng = random.Random(seed)
         self._batch_tokens = batch_tokens
@@ -103,7 +114,7 @@ class TrainingStream:
         while True:
             rows, tokens = [], 0
             while tokens < POOL_BATCHES * self._batch_tokens:
-                rows.append(encode(self._tokenizer, sample_transcript(self._rng, self.scale)))
+                rows.append(encode(self._tokenizer, sample_transcript(self._rng, self.scale, self._weights)))
                 tokens += len(rows[-1][0])
             batches = cut_batches(rows, self._batch_tokens, pad)
             self._rng.shuffle(batches)

@@ -33,6 +33,7 @@ class Settings:
     layers: int
     hidden: int
     mlp: int
+    leaves: float | None = None  # share of transcripts that are single leaves, if not the usual one
     init: Path | None = None  # a model folder to continue from; the leaves have full length at once
     decay_from: float = 0.35  # share of the run after which the learning rate falls linearly to zero
     warmup_steps: int = 40
@@ -132,7 +133,7 @@ class Trainer:
         self.settings = settings
         self.tokenizer = build_tokenizer()
         self.model = self._first_model().to(settings.device)
-        self.stream = TrainingStream(self.tokenizer, settings.seed, settings.batch_tokens)
+        self.stream = TrainingStream(self.tokenizer, settings.seed, settings.batch_tokens, settings.leaves)
         self.held_out = held_out_transcripts(CHECK_SEED, settings.check_tasks)
         embedding = self.model.model.embed_tokens.weight
         matrices = [p for p in self.model.parameters() if p.ndim == 2 and p is not embedding]
