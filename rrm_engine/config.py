@@ -51,7 +51,7 @@ class RunConfig:
     lookahead: str = setting(
         "auto",
         "model",
-        "launch a step before the tokens of the one before are read, so that the device never waits for the host; "
+        "launch a step before the tokens of the one before are read, so that the host works while the device computes; "
         "auto: on CUDA",
         choices=("auto", "on", "off"),
     )

@@ -21,6 +21,17 @@ settings.load_profile("untimed")
 if TYPE_CHECKING:
     from lab import Lab, Recorded
 
+    from rrm_engine.engine.prepare import LoadedModel
+
+
+@pytest.fixture(scope="session")
+def model() -> "LoadedModel":
+    """A tiny Qwen3 with random weights."""
+    from oracle import plain_model, prepared
+
+    torch.set_num_threads(1)
+    return prepared(plain_model("qwen3"))
+
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> "Lab":

@@ -11,14 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from oracle import chat_model, chat_tokenizer
+from oracle import chat_model, chat_tokenizer, sample
 from tokenizers import pre_tokenizers
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.prepare import LoadedModel, prepare_model
-from rrm_engine.engine.sampler import sample
 from rrm_engine.engine.sequence import Sequence
 
 STYLE = """
@@ -147,7 +146,7 @@ def wrong_tokens(plain: Any, run: Recorded) -> dict[str, list[int]]:
             matcher = phase.matcher and phase.matcher.copy()
             for i in range(start, stop):
                 place = SimpleNamespace(**{**vars(phase), "matcher": matcher}, tokens=tokens[:i])
-                if sample(logits[i - 1 : i].clone(), [place]) != [tokens[i]]:  # type: ignore[list-item]
+                if sample(logits[i - 1 : i].clone(), [place]) != [tokens[i]]:
                     wrong[key].append(i)
                 if matcher is not None:
                     matcher.accept(tokens[i])

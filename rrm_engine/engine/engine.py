@@ -60,7 +60,7 @@ class Engine:
     sequences in flight too: one that is paused or finished does not get the token that is being computed.
 
     With ``lookahead`` the next step is on the device before the tokens of the last one are read: what the host does
-    about them, and planning and packing the step behind, takes none of the device's time.
+    about them, and planning and packing the step behind, it does while the device computes.
     """
 
     def __init__(
@@ -94,7 +94,9 @@ class Engine:
         self.runner = runner
         self.pool = pool
         self.space = HostSpace(host_blocks)
-        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space, None, stages, lookahead)
+        self.scheduler = Scheduler(
+            pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages, lookahead=lookahead
+        )
         self.max_sequence_tokens = max_sequence_tokens
         self.eos_ids = eos_ids
         self.seed = seed

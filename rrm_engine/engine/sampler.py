@@ -52,25 +52,14 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def sample(logits: torch.Tensor, sequences: Seq["Sequence"]) -> list[int]:
-    """One token for each row of ``logits`` ``[rows, vocabulary]``; row i belongs to ``sequences[i]``."""
-    return draw(logits, sequences).tolist()
-
-
 @torch.inference_mode()
-def draw(
-    logits: torch.Tensor,
-    sequences: Seq["Sequence"],
-    positions: Seq[int] | None = None,
-    wanted: Seq[bool] | None = None,
-) -> torch.Tensor:
-    """As ``sample``, int64 ``[rows]`` where the logits are; waits for no device.
+def draw(logits: torch.Tensor, sequences: Seq["Sequence"], positions: Seq[int], wanted: Seq[bool]) -> torch.Tensor:
+    """One token for each row of ``logits`` ``[rows, vocabulary]``: int64 ``[rows]`` there; waits for no device.
 
-    ``positions`` are those of the tokens to be drawn, if they do not stand right behind the sequences' known ones.
-    Whose token is not ``wanted`` gets any: its grammar may be at another place by now.
+    Row i is that of the token at ``positions[i]`` of ``sequences[i]``. Where it is not ``wanted`` it may be any: the
+    sequence's grammar may be at another place by now.
     """
-    positions = positions if positions is not None else [len(s.tokens) for s in sequences]
-    _apply_grammars(logits, [s.matcher if wanted is None or wanted[i] else None for i, s in enumerate(sequences)])
+    _apply_grammars(logits, [s.matcher if wants else None for s, wants in zip(sequences, wanted, strict=True)])
     by_params: dict[SamplingParams, list[int]] = defaultdict(list)
     for row, sequence in enumerate(sequences):
         by_params[sequence.sampling].append(row)

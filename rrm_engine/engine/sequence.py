@@ -99,7 +99,7 @@ class Sequence:
     @property
     def pending(self) -> int:
         """Tokens that have to be run before the next one can be sampled; the last of them may be in flight."""
-        return len(self.tokens) + len(self.flights) - self.table.length
+        return self.length - self.table.length
 
     @property
     def foreseeable(self) -> bool:
