@@ -18,6 +18,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -36,6 +37,12 @@ HF_BLOCK = 256  # tokens of a KV block of transformers' continuous batching
 
 def ours(model_name: str, dtype: str, device: str, longest: int, most: int) -> Run:
     return ours_run(load_model(model_name, dtype, device), longest, most)
+
+
+def ours_on_onednn(model_name: str, dtype: str, device: str, longest: int, most: int) -> Run:
+    """Our engine with oneDNN's matrix products in the place of our own: what is left of the gain without them."""
+    with mock.patch("rrm_engine.models.fuse._native", lambda weight, bias: None):
+        return ours(model_name, dtype, device, longest, most)
 
 
 def ours_run(model: LoadedModel, longest: int, most: int) -> Run:
@@ -186,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="as the bench's: embedded, random:Qwen3-0.6B ...")
     parser.add_argument("--batch", default="1,4,16,32", help="batch sizes")
-    parser.add_argument("--compare", default="hf", help="any of hf, hf-batch, vllm; empty for ours alone")
+    parser.add_argument("--compare", default="hf", help="any of hf, hf-batch, vllm, onednn; empty for ours alone")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
@@ -203,6 +210,7 @@ def main() -> None:
         "hf": lambda: hf_generate(*model),
         "hf-batch": lambda: hf_generate_batch(*model, longest, most),
         "vllm": lambda: vllm_engine(*model, longest, most),
+        "onednn": lambda: ours_on_onednn(*model, longest, most),
     }
     contenders = {"ours": ours(*model, longest, most)}
     contenders |= {name: makers[name]() for name in args.compare.split(",") if name}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 from rrm_kernels.rope import rotation
+from rrm_kernels.tile import INTERPRETED
 
 from gpu.lab import BLOCK_SIZE, Lab, Row, random_tokens
 from rrm_engine.engine.engine import Engine
@@ -56,7 +57,7 @@ def _block_moves(lab: Lab, runner: ModelRunner, context: int) -> list[Row]:
         ("bring back", back, size),
         ("splice", lambda: cache.splice(sources, targets, [7] * len(sources), runner.rotary), 2 * size),
     ]
-    if lab.on_cuda:
+    if lab.on_cuda or INTERPRETED:
         moves += _kernel_moves(runner, list(zip(ids, others, strict=True)), sources, targets, size)
     rows = []
     for name, move, moved in moves:

@@ -160,7 +160,9 @@ class RaggedMetadata:
 
     def on(self, device: torch.device, move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> "RaggedMetadata":
         """What is there now, on another device; ``move`` brings a tensor there."""
-        there = RaggedMetadata.over(self.staging.on(device, move), self.capacity, self.block_size)
+        mirror = self.staging.mirror(device)
+        mirror.follow(self.staging, move)
+        there = RaggedMetadata.over(mirror, self.capacity, self.block_size)
         there.rows = self.rows
         return there
 

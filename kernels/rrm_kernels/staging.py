@@ -64,13 +64,6 @@ class Staging:
         """Take over what ``other``, whose mirror this is, has on its device now; ``move`` brings a tensor here."""
         self._target.copy_(move(other._target.clone(), self.place))  # the next upload does not wait for the move
 
-    def on(self, device: torch.device, move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> "Staging":
-        """A copy of what the device has now, on another device; ``move`` brings a tensor there."""
-        there = copy(self)
-        there._target = move(self._target.clone(), device)  # the next upload does not wait for the move
-        there.device = there._views(there._target)
-        return there
-
     def _views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         views = {}
         for name, (shape, dtype) in self._arrays.items():
