@@ -334,8 +334,15 @@ class Life:
             full = len(ready & {id(s) for s in scheduled}) == share < len(live)
             passed = [s for s in live if id(s) in ready - {id(w) for w in scheduled}]
             assert full or all(s.state is State.WAITING for s in passed), "a running sequence was passed over"
-            used = {id(s) for s in live if s.state is State.RUNNING} & (flying | {id(s) for s in scheduled})
-            assert full or not passed or len(used) == self.scheduler.max_sequences, "a place was taken and not used"
+            running = {id(s) for s in live if s.state is State.RUNNING}
+            used = running & (flying | {id(s) for s in scheduled})
+            # Others prefilled all that a step may before it was their turn.
+            prefilled = sum(w.count for w in plan.work if id(w.sequence) not in ready)
+            left = self.scheduler.step_tokens - min(share, len(ready)) - prefilled
+            starved = running - used - ready if left <= 0 and prefilled else set()
+            assert full or not passed or len(used | starved) == self.scheduler.max_sequences, (
+                "a place was taken and not used"
+            )
 
     def check(self) -> None:
         """Every reference counted anew, every table readable, no more sequences running than allowed."""

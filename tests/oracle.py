@@ -55,7 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "mistral": {"sliding_window": 16},  # sliding window
     "gemma2": {"head_dim": 16, "sliding_window": 16},  # soft-cap and sliding window
-    "gemma3_text": {"head_dim": 16, "sliding_window": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 16, "sliding_window_pattern": 2},  # two rotations
     "gpt_oss": {"head_dim": 16, "sliding_window": 16, **MOE},  # sinks
     "phi3": {},
     "olmo2": {},
@@ -171,4 +171,4 @@ def wrong_tokens(plain: Any, tokens: list[int], sampled: Iterable[tuple[int, int
 
 def sample(logits: torch.Tensor, sequences: Sequence[Any]) -> list[int]:
     """The token that each row of ``logits`` ``[rows, vocabulary]`` gives behind the tokens of its sequence."""
-    return draw(logits, sequences, [len(s.tokens) for s in sequences], [True] * len(sequences)).tolist()
+    return draw(logits, sequences, [len(s.tokens) for s in sequences]).tolist()

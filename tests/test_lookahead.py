@@ -6,13 +6,15 @@ from typing import Any, get_args
 import pytest
 import torch
 from hypothesis import given
-from lab import JOBS, Lab, Recorded, recorded, wrong_tokens
+from lab import JOBS, TASKS, Lab, Recorded, recorded, wrong_tokens
+from lab import SETTINGS as LAB_SETTINGS
 from lives import EOS, Life, prompt, submitted
 from oracle import engine_for, plain_model, prepared
 from test_engine_oracle import crowded, live_graph, mistakes
 from test_scheduler_properties import ACTIONS, SETTINGS, assert_noticed, live_through, lives
 from test_wait_policies import assert_tokens_equal
 
+from rrm_engine.backends.local import Solver
 from rrm_engine.backends.settings import _lookahead
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.engine import Engine
@@ -163,6 +165,18 @@ def test_the_host_knows_the_tokens_of_one_step_while_the_next_one_runs(
     assert set(behind) <= {0, 1} and sum(behind) > 0.8 * len(behind)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("lookahead", ["on", "off"])
+def test_nobody_is_said_to_have_queued_where_there_is_room(lab: Lab, lookahead: str, count: int) -> None:
+    """Whoever runs in the first step launched since has not, be another one under way or not, on whatever replica."""
+    config = RunConfig(prompt_style=str(lab.style), lookahead=lookahead, **{**LAB_SETTINGS, "kv_blocks": 2000})
+    solver = Solver(lab.model, config, TASKS, [lab.model] * count)
+    events: list[dict[str, Any]] = []
+    results = list(solver.run(JOBS, events.append, concurrency=len(JOBS)))
+    assert len(results) == len(JOBS) and len([e for e in events if e["event"] == "resume"]) > 2
+    assert {e["queued_s"] for e in events if "queued_s" in e} == {0.0}
+
+
 # settings
 
 
@@ -242,5 +256,5 @@ def test_noise_of_another_place_is_noticed(lab: Lab, monkeypatch: pytest.MonkeyP
     assert wrong_tokens(lab.plain, recorded(lab, JOBS[:1], lookahead="on")) != {}
 
 
-def short_of_one(logits: torch.Tensor, sequences: Any, positions: list[int], wanted: list[bool]) -> torch.Tensor:
-    return draw(logits, sequences, [len(s.tokens) for s in sequences], wanted)
+def short_of_one(logits: torch.Tensor, sequences: Any, positions: list[int]) -> torch.Tensor:
+    return draw(logits, sequences, [len(s.tokens) for s in sequences])

@@ -188,7 +188,7 @@ def stepped(family: str, layers: int, is_lean: bool = False) -> Iterator[tuple[t
     with torch.inference_mode(), fx_config.patch(no_padding), Copies() as copies:
         logits, order = runner.run(SchedulerOutput(tuple(work), ()))
         sequences, lengths = [w.sequence for w in order], [len(w.sequence.tokens) for w in order]
-        drawn = draw(logits, sequences, lengths, [True] * len(order))  # would raise if it waited for a value
+        drawn = draw(logits, sequences, lengths)  # would raise if it waited for a value
     assert logits.device == drawn.device == META
     yield drawn, runner.cache, copies
 

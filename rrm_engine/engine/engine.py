@@ -316,14 +316,16 @@ class Engine:
         return True
 
     def _draw(self, flight: Flight) -> None:
-        """Sample a step's tokens. A grammar must know all tokens before them: those of earlier steps are collected."""
+        """Sample a step's tokens. A grammar must know all tokens before them: those of earlier steps are collected.
+
+        Who was paused or ended meanwhile may be given any token; nobody reads it.
+        """
         if flight.logits is None:
             return
         sequences = [work.sequence for work in flight.order]
         positions = [work.start + work.count for work in flight.order]
-        wanted = [flight.number in sequence.flights for sequence in sequences]
         with self.ranges("sample", sequences):
-            flight.tokens, flight.logits = Readback(draw(flight.logits, sequences, positions, wanted)), None
+            flight.tokens, flight.logits = Readback(draw(flight.logits, sequences, positions)), None
 
     def check(self) -> None:
         """Recount every block reference from scratch; raises AssertionError on any difference."""

@@ -53,13 +53,12 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def draw(logits: torch.Tensor, sequences: Seq["Sequence"], positions: Seq[int], wanted: Seq[bool]) -> torch.Tensor:
+def draw(logits: torch.Tensor, sequences: Seq["Sequence"], positions: Seq[int]) -> torch.Tensor:
     """One token for each row of ``logits`` ``[rows, vocabulary]``: int64 ``[rows]`` there; waits for no device.
 
-    Row i is that of the token at ``positions[i]`` of ``sequences[i]``. Where it is not ``wanted`` it may be any: the
-    sequence's grammar may be at another place by now.
+    Row i is that of the token at ``positions[i]`` of ``sequences[i]``, whose grammar has been told all before it.
     """
-    _apply_grammars(logits, [s.matcher if wants else None for s, wants in zip(sequences, wanted, strict=True)])
+    _apply_grammars(logits, [sequence.matcher for sequence in sequences])
     by_params: dict[SamplingParams, list[int]] = defaultdict(list)
     for row, sequence in enumerate(sequences):
         by_params[sequence.sampling].append(row)
