@@ -208,7 +208,7 @@ def test_pinned_blocks_that_are_not_counted_anew_are_noticed(name: str, monkeypa
 
 
 def test_a_place_that_is_taken_and_not_used_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: a child gets the place of another root, and nothing to run in that step."""
+    """Negative control: a child gets the place of its parent, and nothing to run in that step."""
     run = Scheduler._run
 
     def late(self: Scheduler, sequence: Sequence, *rest: Any) -> Any:
@@ -217,11 +217,10 @@ def test_a_place_that_is_taken_and_not_used_is_noticed(monkeypatch: pytest.Monke
 
     def step_with_a_newcomer() -> None:
         life = Life(20, 4, 30, max_sequences=2)
-        elder, _ = (submitted(life.submit(prompt(3, i), 9, root=i)) for i in range(2))
+        for root in range(2):
+            life.submit(prompt(3, root), 9, root=root)
         life.step()
-        child = submitted(life.submit(prompt(5, 2), 9, root=0, depth=1))
-        life.engine.pause(elder)
-        life.resume(elder, prompt(2), 9)
+        child = submitted(life.submit(prompt(5, 2), 9, root=1, depth=1))
         life.step()
         assert child.state is State.RUNNING
 
