@@ -1,7 +1,8 @@
 """Random graphs on the engine, without end: nothing wedges, nothing leaks, and every token is plain transformers'.
 
-A *life* is one engine with settings drawn from its seed: pools from the smallest that holds one longest sequence, all
-wait policies, with and without the prefix cache. In it random graphs start, fork in the middle of blocks, pause, wait,
+A *life* is one engine, or several replicas, with settings drawn from its seed: pools from the smallest that holds one
+longest sequence, all wait policies, with and without the prefix cache, one step in flight, the stages of a pipeline, or
+one step launched ahead. In it random graphs start, fork in the middle of blocks, pause, wait,
 resume, forget and are cancelled in every state. All references are recounted after every step, and at a life's end
 every greedy token of every sequence is compared with plain transformers on that sequence's own tokens, in fp32.
 
@@ -30,6 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rrm_engine.bench.environment import environment
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel, prepare_model
+from rrm_engine.engine.replicas import AnyEngine, Replicas
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import WaitPolicy
@@ -65,7 +67,9 @@ class Settings:
     host_blocks: int
     costs: SwapCosts | None
     stops: float  # share of the vocabulary that ends a sequence
+    stages: int
     lookahead: bool
+    replicas: int
 
     @classmethod
     def draw(cls, seed: int, longest: int) -> "Settings":
@@ -73,6 +77,7 @@ class Settings:
         draw = random.Random(f"settings {seed}")
         longest, size = draw.randint(16, min(longest, 240)), draw.choice([1, 2, 3, 4, 8, 16])
         blocks = -(-longest // size) + draw.choice([0, 0, 1, 2, 5, 20, 100])
+        in_flight = draw.choice(["one", "one", "ahead", "ahead", "pipeline"])
         return cls(
             seed,
             draw.randint(3, 12),
@@ -86,8 +91,27 @@ class Settings:
             draw.choice([0, 3, blocks, 1000]),
             draw.choice([None, SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)]),
             draw.choice([0.0, 0.05]),
-            draw.random() < 0.5,
+            draw.choice([2, 4]) if in_flight == "pipeline" else 1,
+            in_flight == "ahead",
+            draw.choice([1, 1, 1, 2, 3]),
         )
+
+    def engine(self, model: LoadedModel, eos_ids: frozenset[int]) -> Engine:
+        """One of the replicas."""
+        engine = Engine(
+            ModelRunner(model.forward, KVCache(self.blocks, self.block_size, model.shapes), model.device, model.attend),
+            BlockPool(self.blocks, self.block_size, self.prefix_cache),
+            max_sequences=self.max_sequences,
+            step_tokens=self.step_tokens,
+            max_sequence_tokens=self.longest,
+            eos_ids=eos_ids,
+            wait_policy=self.wait_policy,
+            host_blocks=self.host_blocks,
+            stages=self.stages,
+            lookahead=self.lookahead,
+        )
+        engine.scheduler.costs = self.costs
+        return engine
 
 
 @dataclass(slots=True, eq=False)
@@ -124,27 +148,15 @@ class Node:
 
 
 class Life:
-    """Random graphs on one engine, from its start to its end."""
+    """Random graphs on an engine, or on its replicas, from its start to its end."""
 
     def __init__(self, model: LoadedModel, vocabulary: int, settings: Settings) -> None:
         self.settings = settings
         self.chance = random.Random(settings.seed)
         self.vocabulary = vocabulary
-        stops = range(2, 2 + int(settings.stops * vocabulary))
-        pool = BlockPool(settings.blocks, settings.block_size, settings.prefix_cache)
-        cache = KVCache(settings.blocks, settings.block_size, model.shapes)
-        self.engine = Engine(
-            ModelRunner(model.forward, cache, model.device, model.attend),
-            pool,
-            max_sequences=settings.max_sequences,
-            step_tokens=settings.step_tokens,
-            max_sequence_tokens=settings.longest,
-            eos_ids=frozenset(stops),
-            wait_policy=settings.wait_policy,
-            host_blocks=settings.host_blocks,
-            lookahead=settings.lookahead,
-        )
-        self.engine.scheduler.costs = settings.costs
+        stops = frozenset(range(2, 2 + int(settings.stops * vocabulary)))
+        self.engines = [settings.engine(model, stops) for _ in range(settings.replicas)]
+        self.engine: AnyEngine = self.engines[0] if settings.replicas == 1 else Replicas(self.engines)
         self.system = self.tokens(1, max(2, settings.longest // 2))  # what fresh prompts share
         self.nodes: dict[str, Node] = {}
         self.graphs = 0
@@ -172,13 +184,14 @@ class Life:
         for node in self.nodes.values():
             self.engine.finish(node.sequence)
         self.engine.check()
-        used, host = self.engine.pool.num_used, self.engine.space.num_used
-        if used or host or self.engine.scheduler.running or self.engine.scheduler.paused:
-            raise Wrong(f"{used} blocks and {host} host blocks are left when all is over")
+        for engine in self.engines:
+            used, host = engine.pool.num_used, engine.space.num_used
+            if used or host or engine.scheduler.running or engine.scheduler.paused:
+                raise Wrong(f"{used} blocks and {host} host blocks are left when all is over")
 
     def drain(self) -> None:
-        """Run what is live to its end. While nobody joins, the first sequence gains a token in every step: a bound."""
-        left = sum(len(s.tokens) + s.budget for s in self.engine.scheduler.live)
+        """Run what is live to its end. While nobody joins, the first one gains a token every few steps: a bound."""
+        left = self.settings.stages * sum(len(s.tokens) + s.budget for e in self.engines for s in e.scheduler.live)
         while self.engine.has_work:
             if left < 0:
                 raise Wrong("more steps than there were tokens to run")
@@ -302,6 +315,8 @@ class Soak:
             raise
         counters = [node.sequence.counters for node in life.nodes.values()]
         self.totals.update({f"lives {settings.wait_policy}": 1, "lives": 1, "graphs": life.graphs})
+        self.totals.update({"lives ahead": settings.lookahead, "lives in a pipeline": settings.stages > 1})
+        self.totals.update({"lives on replicas": settings.replicas > 1})
         self.totals.update({"sequences": len(life.nodes), "tokens": tokens, "steps": life.engine.steps})
         self.totals.update({name: sum(getattr(c, name) for c in counters) for name in SURVIVED})
 
@@ -341,8 +356,9 @@ def load(name: str, device: str) -> Soak:
 
 def report(totals: Counter[str], seconds: float) -> str:
     policies = ", ".join(f"{totals[f'lives {p}']} {p}" for p in get_args(WaitPolicy))
+    flights = ", ".join(f"{totals[f'lives {how}']} {how}" for how in ("ahead", "in a pipeline", "on replicas"))
     return (
-        f"{totals['lives']:,} lives ({policies}) in {seconds:,.0f} s: {totals['graphs']:,} graphs, "
+        f"{totals['lives']:,} lives ({policies}; {flights}) in {seconds:,.0f} s: {totals['graphs']:,} graphs, "
         f"{totals['sequences']:,} sequences, {totals['steps']:,} steps, {totals['tokens']:,} tokens equal to plain "
         f"transformers\nsurvived: {totals['preemptions']:,} preemptions, {totals['dropped']:,} drops, "
         f"{totals['offloaded_blocks']:,} blocks offloaded, {totals['restored_blocks']:,} restored, "
