@@ -8,7 +8,7 @@ import torch
 from oracle import plain_model, prepared
 from rrm_kernels.flash import FlashAttention, FlashUnavailable, FlashUnsupported, load_flash
 from rrm_kernels.metadata import RaggedMetadata
-from rrm_kernels.reference import PagedBatch, PrefillChunk, paged_attention
+from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores, paged_attention
 from rrm_kernels.varlen import VarlenAttention, load_varlen
 from torch.nn.attention.varlen import varlen_attn
 
@@ -39,7 +39,7 @@ class Step:
             chunks.append(PrefillChunk(start, start + queries, torch.tensor(table), context))
             start += queries
         given = (t.float().cpu() for t in (self.query, self.key, self.value))
-        return paged_attention(*given, PagedBatch(torch.empty(0), [], chunks), 0.125, window, softcap)
+        return paged_attention(*given, PagedBatch(torch.empty(0), [], chunks), Scores(0.125, window, softcap))
 
 
 class Bound:
@@ -63,7 +63,7 @@ class Bound:
         window, softcap = left + 1 if left >= 0 else None, given.get("softcap") or None
         scale = given[self.names["scale"]]
         inputs = (t.float() for t in (query, key, value))
-        return paged_attention(*inputs, PagedBatch(torch.empty(0), [], chunks), scale, window, softcap)
+        return paged_attention(*inputs, PagedBatch(torch.empty(0), [], chunks), Scores(scale, window, softcap))
 
 
 VARLEN = {"starts": "cu_seq_q", "keys": "cu_seq_k", "longest": "max_q", "scale": "scale"}
@@ -75,7 +75,7 @@ FLASH = {"starts": "cu_seqlens_q", "keys": "cu_seqlens_k", "longest": "max_seqle
 def test_varlen_is_called_as_torch_wants_it(window: int | None, multiple: int) -> None:
     step = Step()
     attend = VarlenAttention(Bound(inspect.signature(varlen_attn), VARLEN), multiple)
-    out = attend(step.query, step.key, step.value, step.batch, 0.125, window)
+    out = attend(step.query, step.key, step.value, step.batch, Scores(0.125, window))
     assert torch.allclose(out, step.expected(window), atol=1e-5)
     assert not torch.allclose(out, step.expected(3), atol=1e-5)
 
@@ -85,7 +85,7 @@ def test_flash_attn_is_called_as_the_package_wants_it(window: int | None, softca
     flash = pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     step = Step()
     attend = FlashAttention(Bound(inspect.signature(flash.flash_attn_varlen_func), FLASH))
-    out = attend(step.query, step.key, step.value, step.batch, 0.125, window, softcap)
+    out = attend(step.query, step.key, step.value, step.batch, Scores(0.125, window, softcap))
     assert torch.allclose(out, step.expected(window, softcap), atol=1e-5)
 
 
@@ -99,18 +99,18 @@ def test_on_a_gpu_they_equal_the_reference(load: Any, window: int | None) -> Non
     except FlashUnavailable as error:
         pytest.skip(str(error))
     step = Step(device)
-    out = attend(step.query, step.key, step.value, step.batch, 0.125, window).float().cpu()
+    out = attend(step.query, step.key, step.value, step.batch, Scores(0.125, window)).float().cpu()
     assert torch.allclose(out, step.expected(window), atol=0.02)
 
 
 def test_what_they_cannot_compute_is_refused() -> None:
     step = Step()
     varlen = VarlenAttention(varlen_attn)
-    given = (step.query, step.key, step.value, step.batch, 0.125)
+    given = (step.query, step.key, step.value, step.batch, Scores(0.125))
     with pytest.raises(FlashUnsupported, match="soft-cap"):
-        varlen(*given, None, 2.0)
+        varlen(*given[:4], Scores(0.125, softcap=2.0))
     with pytest.raises(FlashUnsupported, match="sinks"):
-        varlen(*given, None, None, torch.zeros(4))
+        varlen(*given[:4], Scores(0.125, sinks=torch.zeros(4)))
     with pytest.raises(FlashUnsupported, match="one width"):
         varlen(*given[:2], step.value[..., :32], *given[3:])
     with pytest.raises(FlashUnsupported, match="not in float32"):

@@ -1,5 +1,6 @@
 """What cannot be loaded, or would run but not exactly, is refused with one sentence that says why."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ def test_a_window_that_is_one_too_wide_is_refused(monkeypatch: pytest.MonkeyPatc
     attend = reference.paged_attention
 
     def wide(*args: Any) -> torch.Tensor:
-        query, key, value, batch, scale, window, *rest = args
-        return attend(query, key, value, batch, scale, window and window + 1, *rest)
+        *given, scores = args
+        return attend(*given, replace(scores, window=scores.window and scores.window + 1))
 
     plain = plain_model("mistral")
     monkeypatch.setattr("rrm_engine.engine.prepare.choose_attention", lambda *_: ("wide", wide))

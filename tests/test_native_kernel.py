@@ -8,7 +8,7 @@ import torch
 from oracle import compiled
 from rrm_kernels.build import load_library
 from rrm_kernels.native import NativeUnavailable, load_native
-from rrm_kernels.reference import DecodeGroup, PagedBatch, PrefillChunk, paged_attention
+from rrm_kernels.reference import DecodeGroup, PagedBatch, PrefillChunk, Scores, paged_attention
 
 BLOCKS, BLOCK_SIZE = 40, 4
 
@@ -79,9 +79,9 @@ def test_both_equal_attention_written_out(
     case = Case(heads, kv_heads, key_width, value_width, dtype)
     scale = 1 / math.sqrt(key_width)
     expected = case.written_out(scale, window, softcap, sinks)
-    given = (case.query, case.key, case.value, case.batch, scale, window, softcap, case.sinks if sinks else None)
+    scores = Scores(scale, window, softcap, case.sinks if sinks else None)
     for attention in (paged_attention, native):
-        result = attention(*given)
+        result = attention(case.query, case.key, case.value, case.batch, scores)
         bound = 2e-6 if dtype == torch.float32 else 0.03
         assert (result.double() - expected).abs().max() < bound * expected.abs().max(), attention
 
@@ -93,14 +93,14 @@ def test_a_wrong_table_is_noticed(native: Any, width: int) -> None:
     expected = case.written_out(0.25, None, None, False)
     case.batch.groups[0].tables[2] = case.batch.groups[0].tables[2].flip(0)
     for attention in (paged_attention, native):
-        result = attention(case.query, case.key, case.value, case.batch, 0.25)
+        result = attention(case.query, case.key, case.value, case.batch, Scores(0.25))
         assert (result.double() - expected)[2].abs().max() > 0.01
 
 
 def test_scores_far_apart_do_not_overflow(native: Any) -> None:
     case = Case(6, 2, 16, 16, torch.float32)
     case.query *= 100
-    result = native(case.query, case.key, case.value, case.batch, 1.0)
+    result = native(case.query, case.key, case.value, case.batch, Scores(1.0))
     expected = case.written_out(1.0, None, None, False)
     assert torch.isfinite(result).all()
     assert (result.double() - expected).abs().max() < 1e-3

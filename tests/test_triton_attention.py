@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from rrm_kernels.reference import PagedBatch, PrefillChunk, paged_attention
+from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores, paged_attention
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
 from rrm_kernels.metadata import Capacity, RaggedMetadata
@@ -62,8 +62,8 @@ class Case:
         batch = PagedBatch(torch.empty(0), [], chunks)
         sinks = self.sinks.float() if options and options[-1] else None
         scale, window, softcap = options[:3] if options else (0.25, None, None)
-        given = (self.query.float(), self.key.float(), self.value.float(), batch, scale, window, softcap, sinks)
-        return paged_attention(*given)
+        given = (self.query.float(), self.key.float(), self.value.float(), batch)
+        return paged_attention(*given, Scores(scale, window, softcap, sinks))
 
     def metadata(self, sharing: SharingPlan | None = None) -> RaggedMetadata:
         queries, contexts = zip(*self.seqs, strict=True)
@@ -85,9 +85,8 @@ class Case:
         key, value = self.key.clone(), self.value.clone()
         key[self.unused], value[self.unused] = float("nan"), float("nan")
         given = [t.to(DEVICE) for t in (self.query, key, value)]
-        sink = self.sinks.to(DEVICE) if sinks else None
-        metadata = metadata or self.metadata()
-        out = ragged_attention(*given, metadata, scale, window, softcap, sink, splits=splits, tile=tile)
+        scores = Scores(scale, window, softcap, self.sinks.to(DEVICE) if sinks else None)
+        out = ragged_attention(*given, metadata or self.metadata(), scores, splits=splits, tile=tile)
         return out.cpu().float()
 
 

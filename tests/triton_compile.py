@@ -10,6 +10,7 @@ from rrm_kernels.cache_ops import copy_blocks, rerotate_keys, store_kv
 from rrm_kernels.metadata import RaggedMetadata
 from rrm_kernels.noise import keyed_gumbel, sample_keyed
 from rrm_kernels.ragged import ragged_attention
+from rrm_kernels.reference import Scores
 from rrm_kernels.sharing import SharingCost, find_shared_runs
 from rrm_kernels.triton_layer import TritonLayer
 from triton.backends.compiler import GPUTarget
@@ -57,10 +58,10 @@ def attention(dtype: torch.dtype) -> None:
     plan = find_shared_runs(tables, [32, 32], 16, SharingCost(0, 0))
     decodes = RaggedMetadata.of([1, 1], [40, 45], tables, 16, torch.device("cpu"), plan)
     query = torch.zeros(2, 10, 64, dtype=dtype)
-    ragged_attention(query, pool, pool, decodes, 0.1, sinks=torch.zeros(10), splits=2)
+    ragged_attention(query, pool, pool, decodes, Scores(0.1, sinks=torch.zeros(10)), splits=2)
     prefill = RaggedMetadata.of([20], [40], tables[:1], 16, torch.device("cpu"))
     query = torch.zeros(20, 10, 64, dtype=dtype)
-    ragged_attention(query, pool, pool[..., :40].contiguous(), prefill, 0.1, 7, 30.0, torch.zeros(10))
+    ragged_attention(query, pool, pool[..., :40].contiguous(), prefill, Scores(0.1, 7, 30.0, torch.zeros(10)))
 
 
 def others(dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 from rrm_kernels import reference
 from rrm_kernels.flash import FlashUnavailable, load_flash
 from rrm_kernels.metadata import RaggedMetadata
-from rrm_kernels.reference import PagedBatch, PrefillChunk
+from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores
 from rrm_kernels.reference_layer import ReferenceLayer
 from rrm_kernels.rope import rerotate, rotation
 from rrm_kernels.sharing import SharingCost, find_shared_runs
@@ -62,10 +62,12 @@ class Case:
         return PagedBatch(torch.empty(0), [], [], ragged=metadata)
 
     def call(self, attend: Any, options: Options, plan: bool = False) -> torch.Tensor:
-        window, softcap, sinks = options
-        scale, sink = self.widths[0] ** -0.5, self.sinks if sinks else None
-        out: torch.Tensor = attend(self.query, self.key, self.value, self.batch(plan), scale, window, softcap, sink)
+        out: torch.Tensor = attend(self.query, self.key, self.value, self.batch(plan), self.scores(options))
         return out
+
+    def scores(self, options: Options) -> Scores:
+        window, softcap, sinks = options
+        return Scores(self.widths[0] ** -0.5, window, softcap, self.sinks if sinks else None)
 
     def expected(self, options: Options) -> torch.Tensor:
         """In fp32, on the same rounded inputs."""
@@ -74,10 +76,8 @@ class Case:
             blocks = torch.tensor(table, device=self.lab.device)
             chunks.append(PrefillChunk(start, start + queries, blocks, context))
             start += queries
-        window, softcap, sinks = options
         given = (t.float() for t in (self.query, self.key, self.value))
-        batch, sink = PagedBatch(torch.empty(0), [], chunks), self.sinks.float() if sinks else None
-        return reference.paged_attention(*given, batch, self.widths[0] ** -0.5, window, softcap, sink)
+        return reference.paged_attention(*given, PagedBatch(torch.empty(0), [], chunks), self.scores(options))
 
 
 def run(lab: Lab, rows: list[Row]) -> None:

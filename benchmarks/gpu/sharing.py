@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from rrm_kernels.metadata import RaggedMetadata
+from rrm_kernels.reference import Scores
 from rrm_kernels.sharing import SharingCost, find_shared_runs
 from rrm_kernels.triton_attention import TritonUnavailable, load_triton
 
@@ -44,7 +45,7 @@ def _point(lab: Lab, siblings: int, prefix: int) -> Row:
         metadata = RaggedMetadata.of([1] * siblings, contexts, tables, BLOCK_SIZE, lab.device, runs)
 
         def attend(metadata: RaggedMetadata = metadata) -> torch.Tensor:
-            return ragged_attention(query, key, value, metadata, width**-0.5)
+            return ragged_attention(query, key, value, metadata, Scores(width**-0.5))
 
         outs.append(attend())
         seconds.append(lab.kernel_seconds(attend))

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import torch
 
-from rrm_kernels.reference import PagedBatch
+from rrm_kernels.reference import PagedBatch, Scores
 from rrm_kernels.triton_attention import describe
 
 FLASH_BLOCK = 256  # FlashAttention-2 reads K and V in tiles that must not cross a block
@@ -51,17 +51,9 @@ class FlashAttention:
         self._function = function
 
     def __call__(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: PagedBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
-        check_supported(query, value_cache, sinks, self.block_multiple)
+        check_supported(query, value_cache, scores.sinks, self.block_multiple)
         if batch.ragged is None:
             batch.ragged = describe(batch, key_cache.shape[1], query.device)
         metadata, size = batch.ragged, batch.ragged.capacity
@@ -73,10 +65,10 @@ class FlashAttention:
             cu_seqlens_k=metadata.context_start[: size.seqs + 1],
             max_seqlen_q=size.queries,
             max_seqlen_k=size.blocks * metadata.block_size,
-            softmax_scale=scale,
+            softmax_scale=scores.scale,
             causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-            softcap=softcap or 0.0,
+            window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
+            softcap=scores.softcap or 0.0,
             block_table=metadata.block_table[: size.seqs],
         )
 

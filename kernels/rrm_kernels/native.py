@@ -10,7 +10,7 @@ import torch
 
 from rrm_kernels import reference
 from rrm_kernels.build import NativeUnavailable, load_library
-from rrm_kernels.reference import DecodeGroup, PagedBatch
+from rrm_kernels.reference import DecodeGroup, PagedBatch, Scores
 
 __all__ = ["NativeAttention", "NativeLayer", "NativeUnavailable", "load_native", "load_native_layer"]
 
@@ -27,25 +27,17 @@ class NativeAttention:
         self._decode.argtypes = [ctypes.c_int, *[POINTER] * 7, *[NUMBER] * 7, REAL, REAL, NUMBER]
 
     def __call__(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: PagedBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
         """As ``reference.paged_attention``; other dtypes than fp32 and bf16 are left to it altogether."""
         if query.dtype not in DTYPES or key_cache.dtype != query.dtype or query.device.type != "cpu":
-            return reference.paged_attention(query, key_cache, value_cache, batch, scale, window, softcap, sinks)
+            return reference.paged_attention(query, key_cache, value_cache, batch, scores)
         query = query.contiguous()
         out = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[3])
-        sink_values = None if sinks is None else sinks.float().contiguous()
+        sinks = scores.fp32_sinks()
         for group in batch.groups:
-            self._run(query, key_cache, value_cache, out, group, scale, window, softcap, sink_values)
-        reference.attend_chunks(out, query, key_cache, value_cache, batch.chunks, scale, window, softcap, sinks)
+            self._run(query, key_cache, value_cache, out, group, scores, sinks)
+        reference.attend_chunks(out, query, key_cache, value_cache, batch.chunks, scores)
         return out
 
     def _run(
@@ -55,9 +47,7 @@ class NativeAttention:
         value_cache: torch.Tensor,
         out: torch.Tensor,
         group: DecodeGroup,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scores: Scores,
         sinks: torch.Tensor | None,
     ) -> None:
         _, block_size, kv_heads, value_width = value_cache.shape
@@ -77,9 +67,9 @@ class NativeAttention:
             kv_heads,
             query.shape[2],
             value_width,
-            scale,
-            softcap or 0.0,
-            window or 0,
+            scores.scale,
+            scores.softcap or 0.0,
+            scores.window or 0,
         )
 
 

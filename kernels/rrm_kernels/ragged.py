@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from rrm_kernels.metadata import RaggedMetadata
+from rrm_kernels.reference import Scores
 from rrm_kernels.shared import attend_shared
 from rrm_kernels.tile import LOG2_E, Attention, Tile, attend_tile, load_query, padded, store_partial, store_rows
 
@@ -23,10 +24,7 @@ def ragged_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     metadata: RaggedMetadata,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    scores: Scores,
     splits: int | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
@@ -35,8 +33,8 @@ def ragged_attention(
     ``query`` may hold more rows than are live; what stands in theirs is undefined. ``splits`` and ``tile`` are chosen
     from the capacity if not given. Shared runs are used in layers without a window.
     """
-    call = Attention(query, key_cache, value_cache, scale, softcap, window)
-    capacity = metadata.capacity
+    call = Attention(query, key_cache, value_cache, scores)
+    capacity, window = metadata.capacity, scores.window
     tile = tile or call.tile(capacity.queries)
     queries = tile.rows // call.per_kv
     # Sequence i's tiles start at number query_start[i] // queries + i: as many as it needs or more, without a list.
@@ -47,7 +45,7 @@ def ragged_attention(
     partials = splits + capacity.partials if shares else splits
     rows = (query.shape[0], call.heads)
     out = query.new_empty(*rows, call.value_width)
-    sink_values = None if sinks is None else sinks.float().contiguous()
+    sinks = scores.fp32_sinks()
     partial = lse = None
     if partials > 1:
         partial = query.new_empty(partials, *rows, call.value_width, dtype=torch.float32)
@@ -56,7 +54,7 @@ def ragged_attention(
         out=out,
         partial=partial,
         lse=lse,
-        sinks=sink_values if partials == 1 else None,
+        sinks=sinks if partials == 1 else None,
         query_start=metadata.query_start,
         context_len=metadata.context_len,
         first_key=metadata.first_key if shares else None,
@@ -73,7 +71,7 @@ def ragged_attention(
     if partial is not None and lse is not None:
         if shares:
             attend_shared(call, metadata, partial, lse, splits)
-        _merge(out, partial, lse, sink_values, metadata, call.kv_heads)
+        _merge(out, partial, lse, sinks, metadata, call.kv_heads)
     return out
 
 

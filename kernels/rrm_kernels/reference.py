@@ -58,19 +58,29 @@ class PagedBatch:
     host: "PagedBatch | None" = None
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer's scores are made: products times ``scale``, with a ``window`` of keys less than so many tokens back.
+
+    ``softcap`` is tanh capping, ``sinks`` ``[query heads]`` one extra score a head that takes part in the softmax and
+    adds no value.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def fp32_sinks(self) -> torch.Tensor | None:
+        """``sinks`` as kernels read them."""
+        return None if self.sinks is None else self.sinks.float().contiguous()
+
+
 class PagedAttention(Protocol):
     """What every attention backend is: see ``paged_attention``, the reference."""
 
     def __call__(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: PagedBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor: ...
 
 
@@ -85,20 +95,12 @@ def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, destinations: torch.
 
 
 def paged_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    batch: PagedBatch,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
 ) -> torch.Tensor:
     """Causal grouped-query attention of packed queries over their sequences' blocks.
 
     ``query`` is ``[tokens, query heads, width]``; the result ``[tokens, query heads, value width]``. A token at
-    position i attends to positions j <= i with j > i - window. ``softcap`` is tanh capping of the scores,
-    ``sinks`` ``[query heads]`` one extra score a head that takes part in the softmax and adds no value.
+    position i attends to positions j <= i, with a window to j > i - window.
     """
     tokens, heads, width = query.shape
     kv_heads, value_width = value_cache.shape[2], value_cache.shape[3]
@@ -108,9 +110,9 @@ def paged_attention(
         rows = group.stop - group.start
         q = query[group.start : group.stop].view(rows, kv_heads, per_kv, width)
         k, v = (_gather(cache, group.tables) for cache in (key_cache, value_cache))
-        result = _attend(q, k, v, _decode_mask(group, k.shape[2], window, query), scale, softcap, sinks)
+        result = _attend(q, k, v, _decode_mask(group, k.shape[2], scores.window, query), scores)
         out[group.start : group.stop] = result.reshape(rows, heads, value_width)
-    attend_chunks(out, query, key_cache, value_cache, batch.chunks, scale, window, softcap, sinks)
+    attend_chunks(out, query, key_cache, value_cache, batch.chunks, scores)
     return out
 
 
@@ -120,10 +122,7 @@ def attend_chunks(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     chunks: list[PrefillChunk],
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
+    scores: Scores,
 ) -> None:
     """The prefill chunks' part of ``paged_attention``, written to their rows of ``out``."""
     _, heads, width = query.shape
@@ -134,8 +133,8 @@ def attend_chunks(
         q = query[chunk.start : chunk.stop].view(count, kv_heads, per_kv, width)
         q = q.permute(1, 2, 0, 3).reshape(1, kv_heads, per_kv * count, width)
         k, v = (_gather(cache, chunk.table[None])[:, :, : chunk.length] for cache in (key_cache, value_cache))
-        mask = _chunk_mask(chunk, window, query).repeat(per_kv, 1)
-        result = _attend(q, k, v, mask, scale, softcap, sinks)
+        mask = _chunk_mask(chunk, scores.window, query).repeat(per_kv, 1)
+        result = _attend(q, k, v, mask, scores)
         out[chunk.start : chunk.stop] = result.view(heads, count, value_width).transpose(0, 1)
 
 
@@ -171,28 +170,21 @@ def _additive(seen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, float("-inf"))
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scores: Scores) -> torch.Tensor:
     """Attention of ``q`` ``[rows, kv heads, queries, width]``; queries of one kv head are ordered head-major."""
+    softcap, sinks = scores.softcap, scores.sinks
     if softcap is None and sinks is None and v.shape[-1] == k.shape[-1]:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    scores = (q @ k.transpose(2, 3)).float() * scale
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale)
+    products = (q @ k.transpose(2, 3)).float() * scores.scale
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + mask.float()
+        products = softcap * torch.tanh(products / softcap)
+    products = products + mask.float()
     if sinks is not None:
         kv_heads, queries = q.shape[1], q.shape[2]
         per_head = sinks.float().view(kv_heads, -1)
         extra = per_head.repeat_interleave(queries // per_head.shape[1], dim=1)
-        scores = torch.cat([scores, extra[None, :, :, None].expand(q.shape[0], -1, -1, 1)], dim=-1)
-    weights = scores.softmax(-1)
+        products = torch.cat([products, extra[None, :, :, None].expand(q.shape[0], -1, -1, 1)], dim=-1)
+    weights = products.softmax(-1)
     if sinks is not None:
         weights = weights[..., :-1]
     return weights.to(v.dtype) @ v

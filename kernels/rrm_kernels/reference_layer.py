@@ -7,7 +7,7 @@ followed without a GPU.
 import torch
 import torch.nn.functional as F
 
-from rrm_kernels.reference import PagedBatch, PrefillChunk, paged_attention
+from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores, paged_attention
 
 
 class ReferenceLayer:
@@ -62,15 +62,7 @@ class ReferenceRagged:
     sharing = None
 
     def __call__(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: PagedBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
         """See ``paged_attention``. Shared runs are not taken into account."""
         metadata = batch.ragged
@@ -82,7 +74,7 @@ class ReferenceRagged:
             if stop > start:
                 chunk = PrefillChunk(0, stop - start, metadata.block_table[i].long(), lengths[i])
                 one = PagedBatch(batch.slots, [], [chunk])
-                given = (query[start:stop], key_cache, value_cache, one, scale, window, softcap, sinks)
+                given = (query[start:stop], key_cache, value_cache, one, scores)
                 out[start:stop] = paged_attention(*given)
         return out
 

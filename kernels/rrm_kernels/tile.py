@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rrm_kernels.reference import Scores
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -32,9 +34,7 @@ class Attention:
     query: torch.Tensor  # [tokens, heads, key width], last dimension contiguous
     key_cache: torch.Tensor  # [blocks, block_size, kv heads, key width], contiguous
     value_cache: torch.Tensor  # [blocks, block_size, kv heads, value width], contiguous
-    scale: float
-    softcap: float | None
-    window: int | None
+    scores: Scores
 
     @property
     def heads(self) -> int:
@@ -60,13 +60,13 @@ class Attention:
 
     def arguments(self, tile: Tile) -> dict[str, Any]:
         """The kernels' common keyword arguments."""
-        scale = self.scale / self.softcap if self.softcap else self.scale * LOG2_E.value
+        scale, softcap = self.scores.scale, self.scores.softcap
         return {
             "query": self.query,
             "key_cache": self.key_cache,
             "value_cache": self.value_cache,
-            "scale": scale,
-            "softcap": (self.softcap or 0.0) * LOG2_E.value,
+            "scale": scale / softcap if softcap else scale * LOG2_E.value,
+            "softcap": (softcap or 0.0) * LOG2_E.value,
             "query_token": self.query.stride(0),
             "query_head": self.query.stride(1),
             "HEADS": self.heads,
@@ -76,7 +76,7 @@ class Attention:
             "VALUE_WIDTH": self.value_width,
             "PADDED_KEY": padded(self.query.shape[2]),
             "PADDED_VALUE": padded(self.value_width),
-            "SOFTCAP": self.softcap is not None,
+            "SOFTCAP": softcap is not None,
             "ROWS": tile.rows,
             "KEYS": tile.keys,
         }

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from rrm_kernels.metadata import RaggedMetadata, Tables
-from rrm_kernels.reference import PagedBatch
+from rrm_kernels.reference import PagedBatch, Scores
 from rrm_kernels.sharing import SharingCost, SharingPlan, find_shared_runs
 
 if TYPE_CHECKING:
@@ -42,20 +42,12 @@ class TritonAttention:
         self.name = name
 
     def __call__(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: PagedBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
         if batch.ragged is None:
             batch.ragged = describe(batch, key_cache.shape[1], query.device, self.sharing)
         query = query if query.stride(-1) == 1 else query.contiguous()
-        return self._kernel(query, key_cache, value_cache, batch.ragged, scale, window, softcap, sinks)
+        return self._kernel(query, key_cache, value_cache, batch.ragged, scores)
 
 
 def plan_sharing(

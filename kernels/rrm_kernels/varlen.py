@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rrm_kernels.flash import FLASH_BLOCK, FlashUnavailable, FlashUnsupported, check_supported
-from rrm_kernels.reference import PagedBatch
+from rrm_kernels.reference import PagedBatch, Scores
 from rrm_kernels.triton_attention import describe
 
 NEEDED = {"block_table", "seqused_k", "enable_gqa", "window_size", "scale"}
@@ -23,19 +23,11 @@ class VarlenAttention:
         self.block_multiple = block_multiple
 
     def __call__(
-        self,
-        query: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        batch: PagedBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
-        if softcap is not None:
+        if scores.softcap is not None:
             raise FlashUnsupported("soft-capped scores are not supported by it")
-        check_supported(query, value_cache, sinks, self.block_multiple)
+        check_supported(query, value_cache, scores.sinks, self.block_multiple)
         if batch.ragged is None:
             batch.ragged = describe(batch, key_cache.shape[1], query.device)
         metadata, size = batch.ragged, batch.ragged.capacity
@@ -47,8 +39,8 @@ class VarlenAttention:
             cu_seq_k=metadata.context_start[: size.seqs + 1] if self.block_multiple > 1 else None,  # FA3 wants none
             max_q=size.queries,
             max_k=size.blocks * metadata.block_size,
-            scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),
+            scale=scores.scale,
+            window_size=(-1 if scores.window is None else scores.window - 1, 0),
             enable_gqa=query.shape[1] != key_cache.shape[2],
             seqused_k=metadata.context_len[: size.seqs],
             block_table=metadata.block_table[: size.seqs],

@@ -12,6 +12,7 @@ from rrm_kernels.reference import (
     PagedAttention,
     PagedBatch,
     PrefillChunk,
+    Scores,
     paged_attention,
     store_kv,
 )
@@ -128,16 +129,8 @@ def paged_attention_forward(
     store_kv(key_pool, new_key, batch.slots)
     store_kv(value_pool, new_value, batch.slots)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = rrm_forward.attend(
-        query[0].transpose(0, 1),
-        key_pool,
-        value_pool,
-        batch,
-        scale,
-        sliding_window,
-        softcap,
-        s_aux,
-    )
+    scores = Scores(scale, sliding_window, softcap, s_aux)
+    out = rrm_forward.attend(query[0].transpose(0, 1), key_pool, value_pool, batch, scores)
     return out[None], None
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rrm_kernels.native import DTYPES, NativeLayer, NativeUnavailable, load_native_layer
-from rrm_kernels.reference import PagedAttention
+from rrm_kernels.reference import PagedAttention, Scores
 from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, load_triton_layer
 from torch import nn
 
@@ -40,8 +40,7 @@ class Layer:
     index: int
     shape: LayerShape
     heads: int
-    scale: float
-    window: int | None
+    scores: Scores
     input_norm: FusedRMSNorm
     qkv: Linear
     norms: tuple[torch.Tensor, torch.Tensor] | None
@@ -94,7 +93,7 @@ class Stage:
             keys, values = paged.cache.pools(layer.index, layer.shape)
             qkv = layer.qkv(normed)
             kernels.rope_store(qkv, layer.norms, layer.norm_eps, self.tables, positions, slots, query, keys, values)
-            mixed = paged.attend(query, keys, values, paged.batch, layer.scale, layer.window)
+            mixed = paged.attend(query, keys, values, paged.batch, layer.scores)
             kernels.add_norm(
                 layer.output(mixed.flatten(1)), residual, layer.mlp_norm.weight, layer.mlp_norm.eps, normed
             )
@@ -208,13 +207,13 @@ def _layer(index: int, module: Any, model: Any, device: torch.device) -> Layer |
         return None
     width = attention.head_dim
     kv_heads = attention.k_proj.out_features // width
-    has_window = "Mistral" in type(model).__name__
+    mistral = "Mistral" in type(model).__name__
+    window = config.sliding_window if mistral else getattr(attention, "sliding_window", None)
     return Layer(
         index=index,
         shape=LayerShape(kv_heads, width, width, model.dtype, device),
         heads=attention.q_proj.out_features // width,
-        scale=attention.scaling,
-        window=config.sliding_window if has_window else getattr(attention, "sliding_window", None),
+        scores=Scores(attention.scaling, window),
         input_norm=module.input_layernorm,
         qkv=attention.q_proj.merged,
         norms=(norms[0].weight, norms[1].weight) if norms else None,
