@@ -199,18 +199,18 @@ LEAN = ["llama", "mistral", "qwen2", "qwen3"]
 
 @pytest.mark.parametrize(("family", "is_lean"), [*((f, False) for f in TRANSFORMERS), *((f, True) for f in LEAN)])
 def test_every_stage_has_its_tensors_on_its_device_and_gets_them_once(family: str, is_lean: bool) -> None:
-    with stepped(family, 1, is_lean) as (_, cache, copies):
-        assert [cache.shapes[i].device for i in range(2)] == [CPU, META]
+    with stepped(family, 2, is_lean) as (_, cache, copies):  # layers of every kind that a family has
+        assert [cache.shapes[i].device for i in range(3)] == [CPU, META, META]
         assert copies.mixed == []
     with stepped(family, 4, is_lean) as (_, _, more):
         assert more.mixed == []
     assert more.crossed == copies.crossed, "what several layers need was brought once for each"
-    assert 5 <= copies.crossed.total() <= 16
+    assert 5 <= copies.crossed.total() <= 17  # where there are two rotations, else 15
 
 
 def test_what_is_left_on_the_first_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PagedForward, "batch_on", lambda self, device: self.batch)
-    with pytest.raises(RuntimeError, match="same device"), stepped("llama", 1):
+    with pytest.raises(RuntimeError, match=r"same device|not on the expected device"), stepped("llama", 1):
         pass
 
 

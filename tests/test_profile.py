@@ -418,11 +418,15 @@ def test_the_device_decides_what_is_recorded(device: str, monkeypatch: pytest.Mo
         def __init__(self, activities: list[ProfilerActivity]) -> None:
             asked.extend(activities)
 
-        def prepare_trace(self) -> None: ...
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: Any) -> None: ...
 
     monkeypatch.setattr(profile_module, "profile", Asked)
     Profile(torch.device(device))
-    assert asked == [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + (device == "cuda")]
+    assert (
+        asked == 2 * [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + (device == "cuda")]
+    )  # to warm up, and to use
 
 
 # operators

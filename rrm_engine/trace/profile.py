@@ -65,8 +65,9 @@ class Profile(Ranges):
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
+        with profile(activities=activities):
+            pass  # seconds of imports, which no step should pay for
         self._profiler = profile(activities=activities)
-        self._profiler.prepare_trace()  # seconds of imports, which no step should pay for
 
     def __call__(self, name: str, of: "Iterable[HasSequence | Sequence | str]" = ()) -> AbstractContextManager[Any]:
         return self._open(name, {"nodes": list(map(_key, of))}) if self._on else nullcontext()
@@ -88,7 +89,7 @@ class Profile(Ranges):
         self._number = number
         if self._seen == self.warm_up + 1:
             self._names.enter_context(named_kernels())
-            self._profiler.start_trace()
+            self._profiler.start()
             self._on = True
         if not self._on:
             yield
@@ -130,7 +131,7 @@ class Profile(Ranges):
             self._on = False
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self._profiler.stop_trace()
+            self._profiler.stop()
             self._names.close()
 
     def _exported(self, directory: Path) -> dict[str, Any]:
