@@ -21,6 +21,7 @@ EPILOG = f"""\
 examples:
   {PROGRAM} runs/aime
   {PROGRAM} runs/aime --perfetto aime.pftrace --jobs aime-2024-i-01/rrm/0
+  {PROGRAM} runs/aime --plot aime.png --jobs aime-2024-i-01
 
 exit code: 0 done, 1 done but for jobs whose trace is incomplete, 2 refused"""
 
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         run = read_run(options.run, options.jobs)
+        if options.plot:
+            _plot(run, options.plot)
         if options.perfetto:
             _export(run, options.perfetto, _profile(options.run))
         else:
@@ -52,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(PROGRAM, DESCRIPTION, EPILOG)
     parser.add_argument("--perfetto", type=Path, metavar="OUT", help="write a Perfetto trace instead of the table")
+    parser.add_argument("--plot", type=Path, metavar="OUT", help="draw recursive rows over time (PNG, SVG, PDF)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the attribution with its critical paths")
     return parser
 
@@ -75,6 +79,14 @@ def _export(run: RunTrace, path: Path, profile: RecordedProfile | None) -> None:
         steps = [outer for outer in ranges_of(profile, run.jobs) if outer.name == STEP]
         what += f", profiled steps {len(steps):,}"
     print(f"Written to {path}: {what}; open it at https://ui.perfetto.dev")
+
+
+def _plot(run: RunTrace, path: Path) -> None:
+    from rrm_engine.trace.plot import plot
+
+    drawn = plot(run.jobs, path)
+    left = sum(map(is_attributed, run.jobs)) - drawn
+    print(f"Written to {path}: {drawn} recursive rows" + (f"; {left:,} more, see --jobs" if left else ""))
 
 
 def _show(found: Sequence[Attribution]) -> None:

@@ -21,9 +21,8 @@ from typing import Any
 from rrm_engine.trace.packets import Packets
 from rrm_engine.trace.profile_reader import Range, RecordedProfile
 from rrm_engine.trace.reader import TraceError
-from rrm_engine.trace.timeline import NO_ROOM, Event, JobTrace, Stretch
+from rrm_engine.trace.timeline import NAMES, NO_ROOM, Event, JobTrace, Stretch
 
-NAMES = {"graph": "plan", "solver": "solve", "direct": "solve", "continuation": "continue"}
 COUNTERS = ("sequences running", "sequences queued", "sequences waiting")
 BLOCKS = {"blocks": "KV blocks used", "pinned": "KV blocks pinned", "offloaded": "KV blocks offloaded"}  # by field
 INSTANTS = {"child", "await", "atomic", "done", "malformed", "concluded", "cancelled", NO_ROOM, "finish"}

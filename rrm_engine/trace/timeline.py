@@ -10,6 +10,7 @@ from rrm_engine.trace.record import Row
 Event = dict[str, Any]
 Interval = tuple[float, float]
 ROOT, FALLBACK = "root", "root!direct"
+NAMES = {"graph": "plan", "solver": "solve", "direct": "solve", "continuation": "continue"}  # by phase
 NO_ROOM = "no_room"  # the phase of a stretch that could not begin
 CAUSES = ("job", "event", "pause", "concluded")  # what the graph machine answers with starts and resumes
 WHILE_RUNNING = ("first_token", "readmitted", "event", "malformed", "pause", "text")
