@@ -69,9 +69,8 @@ def test_all_time_of_a_recorded_run_is_drawn_once(each: Path) -> None:
         )
         assert seconds(drawn, QUEUED) == pytest.approx(queued, abs=1e-6)
         assert seconds(drawn, WAITING) == pytest.approx(waited, abs=1e-6)
-        assert seconds(drawn, *COLOURS.values()) == pytest.approx(
-            sum(s.end_t - s.admitted_t for s in stretches), abs=1e-6
-        )
+        ran = sum(s.end_t - s.admitted_t for s in stretches)
+        assert seconds(drawn, *COLOURS.values()) == pytest.approx(ran, abs=1e-6)
         path = [(line.get_xdata()[0], line.get_xdata()[1]) for line in axes.lines]
         assert path == [(hop.ready_s, hop.until_s) for hop in attribution.hops]
 
@@ -79,9 +78,8 @@ def test_all_time_of_a_recorded_run_is_drawn_once(each: Path) -> None:
 def test_the_direct_solve_of_the_same_task_stands_above(calm: Path) -> None:
     jobs = read_run(calm).jobs
     axes = draw(jobs).axes[0]
-    direct: JobTrace = next(
-        t for t in jobs if t.key == axes.get_title(loc="left").split(":")[0].replace("rrm", "direct")
-    )
+    key = axes.get_title(loc="left").split(":")[0].replace("rrm", "direct")
+    direct: JobTrace = next(trace for trace in jobs if trace.key == key)
     assert axes.get_yticklabels()[0].get_text() == "direct" and axes.get_yticklabels()[1].get_text() == "root"
     assert bars(axes)["direct"][-1][2] == pytest.approx(direct.nodes["root"][-1].end_t - direct.events[0]["t"])
     assert f"directly {direct.row['latency_s']:.2f} s" in axes.get_title(loc="left")
@@ -89,8 +87,6 @@ def test_the_direct_solve_of_the_same_task_stands_above(calm: Path) -> None:
 
 @pytest.mark.parametrize(("name", "magic"), [("p.png", b"\x89PNG"), ("p.svg", b"<?xml"), ("p.pdf", b"%PDF")])
 def test_the_command_writes_it(calm: Path, tmp_path: Path, capsys: Any, name: str, magic: bytes) -> None:
-    assert main([str(calm), "--plot", str(tmp_path / name), "--jobs", "t0"]) in (0, 2)
-    capsys.readouterr()
     assert main([str(calm), "--plot", str(tmp_path / name)]) == 0
     assert (tmp_path / name).read_bytes().startswith(magic)
     assert f"Written to {tmp_path / name}: 4 recursive rows" in capsys.readouterr().out
