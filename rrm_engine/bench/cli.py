@@ -216,15 +216,12 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseExcept
     print_closing(console, summary, directory.rows, config.task_concurrency)
     files = ["run.json", "rows.jsonl", "trace.jsonl", "summary.json"]
     files += [name for name in (PROFILE, SUMMARY) if (directory.path / name).exists()]
-    console.print(
-        f"Written to {directory.path}: {', '.join(files)}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    path, lines = shlex.quote(str(directory.path)), [f"Written to {directory.path}: {', '.join(files)}"]
+    if any(row["mode"] == "rrm" for row in directory.rows):
+        lines.append(f"Where the time went: python -m rrm_engine.trace {path} (--plot FILE: as a picture)")
     if broken:
-        command = f"{PROGRAM} --resume {shlex.quote(str(directory.path))}{' --quiet' if quiet else ''}"
-        console.print(f"Go on with: {command}", markup=False, highlight=False, soft_wrap=True)
+        lines.append(f"Go on with: {PROGRAM} --resume {path}{' --quiet' if quiet else ''}")
+    console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
     if unwritten and not isinstance(broken, RunDirError):  # else one has been said
         say(f"error: {unwritten}")
     return FAILED if summary["errors"] or unwritten else OK
