@@ -91,6 +91,17 @@ def test_a_device_this_torch_does_not_have() -> None:
             resolve_device(name)
 
 
+def test_auto_is_a_device_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor on ``cuda`` says that it is on ``cuda:0``, which is another device to whoever compares the two."""
+    if torch.cuda.is_available():
+        assert resolve_device("auto") == torch.empty(1, device="cuda").device
+        return
+    assert resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="--device cuda cannot be used"):  # it was tried, not only named
+        resolve_device("auto")
+
+
 # what would run, but not exactly
 
 

@@ -74,6 +74,7 @@ class CudaGraphs:
         self.full = False
         self._bytes = 0
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # torch's own is on the first device that ever captured
 
     def has_room(self, replays: dict[Key, Replay]) -> bool:
         """Whether there is memory for one more graph; may empty ``replays`` to make some."""
@@ -89,7 +90,8 @@ class CudaGraphs:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         free = torch.cuda.mem_get_info()[0]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        self._stream = self._stream or torch.cuda.Stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = call()
         self._bytes += max(0, free - torch.cuda.mem_get_info()[0])
 

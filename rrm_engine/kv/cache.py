@@ -77,8 +77,8 @@ class KVCache:
             torch.cuda.current_stream(device).wait_stream(stream)
         given = _Index(blocks)
         for pools, rows in zip(self._pools(), copy.payload, strict=True):
-            back = rows[:, : len(blocks)].to(pools.device, non_blocking=True)
-            pools.index_copy_(1, given.on(pools.device), back)
+            back = rows.to(pools.device, non_blocking=True)  # as a whole: a part the host would read, maybe too early
+            pools.index_copy_(1, given.on(pools.device), back[:, : len(blocks)])
         copy.payload = None
 
     def splice(

@@ -17,9 +17,12 @@ EMBEDDED = "embedded"
 
 
 def resolve_device(device: str, flag: str = "--device") -> torch.device:
-    """``auto`` is the first CUDA device, else the CPU. Raises ValueError for a device this torch does not have."""
+    """``auto`` is the first CUDA device, else the CPU. Raises ValueError for a device this torch does not have.
+
+    The device is named as tensors on it name theirs: ``cuda:0``, never ``cuda``, for the two are not equal.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as e:
