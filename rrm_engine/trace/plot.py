@@ -36,7 +36,7 @@ def draw(jobs: Sequence[JobTrace]) -> Any:
     shown = [trace for trace in jobs if is_attributed(trace)][:MOST_ROWS]
     if not shown:
         raise TraceError("--plot draws recursive rows, and there is none with a complete trace")
-    by_key = {trace.key: trace for trace in jobs}
+    by_key = {trace.key: trace for trace in jobs if ROOT in trace.nodes}
     direct = [by_key.get(trace.key.replace(f"/{RECURSIVE}/", "/direct/")) for trace in shown]
     lines = [len(trace.nodes) + (other is not None) for trace, other in zip(shown, direct, strict=True)]
     figure = Figure(figsize=(9, sum(lines) * INCHES + 0.7 * len(shown) + 0.4), layout="constrained")
