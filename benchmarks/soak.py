@@ -315,8 +315,8 @@ class Soak:
             raise
         counters = [node.sequence.counters for node in life.nodes.values()]
         self.totals.update({f"lives {settings.wait_policy}": 1, "lives": 1, "graphs": life.graphs})
-        self.totals.update({"lives ahead": settings.lookahead, "lives in a pipeline": settings.stages > 1})
-        self.totals.update({"lives on replicas": settings.replicas > 1})
+        in_flight = {"lives ahead": settings.lookahead, "lives in a pipeline": settings.stages > 1}
+        self.totals.update({**in_flight, "lives on replicas": settings.replicas > 1})
         self.totals.update({"sequences": len(life.nodes), "tokens": tokens, "steps": life.engine.steps})
         self.totals.update({name: sum(getattr(c, name) for c in counters) for name in SURVIVED})
 

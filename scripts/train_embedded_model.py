@@ -1,4 +1,4 @@
-"""Train the embedded model from scratch: two hours on one CPU core, minutes on a GPU.
+"""Train the embedded model from scratch: two hours on one CPU core.
 
     python scripts/train_embedded_model.py --out /tmp/embedded_model
     python scripts/train_embedded_model.py --out /tmp/embedded_model --device cuda --tokens 200000000
@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from embedded.data import NODE_WEIGHTS
 from embedded.training import Settings, Trainer
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--mlp", type=int, default=512)
     parser.add_argument("--init", type=Path, help="model folder to continue from")
-    parser.add_argument("--leaves", type=float, help="share of transcripts that are single leaves (default: 0.06)")
+    parser.add_argument("--leaves", type=float, default=NODE_WEIGHTS["leaf"], help="share of transcripts of one leaf")
     parser.add_argument("--decay-from", type=float, default=0.35, help="share of the run at the peak learning rate")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -336,10 +336,12 @@ class Life:
             assert full or all(s.state is State.WAITING for s in passed), "a running sequence was passed over"
             running = {id(s) for s in live if s.state is State.RUNNING}
             used = running & (flying | {id(s) for s in scheduled})
-            # Others prefilled all that a step may before it was their turn.
-            prefilled = sum(w.count for w in plan.work if id(w.sequence) not in ready)
-            left = self.scheduler.step_tokens - min(share, len(ready)) - prefilled
-            starved = running - used - ready if left <= 0 and prefilled else set()
+            # Others, before them in line, prefilled all that a step may.
+            prefills = [w for w in plan.work if id(w.sequence) not in ready]
+            left = self.scheduler.step_tokens - min(share, len(ready)) - sum(w.count for w in prefills)
+            front = max((w.sequence.priority for w in prefills), default=None)
+            behind = {id(s) for s in live if front is not None and s.priority > front}
+            starved = (running - used - ready) & behind if left <= 0 else set()
             assert full or not passed or len(used | starved) == self.scheduler.max_sequences, (
                 "a place was taken and not used"
             )

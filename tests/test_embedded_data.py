@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from embedded import families, transcripts  # noqa: E402
 from embedded.benchmark import benchmark_tasks, record  # noqa: E402
-from embedded.data import KINDS, collate, cut_batches, encode, sample_transcript  # noqa: E402
+from embedded.data import KINDS, NODE_WEIGHTS, collate, cut_batches, encode, node_weights, sample_transcript  # noqa: E402
 from embedded.evaluate import Node, final_value  # noqa: E402
 from embedded.tokenizer import build_tokenizer  # noqa: E402
 from embedded.wording import random_task  # noqa: E402
@@ -196,7 +196,7 @@ def test_every_transcript_concludes_with_its_result():
 
 def test_batches_hold_every_token_once(tokenizer):
     rng = random.Random(3)
-    rows = [encode(tokenizer, sample_transcript(rng, 0.5)) for _ in range(30)]
+    rows = [encode(tokenizer, sample_transcript(rng, 0.5, NODE_WEIGHTS)) for _ in range(30)]
     batches = cut_batches(rows, 2048, tokenizer.pad_token_id)
     assert sum(len(batch.ids) for batch in batches) == 30
     assert all(batch.tokens <= 2048 for batch in batches)
@@ -211,3 +211,10 @@ def test_critical_path_of_a_dependent_child():
     first.last, second.last = [0] * 100, [0] * 50
     root.children, root.offsets = [first, second], [15, 30]
     assert root.finish_time() == 15 + 100 + 50 + 10
+
+
+def test_other_shares_of_leaves_leave_the_rest_in_proportion():
+    assert node_weights(NODE_WEIGHTS["leaf"]) == NODE_WEIGHTS
+    weights = node_weights(0.3)
+    assert weights["leaf"] == 0.3 and abs(sum(weights.values()) - 1) < 1e-12
+    assert abs(weights["direct"] / weights["root"] - NODE_WEIGHTS["direct"] / NODE_WEIGHTS["root"]) < 1e-12

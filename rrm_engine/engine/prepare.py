@@ -112,8 +112,8 @@ def prepare_model(
             yield lean
         yield transformers_forward(model, devices[-1] if spreads else None)
 
-    anywhere = OnOwnDevice(attend) if spreads or device.index else attend  # CUDA's current device is the first one
-    result = probe(model, device, optimise, anywhere)
+    on_device = OnOwnDevice(attend) if spreads or device.type == "cuda" else attend
+    result = probe(model, device, optimise, on_device)
     if result.reason or result.forward is None:
         raise UnsupportedModel(f"{name}: {result.reason}")
     return LoadedModel(
@@ -126,7 +126,7 @@ def prepare_model(
         device=device,
         shapes=result.shapes,
         attention=attention_name,
-        attend=anywhere,
+        attend=on_device,
         max_position=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         eos_ids=_eos_ids(model, tokenizer),
         generation=_generation(model),

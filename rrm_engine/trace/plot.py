@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rrm_engine.trace.attribution import RECURSIVE, attribute, is_attributed
+from rrm_engine.trace.attribution import attribute, is_attributed
 from rrm_engine.trace.reader import TraceError
+from rrm_engine.trace.record import row_key
 from rrm_engine.trace.timeline import NAMES, ROOT, JobTrace, Stretch
 
+DIRECT = "direct"  # the mode
 MOST_ROWS = 6  # of a run in one picture
 COLOURS = {"plan": "#4477aa", "solve": "#228833", "continue": "#ccbb44"}  # bright scheme, Paul Tol: told apart by all
 QUEUED, WAITING, LINES = "#ee6677", "#dddddd", "#777777"
@@ -37,7 +39,7 @@ def draw(jobs: Sequence[JobTrace]) -> Any:
     if not shown:
         raise TraceError("--plot draws recursive rows, and there is none with a complete trace")
     by_key = {trace.key: trace for trace in jobs if ROOT in trace.nodes}
-    direct = [by_key.get(trace.key.replace(f"/{RECURSIVE}/", "/direct/")) for trace in shown]
+    direct = [by_key.get(row_key({**trace.row, "mode": DIRECT})) for trace in shown]
     lines = [len(trace.nodes) + (other is not None) for trace, other in zip(shown, direct, strict=True)]
     figure = Figure(figsize=(9, sum(lines) * INCHES + 0.7 * len(shown) + 0.4), layout="constrained")
     axes = figure.subplots(len(shown), height_ratios=lines, squeeze=False)[:, 0]
@@ -71,7 +73,7 @@ class _Row:
             self.axes.plot([hop.ready_s, hop.until_s], [below, below], color="black", linewidth=1.5)
         title = f"{self.trace.key}: {self.trace.row['latency_s']:.2f} s"
         if self.direct is not None:
-            names.insert(0, "direct")
+            names.insert(0, DIRECT)
             self._node(self.direct, ROOT, 0, float(self.direct.events[0]["t"]))
             title += f", directly {self.direct.row['latency_s']:.2f} s"
         self.axes.set_title(title, fontsize=9, loc="left")
@@ -95,7 +97,7 @@ class _Row:
         self.axes.barh(line, stop - start, height, start, color=colour, linewidth=0, **style)
 
     def _arrows(self) -> None:
-        """From what a node wrote to the child that it started, and from a conclusion to whom it was given."""
+        """From the event that made a stretch ready: what declared the child, or the last conclusion it waited for."""
         for path, line in self.lines.items():
             for stretch in self.trace.real(path):
                 source = self._giver(stretch)

@@ -40,15 +40,13 @@ class Batch:
         return self.ids.numel()
 
 
-def node_weights(leaves: float | None) -> dict[str, float]:
-    """NODE_WEIGHTS, or with another share of leaves and the others in proportion."""
-    if leaves is None:
-        return NODE_WEIGHTS
+def node_weights(leaves: float) -> dict[str, float]:
+    """NODE_WEIGHTS with that share of leaves, and the others in proportion."""
     rest = (1 - leaves) / (1 - NODE_WEIGHTS["leaf"])
     return {node: leaves if node == "leaf" else weight * rest for node, weight in NODE_WEIGHTS.items()}
 
 
-def sample_transcript(rng: random.Random, scale: float, weights: Mapping[str, float] = NODE_WEIGHTS) -> Transcript:
+def sample_transcript(rng: random.Random, scale: float, weights: Mapping[str, float]) -> Transcript:
     """One training transcript; nothing in it belongs to the reserved residue class."""
     node = rng.choices(list(weights), list(weights.values()))[0]
     if node == "leaf":
@@ -100,9 +98,7 @@ def cut_batches(rows: list[tuple[list[int], list[bool]]], batch_tokens: int, pad
 class TrainingStream:
     """Endless batches. Set ``scale`` (0..1] to shorten the leaves of what is drawn from then on."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int, leaves: float | None = None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, batch_tokens: int, leaves: float) -> None:
         self.scale = 1.0
         self._weights = node_weights(leaves)
         self._tokenizer = tokenizer

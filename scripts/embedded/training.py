@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from embedded.data import Batch, TrainingStream, cut_batches, encode, held_out_transcripts
+from embedded.data import NODE_WEIGHTS, Batch, TrainingStream, cut_batches, encode, held_out_transcripts
 from embedded.tokenizer import build_tokenizer
 from embedded.transcripts import Transcript
 
@@ -33,7 +33,7 @@ class Settings:
     layers: int
     hidden: int
     mlp: int
-    leaves: float | None = None  # share of transcripts that are single leaves, if not the usual one
+    leaves: float = NODE_WEIGHTS["leaf"]  # share of transcripts that are single leaves
     init: Path | None = None  # a model folder to continue from; the leaves have full length at once
     decay_from: float = 0.35  # share of the run after which the learning rate falls linearly to zero
     warmup_steps: int = 40
