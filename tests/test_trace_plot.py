@@ -1,5 +1,6 @@
 """The picture of a recorded run: its bars, arrows and critical path are where the events say."""
 
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from traced import known_graph, recursive
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
 
+from rrm_engine.trace.checks import build
 from rrm_engine.trace.cli import main
 from rrm_engine.trace.plot import COLOURS, MOST_ROWS, QUEUED, WAITING, draw
 from rrm_engine.trace.reader import read_run
@@ -57,6 +59,13 @@ def test_a_known_graph_is_drawn_as_it_was() -> None:
     assert len(arrows) == sum(len(trace.real(path)) for path in trace.nodes) - 1  # but the root's start
 
 
+def test_siblings_stand_in_the_order_in_which_they_began() -> None:
+    known = known_graph()
+    renamed = json.loads(json.dumps(known.events).replace("root.a", "root.c"))
+    (axes,) = draw([build(known.key, 0, renamed, known.row)]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["root", "root.c", "root.b"]
+
+
 def test_all_time_of_a_recorded_run_is_drawn_once(each: Path) -> None:
     found = recursive(each)[:MOST_ROWS]
     figure = draw([trace for trace, _ in found])
@@ -73,6 +82,17 @@ def test_all_time_of_a_recorded_run_is_drawn_once(each: Path) -> None:
         assert seconds(drawn, *COLOURS.values()) == pytest.approx(ran, abs=1e-6)
         path = [(line.get_xdata()[0], line.get_xdata()[1]) for line in axes.lines]
         assert path == [(hop.ready_s, hop.until_s) for hop in attribution.hops]
+
+
+def test_who_split_planned_and_who_did_not_solved(each: Path) -> None:
+    for trace, _ in recursive(each):
+        (axes,) = draw([trace]).axes
+        drawn = bars(axes)
+        for path in trace.nodes:
+            splits = any(other.startswith(f"{path}.") for other in trace.nodes)
+            phases = {stretch.phase for stretch in trace.real(path)}
+            planned = COLOURS["plan"] in {colour for colour, _, _ in drawn.get(path, [])}
+            assert planned == (splits and "graph" in phases), path
 
 
 def test_the_direct_solve_of_the_same_task_stands_above(calm: Path) -> None:
