@@ -77,7 +77,6 @@ class Settings:
         draw = random.Random(f"settings {seed}")
         longest, size = draw.randint(16, min(longest, 240)), draw.choice([1, 2, 3, 4, 8, 16])
         blocks = -(-longest // size) + draw.choice([0, 0, 1, 2, 5, 20, 100])
-        in_flight = draw.choice(["one", "one", "ahead", "ahead", "pipeline"])
         return cls(
             seed,
             draw.randint(3, 12),
@@ -91,8 +90,8 @@ class Settings:
             draw.choice([0, 3, blocks, 1000]),
             draw.choice([None, SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)]),
             draw.choice([0.0, 0.05]),
-            draw.choice([2, 4]) if in_flight == "pipeline" else 1,
-            in_flight == "ahead",
+            draw.choice([1, 1, 1, 2, 4]),
+            draw.random() < 0.5,
             draw.choice([1, 1, 1, 2, 3]),
         )
 
@@ -191,7 +190,8 @@ class Life:
 
     def drain(self) -> None:
         """Run what is live to its end. While nobody joins, the first one gains a token every few steps: a bound."""
-        left = self.settings.stages * sum(len(s.tokens) + s.budget for e in self.engines for s in e.scheduler.live)
+        in_flight = self.settings.stages + self.settings.lookahead
+        left = in_flight * sum(len(s.tokens) + s.budget for e in self.engines for s in e.scheduler.live)
         while self.engine.has_work:
             if left < 0:
                 raise Wrong("more steps than there were tokens to run")

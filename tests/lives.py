@@ -38,6 +38,7 @@ class Memory:
     def __init__(self, blocks: int, size: int) -> None:
         self.size = size
         self.slots: list[Content] = [None] * ((blocks + 1) * size)
+        self.device = CPU
         self.copied = 0
         self.queries = 0  # packed rows, each of which has been checked
         self.kept: dict[Span, list[History]] = {}  # what each span was taken from
@@ -196,7 +197,7 @@ class Life:
             f"Life({pool.num_blocks}, {pool.block_size}, {self.longest}, max_sequences={scheduler.max_sequences}, "
             f"step_tokens={scheduler.step_tokens}, prefix_cache={pool.prefix_cache}, eos={bool(self.engine.eos_ids)}, "
             f"wait_policy={scheduler.wait_policy!r}, host_blocks={scheduler.space.num_blocks}, "
-            f"costs={scheduler.costs}, stages={scheduler.stages}, lookahead={scheduler.lookahead})"
+            f"costs={scheduler.costs}, stages={scheduler.stages}, lookahead={self.engine.lookahead})"
         )
 
     def _watch(self) -> None:
@@ -223,7 +224,11 @@ class Life:
             live, flying = list(scheduler.live), {id(s) for s in scheduler.live if s.flights}
             before = {id(s): s.table.length for s in live}
             decoding = [s for s in live if s.state is State.RUNNING and s.pending == 1]
-            ready = {id(s) for s in decoding if not s.flights or (scheduler.lookahead and self.goes_on(s))}
+            ready = {
+                id(s): s.flights[-1] if s.flights else 0
+                for s in decoding
+                if not s.flights or (engine.lookahead and len(s.flights) == 1 and self.goes_on(s))
+            }
             self.reclaimed.clear()
             launched = launch()
             assert self._plan is not None
@@ -294,7 +299,7 @@ class Life:
         assert self.engine.plan is not None
         samples = [w.sequence for w in self.engine.plan.work if w.samples]
         assert {s.sequence.key for s in sampled} <= {s.key for s in samples}
-        if self.scheduler.stages == 1 and not self.scheduler.lookahead:
+        if self.scheduler.stages == 1 and not self.engine.lookahead:
             assert len(sampled) == len(samples)
         self.check()
 
@@ -303,12 +308,17 @@ class Life:
         return sequence.budget > 1 and len(sequence.tokens) + 1 < self.longest
 
     def check_plan(
-        self, plan: SchedulerOutput, live: list[Sequence], flying: set[int], ready: set[int], before: dict[int, int]
+        self,
+        plan: SchedulerOutput,
+        live: list[Sequence],
+        flying: set[int],
+        ready: dict[int, int],
+        before: dict[int, int],
     ) -> None:
-        """``flying`` waited for their token when the step was planned, ``ready`` were to run one."""
+        """``flying`` waited for their token when the step was planned, ``ready`` were to run one: launched when."""
         scheduled = list(dict.fromkeys(w.sequence for w in plan.work))
         again = flying & {id(s) for s in scheduled}
-        assert again <= ready, "a sequence in flight is run again"
+        assert again <= ready.keys(), "a sequence in flight is run again"
         assert again == {id(w.sequence) for w in plan.work if w.ahead and w.count == 1 and w.samples}
         assert id(live[0]) in flying or scheduled[0] is live[0], "the first sequence runs in every step"
         by_sequence = [[w for w in plan.work if w.sequence is s] for s in scheduled]
@@ -331,8 +341,12 @@ class Life:
             assert not any(w.samples for w in works[:-1])
         if not self.reclaimed and self.engine.pool.num_free:
             share = -(-len(live) // self.scheduler.stages)
-            full = len(ready & {id(s) for s in scheduled}) == share < len(live)
-            passed = [s for s in live if id(s) in ready - {id(w) for w in scheduled}]
+            runs = ready.keys() & {id(s) for s in scheduled}
+            lost = [s for s in live if id(s) in ready and s.state is State.WAITING]  # in this step
+            full = len(runs) + len(lost) >= share < len(live)
+            passed = [s for s in live if id(s) in ready.keys() - runs]
+            last = max((ready[i] for i in runs), default=0)
+            assert all(ready[id(s)] >= last for s in passed if s.state is not State.WAITING), "others waited longer"
             assert full or all(s.state is State.WAITING for s in passed), "a running sequence was passed over"
             running = {id(s) for s in live if s.state is State.RUNNING}
             used = running & (flying | {id(s) for s in scheduled})
@@ -341,7 +355,7 @@ class Life:
             left = self.scheduler.step_tokens - min(share, len(ready)) - sum(w.count for w in prefills)
             front = max((w.sequence.priority for w in prefills), default=None)
             behind = {id(s) for s in live if front is not None and s.priority > front}
-            starved = (running - used - ready) & behind if left <= 0 else set()
+            starved = (running - used - ready.keys()) & behind if left <= 0 else set()
             assert full or not passed or len(used | starved) == self.scheduler.max_sequences, (
                 "a place was taken and not used"
             )
@@ -358,14 +372,15 @@ class Life:
         size = self.memory.size
         for sequence in self.sequences:
             table = sequence.table
-            assert table.stored <= len(sequence.tokens), "KV of a token that nobody knows"
+            known = len(sequence.tokens) + max(0, len(sequence.flights) - 1)  # or will be, by then
+            assert table.stored <= known, "KV of a token that nobody knows"
             assert len(table.blocks) == -(-table.length // size)
             read = [self.memory.slots[slot] for slot in table.slots(0, table.length)]
             assert self.memory.owns(sequence, read)
 
     def drain(self) -> None:
         """Run what is live to its end. While nobody joins, the first sequence only ever gains tokens: a bound."""
-        steps = (self.scheduler.stages + self.scheduler.lookahead) * sum(
+        steps = (self.scheduler.stages + self.engine.lookahead) * sum(
             len(s.tokens) + s.budget for s in self.scheduler.live
         )
         while self.engine.has_work:

@@ -17,7 +17,7 @@ from test_wait_policies import assert_tokens_equal
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.settings import _lookahead
 from rrm_engine.config import RunConfig
-from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.engine import Engine, Flight
 from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.replicas import Replicas
 from rrm_engine.engine.sampler import draw
@@ -109,14 +109,16 @@ def test_tokens_equal_plain_transformers(family: str) -> None:
     assert engine.pool.num_used == 0
 
 
+@pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_policies_and_small_pools(policy: WaitPolicy) -> None:
-    assert_tokens_equal(plain_model("qwen3"), policy, lookahead=True)
+def test_policies_and_small_pools(policy: WaitPolicy, stages: int) -> None:
+    assert_tokens_equal(plain_model("qwen3"), policy, lookahead=True, stages=stages)
 
 
-def test_preemption_and_cancellation() -> None:
+@pytest.mark.parametrize("stages", [1, 3])
+def test_preemption_and_cancellation(stages: int) -> None:
     plain = plain_model("qwen3")
-    engine = engine_for(prepared(plain), blocks=22, max_sequence_tokens=88, lookahead=True)
+    engine = engine_for(prepared(plain), blocks=22, max_sequence_tokens=88, lookahead=True, stages=stages)
     assert mistakes(plain, crowded(engine)) == {}
 
 
@@ -132,16 +134,27 @@ def test_replicas() -> None:
 def test_whole_runs_under_a_grammar_with_noise(changes: dict[str, Any], lab: Lab) -> None:
     """Grammars are asked in time, noise falls where it did, counters count the same; and plain transformers agrees."""
     ahead, alone = recorded(lab, lookahead="on", **changes), recorded(lab, lookahead="off", **changes)
-    assert scheduler(ahead).lookahead and not scheduler(alone).lookahead
+    assert engine_of(ahead).lookahead and not engine_of(alone).lookahead
     assert ahead.rows() == alone.rows()
     assert wrong_tokens(lab.plain, ahead) == {}
     if not changes:  # with room for everything
         assert counted(ahead) == counted(alone)
 
 
-def scheduler(run: Recorded) -> Scheduler:
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("changes", [{}, {"kv_blocks": 50}])
+def test_whole_runs_in_a_pipeline(changes: dict[str, Any], stages: int, lab: Lab) -> None:
+    """What a grammar has to be told first is sampled later, whatever else is launched until then."""
+    stages_of = replace(lab, model=replace(lab.model, stages=stages))
+    ahead = recorded(stages_of, lookahead="on", **changes)
+    assert engine_of(ahead).lookahead and engine_of(ahead).scheduler.stages == stages
+    assert ahead.rows() == recorded(lab, lookahead="off", **changes).rows()
+    assert wrong_tokens(lab.plain, ahead) == {}
+
+
+def engine_of(run: Recorded) -> Engine:
     assert isinstance(run.solver.engine, Engine)
-    return run.solver.engine.scheduler
+    return run.solver.engine
 
 
 def counted(run: Recorded) -> list[tuple[int, int]]:
@@ -149,8 +162,9 @@ def counted(run: Recorded) -> list[tuple[int, int]]:
     return [(r.forward_decoded, r.forward_prefilled + r.reused) for _, r in sorted(run.results.items())]
 
 
+@pytest.mark.parametrize("stages", [1, 3])
 def test_the_host_knows_the_tokens_of_one_step_while_the_next_one_runs(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
+    stages: int, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Grammar or not: whenever tokens are collected in the middle of a run another step is under way behind them."""
     behind: list[int] = []
@@ -161,8 +175,8 @@ def test_the_host_knows_the_tokens_of_one_step_while_the_next_one_runs(
         return collect(self)
 
     monkeypatch.setattr(Engine, "collect", watched)
-    recorded(lab, lookahead="on")
-    assert set(behind) <= {0, 1} and sum(behind) > 0.8 * len(behind)
+    recorded(replace(lab, model=replace(lab.model, stages=stages)), lookahead="on")
+    assert set(behind) <= set(range(stages + 1)) and sum(map(bool, behind)) > 0.8 * len(behind)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -183,14 +197,12 @@ def test_nobody_is_said_to_have_queued_where_there_is_room(lab: Lab, lookahead: 
 def test_what_auto_means_and_where_it_cannot_be_had(lab: Lab) -> None:
     cuda = replace(lab.model, device=torch.device("cuda"))
     assert _lookahead(RunConfig(), cuda) == "on"
-    assert _lookahead(RunConfig(), replace(cuda, stages=2)) == "off", "stages hide the host's work from each other"
+    assert _lookahead(RunConfig(), replace(cuda, stages=2)) == "on"
     assert _lookahead(RunConfig(join="splice"), cuda) == "off", "the splice report reads tokens before the next step"
     assert lab.solver().resolved.lookahead == "off", "on a CPU there is nobody to hide the host's work from"
     with pytest.raises(ValueError, match="--splice-report 0"):
         lab.solver(lookahead="on", join="splice")
     assert lab.solver(lookahead="on", join="splice", splice_report=0).resolved.lookahead == "on"
-    with pytest.raises(ValueError, match="pipeline"):
-        replace(lab, model=replace(lab.model, stages=2)).solver(lookahead="on")
 
 
 # negative controls
@@ -234,15 +246,7 @@ def test_blocks_offered_before_their_tokens_are_known_are_noticed(monkeypatch: p
 
 def test_a_grammar_that_is_asked_too_early_is_noticed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is drawn as soon as it has been launched, whatever is still to be told to a grammar."""
-    launch = Engine._launch
-
-    def hasty(self: Engine) -> bool:
-        done = launch(self)
-        if self._flights:
-            self._draw(self._flights[-1])
-        return done
-
-    monkeypatch.setattr(Engine, "_launch", hasty)
+    monkeypatch.setattr(Flight, "waits_for_tokens", False)
     try:
         noticed = wrong_tokens(lab.plain, recorded(lab, JOBS[:1], lookahead="on")) != {}
     except ValueError as error:

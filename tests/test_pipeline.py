@@ -9,16 +9,28 @@ from test_scheduler_properties import ACTIONS, SETTINGS, assert_ended, assert_no
 
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.scheduler import Scheduler
-from rrm_engine.engine.sequence import Sequence
+from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.table import BlockTable
 
 PIPELINES = lives(stages=(2, 3, 4))
+AHEAD = lives(stages=(2, 3, 4), lookahead=True)
 
 
 @SETTINGS
 @given(PIPELINES, ACTIONS)
 def test_any_pipelined_life_ends_and_every_query_reads_its_own_history(life: Life, actions: Any) -> None:
     assert_ended(live_through(life, actions))
+
+
+@SETTINGS
+@given(AHEAD, ACTIONS)
+def test_any_pipelined_life_that_looks_ahead_ends_and_every_query_reads_its_own_history(
+    life: Life, actions: Any
+) -> None:
+    ended = live_through(life, actions)
+    assert not ended.engine.has_work and {s.state for s in ended.finished} <= {State.FINISHED}
+    least, most = ended.counted()
+    assert least <= ended.memory.queries <= most
 
 
 def test_several_steps_are_in_flight_and_nobody_is_in_two() -> None:
@@ -33,6 +45,28 @@ def test_several_steps_are_in_flight_and_nobody_is_in_two() -> None:
         assert life.engine.launched - life.engine.steps == 3
         handed_out.append({i for i, s in enumerate(sequences) if len(s.tokens) > before[i]})
     assert handed_out == [{0, 1}, {2, 3}, {4, 5}, {6, 7}] * 2
+    life.end()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_with_lookahead_one_step_more_is_in_flight(count: int) -> None:
+    """Every stage has a step and the first one has the next: that of who has waited longest. Few are in two at once."""
+    life = Life(100, 4, 40, stages=4, lookahead=True)
+    sequences = [submitted(life.submit(prompt(1, i), 30, root=i)) for i in range(count)]
+    for _ in range(8):
+        life.step()
+    order = []
+    for _ in range(12):
+        before = [len(s.tokens) for s in sequences]
+        life.engine.launch()
+        assert life.engine.launched - life.engine.steps == min(5, 2 * count)
+        assert max(len(s.flights) for s in sequences) == 2
+        life.step()
+        order.append([i for i, s in enumerate(sequences) if len(s.tokens) > before[i]])
+    each = -(-count // 4)
+    assert all(len(step) == each for step in order)
+    groups = order[: count // each]
+    assert order == (groups * 12)[:12] and sorted(i for group in groups for i in group) == list(range(count))
     life.end()
 
 
@@ -146,9 +180,10 @@ def test_chunks_of_one_prompt_follow_each_other_through_the_stages() -> None:
     life.end()
 
 
-def test_nobody_is_left_out_for_long() -> None:
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_nobody_is_left_out_for_long(lookahead: bool) -> None:
     """Sequences come and go in all sizes of batches; who could run waits for no more than a round of the stages."""
-    life = Life(200, 4, 60, stages=4, step_tokens=100)
+    life = Life(200, 4, 60, stages=4, step_tokens=100, lookahead=lookahead)
     waited: dict[str, int] = {}
     for turn in range(60):
         if turn % 7 == 0:
@@ -177,10 +212,10 @@ def test_a_sequence_in_flight_that_is_run_again_is_noticed(monkeypatch: pytest.M
     """Nobody remembers who is in flight."""
 
     class Forgetful(Scheduler):
-        def schedule(self) -> Any:
+        def schedule(self, drawn: Any = ()) -> Any:
             for sequence in self.live:
                 sequence.flights = []
-            return super().schedule()
+            return super().schedule(drawn)
 
     monkeypatch.setattr("rrm_engine.engine.engine.Scheduler", Forgetful)
     assert_noticed("in flight is run again|the first sequence runs|nothing to run", some_lives=lives(stages=(3,)))
@@ -212,3 +247,9 @@ def test_tokens_in_the_wrong_order_are_noticed(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Engine, "collect", swapped)
     assert_noticed("not the sequence's token", some_lives=lives(stages=(2,)))
+
+
+def test_steps_that_run_what_was_launched_last_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes first in line runs ahead: on devices that would wait for a step that has only just been launched."""
+    monkeypatch.setattr(Sequence, "launched", 0)
+    assert_noticed("others waited longer", some_lives=AHEAD)

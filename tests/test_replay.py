@@ -19,11 +19,12 @@ from rrm_engine.replay.report import markdown_table
 from rrm_engine.replay.variant import parse_variant
 
 
+@pytest.mark.parametrize("lookahead", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_variant_ends_with_the_graphs_tokens(model: LoadedModel, name: str) -> None:
+def test_every_variant_ends_with_the_graphs_tokens(model: LoadedModel, name: str, lookahead: bool) -> None:
     graph = drawn(DEEP)
     variant = parse_variant(name)
-    replayed = run(name, memory_for(model, graph), graph)
+    replayed = run(name, memory_for(model, graph, lookahead=lookahead), graph)
     check_transcripts(name, variant.graph(graph), replayed.tokens)
     assert {node: len(tokens) for node, tokens in replayed.sampled.items()} == {
         node: life.decoded for node, life in graph.nodes.items()

@@ -9,6 +9,7 @@ import torch
 from oracle import plain_model, wrong_tokens
 from replays import CARRIED, CONTINUATION, DEEP, FLAT, NAMES, PLAN, PREFIX, PROMPT, drawn, memory_for, run
 
+from rrm_engine.engine.layout import lay_out
 from rrm_engine.engine.prepare import LoadedModel
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.replay.check import ReplayMismatch, check_logits, check_transcripts
@@ -17,10 +18,11 @@ from rrm_engine.replay.measure import best_logits, check, limit_pools
 from rrm_engine.replay.variant import parse_variant
 
 
-def test_every_variant_has_the_logits_of_pin(model: LoadedModel) -> None:
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_every_variant_has_the_logits_of_pin(model: LoadedModel, lookahead: bool) -> None:
     """With room for everything, and in pools in which memory runs out again and again."""
     graph = drawn(DEEP)
-    memory = memory_for(model, graph)
+    memory = memory_for(model, graph, lookahead=lookahead)
     variants = [parse_variant(name) for name in NAMES]
     compared = check(memory, variants, [graph])
     assert compared == len(NAMES) * sum(node.decoded for node in graph.nodes.values())
@@ -29,11 +31,12 @@ def test_every_variant_has_the_logits_of_pin(model: LoadedModel) -> None:
     assert run("pin", memory, graph).preemptions
 
 
-def test_free_choices_are_those_of_plain_transformers(model: LoadedModel) -> None:
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_free_choices_are_those_of_plain_transformers(model: LoadedModel, lookahead: bool) -> None:
     """What the model would have written at each place, by plain transformers on the forced tokens."""
     graph = drawn(DEEP)
     plain = plain_model("qwen3")
-    replayed = run("offload", memory_for(model, graph), graph)
+    replayed = run("offload", memory_for(model, graph, lookahead=lookahead), graph)
     for name, tokens in replayed.tokens.items():
         logits = plain(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].argmax(-1).tolist()
         places, at = [], graph.context(name)
@@ -43,6 +46,25 @@ def test_free_choices_are_those_of_plain_transformers(model: LoadedModel) -> Non
             at += size
         assert replayed.sampled[name] == [logits[i - 1] for i in places], name
     assert wrong_tokens(plain, replayed.tokens["root"], [(20, 40)]) != []  # the forced ones are others
+
+
+def test_a_step_that_runs_the_sampled_token_is_noticed(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: whoever runs ahead runs what the model wrote, not what the graph says."""
+
+    def unforced(work: Any, block_size: int) -> Any:
+        work = list(work)
+        kept = [(item.sequence, item.sequence.forced) for item in work]
+        for item in work:
+            item.sequence.forced = ()
+        layout = lay_out(work, block_size)
+        for sequence, forced in reversed(kept):
+            sequence.forced = forced
+        return layout
+
+    monkeypatch.setattr("rrm_engine.engine.runner.lay_out", unforced)
+    test_free_choices_are_those_of_plain_transformers(model, lookahead=False)
+    with pytest.raises(AssertionError):
+        test_free_choices_are_those_of_plain_transformers(model, lookahead=True)
 
 
 SPLICING = ["splice", "drop+splice", "offload+splice+nocache", "splice+serial", "splice+fork", "transcript+fork"]

@@ -94,7 +94,8 @@ def act(life: Life, action: tuple[Any, ...]) -> None:
             life.finish(sequence)
         elif name in ("keep", "keep and join"):
             source = life.sequences[args[1] % len(life.sequences)]
-            start, stop = sorted(round(share * source.table.length) for share in args[2:4])
+            known = min(source.table.length, len(source.tokens))
+            start, stop = sorted(round(share * known) for share in args[2:4])
             if start < stop and not source.table.host:
                 life.keep(sequence, source, start, stop)
         if name in ("join", "keep and join") and not sequence.splices:

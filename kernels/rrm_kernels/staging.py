@@ -62,7 +62,7 @@ class Staging:
 
     def follow(self, other: "Staging", move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> None:
         """Take over what ``other``, whose mirror this is, has on its device now; ``move`` brings a tensor here."""
-        self._target.copy_(move(other._target.clone(), self.place))  # the next upload does not wait for the move
+        self._target.copy_(move(other._target, self.place))
 
     def _views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         views = {}

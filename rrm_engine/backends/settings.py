@@ -84,12 +84,10 @@ def _where(config: RunConfig, model: LoadedModel, replicas: Sequence[LoadedModel
 def _lookahead(config: RunConfig, model: LoadedModel) -> str:
     """Whether steps are launched ahead. Raises ValueError where that was asked for and cannot be."""
     shadowed = config.join != "text" and config.splice_report > 0
-    if config.lookahead == "on" and model.stages > 1:
-        raise ValueError("--lookahead on: in a pipeline the stages' steps hide the host's work already; leave it out")
     if config.lookahead == "on" and shadowed:
         raise ValueError("--lookahead on: the splice report reads every token before the next step; --splice-report 0")
     if config.lookahead == "auto":
-        return "on" if model.device.type == "cuda" and model.stages == 1 and not shadowed else "off"
+        return "on" if model.device.type == "cuda" and not shadowed else "off"
     return config.lookahead
 
 

@@ -22,7 +22,7 @@ from rrm_engine.kv.transfer import Readback
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A sequence's new token. With ``stop`` the sequence is paused: finish or resume it."""
+    """A sequence's new token, as it was sampled. With ``stop`` the sequence is paused: finish or resume it."""
 
     sequence: Sequence
     token: int
@@ -42,11 +42,9 @@ class Flight:
     kept: dict[Sequence, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def drawn(self) -> Drawn | None:
-        """What the next step may run before it is known."""
-        if self.tokens is None:
-            return None
-        return Drawn(self.tokens.tensor, {work.sequence: row for row, work in enumerate(self.order)})
+    def waits_for_tokens(self) -> bool:
+        """Whether a grammar in it has not been told yet what an earlier step in flight samples."""
+        return any(work.sequence.matcher and self.number in work.sequence.flights[1:] for work in self.order)
 
 
 class Engine:
@@ -59,8 +57,8 @@ class Engine:
     sequences, and a call of ``step`` hands out the tokens of the oldest. What is said about "between steps" holds for
     sequences in flight too: one that is paused or finished does not get the token that is being computed.
 
-    With ``lookahead`` the next step is on the device before the tokens of the last one are read: what the host does
-    about them, and planning and packing the step behind, it does while the device computes.
+    With ``lookahead`` one step more is on the devices before the tokens of the oldest are read: what the host does
+    about them, and planning and packing the step behind, it does while the devices compute.
     """
 
     def __init__(
@@ -79,11 +77,10 @@ class Engine:
         lookahead: bool = False,
     ) -> None:
         """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
-        ``lookahead`` launches a step before the tokens of the one before are known; it wants a single stage.
+        ``lookahead`` launches steps that run tokens which nobody knows yet.
 
         Raises ValueError if the pool cannot hold one sequence of ``max_sequence_tokens``.
         """
-        assert stages == 1 or not lookahead
         blocks = -(-max_sequence_tokens // pool.block_size)
         if blocks > pool.num_blocks:
             raise ValueError(
@@ -94,9 +91,8 @@ class Engine:
         self.runner = runner
         self.pool = pool
         self.space = HostSpace(host_blocks)
-        self.scheduler = Scheduler(
-            pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages, lookahead=lookahead
-        )
+        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages)
+        self.lookahead = lookahead
         self.max_sequence_tokens = max_sequence_tokens
         self.eos_ids = eos_ids
         self.seed = seed
@@ -260,7 +256,7 @@ class Engine:
 
     def launch(self) -> None:
         """Launch steps until there are as many in flight as there may be, or all who could run are."""
-        most = self.scheduler.stages + self.scheduler.lookahead
+        most = self.scheduler.stages + self.lookahead
         while self.has_work and len(self._flights) < most and self._launch():
             pass
 
@@ -285,15 +281,14 @@ class Engine:
 
     def _launch(self) -> bool:
         """Plan a step and give it to the devices; False if there was nothing to run."""
-        if self._flights:
-            self._draw(self._flights[-1])
+        for earlier in self._flights:
+            self._draw(earlier)
         self.plan, began, number = None, monotonic(), self.launched + 1
         with self.ranges("schedule", self.scheduler.live):
-            self.plan = plan = self.scheduler.schedule()
+            self.plan = plan = self.scheduler.schedule(self._drawn() if self.lookahead else {})
         for sequence in plan.admitted:
             sequence.admitted = (began, number)
-        drawn = self._flights[-1].drawn if self.scheduler.lookahead and self._flights else None
-        logits, order = self.runner.run(plan, drawn)
+        logits, order = self.runner.run(plan, self._unread(plan))
         for splice in plan.splices:
             splice.sequence.attached(splice.span, splice.position)
         for work in plan.work:
@@ -311,16 +306,32 @@ class Engine:
             sequence.flights.append(number)
             if sequence.keep_logits:  # grammars change them in place
                 flight.kept[sequence], sequence.keep_logits = logits[row].to(torch.float32, copy=True), False
-        if not any(work.ahead and work.sequence.matcher for work in order):
-            self._draw(flight)
+        self._draw(flight)
+        if flight.logits is not None:
+            flight.logits = logits.clone()  # the next step overwrites them
         return True
 
+    def _drawn(self) -> dict[Sequence, Flight]:
+        """Who has one token in flight, sampled already if not read, and where."""
+        there = (flight for flight in self._flights if flight.tokens is not None)
+        return {w.sequence: f for f in there for w in f.order if w.sequence.flights == [f.number]}
+
+    def _unread(self, plan: SchedulerOutput) -> Drawn | None:
+        """The tokens that a step runs before they have been read."""
+        numbers = {work.sequence.flights[-1] for work in plan.work if work.ahead}
+        flights = [flight for flight in self._flights if flight.number in numbers]
+        tokens = [flight.tokens.on(self.runner.device) for flight in flights if flight.tokens is not None]
+        if not tokens:
+            return None
+        order = (work.sequence for flight in flights for work in flight.order)  # of who is in several the last counts
+        return Drawn(tokens[0] if len(tokens) == 1 else torch.cat(tokens), {s: row for row, s in enumerate(order)})
+
     def _draw(self, flight: Flight) -> None:
-        """Sample a step's tokens. A grammar must know all tokens before them: those of earlier steps are collected.
+        """Sample a step's tokens, if that has not been done, and grammars know all tokens before them.
 
         Who was paused or ended meanwhile may be given any token; nobody reads it.
         """
-        if flight.logits is None:
+        if flight.logits is None or flight.waits_for_tokens:
             return
         sequences = [work.sequence for work in flight.order]
         positions = [work.start + work.count for work in flight.order]
@@ -335,7 +346,7 @@ class Engine:
 
     def _update(self, sequence: Sequence, token: int) -> Sampled:
         del sequence.flights[0]
-        sequence.tokens.append(token)
+        sequence.tokens.append(sequence.forced.popleft() if sequence.forced else token)
         sequence.unrun_samples = 0 if sequence.flights else 1
         sequence.counters.decoded += 1
         sequence.budget -= 1

@@ -51,7 +51,9 @@ def lay_out(work: Iterable[Work], block_size: int) -> Layout:
     for item in work:
         sequence, start, count = item.sequence, item.start, item.count
         stop, blocks = start + count, sequence.table.blocks
-        if item.ahead:
+        if item.ahead and sequence.forced:
+            token_ids.append(sequence.forced[0])
+        elif item.ahead:
             layout.ahead.append((len(token_ids), sequence))
             token_ids.append(0)
         else:

@@ -136,8 +136,7 @@ class Share:
             return hand_over(hidden, self.device)
         if key.tokens not in self._hidden:
             self._hidden[key.tokens] = torch.empty_like(hidden, device=self.device)
-        # The share before may replay its next step into its result while a copy to another device still reads it.
-        return self._hidden[key.tokens].copy_(hand_over(hidden.clone(), self.device))
+        return self._hidden[key.tokens].copy_(hand_over(hidden, self.device))
 
     def _replayed(self, inputs: Inputs, hidden: torch.Tensor | None, key: Key) -> torch.Tensor:
         if (replay := self.graphs.get(key)) is None:

@@ -1,7 +1,7 @@
 """Who runs in the next step, on which blocks. Policy only: no model, no tensors, no clock."""
 
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -75,9 +75,9 @@ class Scheduler:
     is left out; all of the above holds for the first one that does not, and no token takes longer than the steps in
     flight. Blocks may be taken from a sequence in flight like from any other: see ``ModelRunner``.
 
-    With ``lookahead`` two steps are launched one behind the other, and who decodes is in both of them: the second runs
-    the token that the first one samples, before anybody knows it. A sequence that ends or pauses with the first one's
-    token loses the second one's, and the KV behind the tokens it has.
+    Who waits for a token that has been sampled and not been read may run it all the same (``schedule``), and is then in
+    two steps at once, one behind the other. A sequence that ends or pauses with the first one's token loses the second
+    one's, and the KV behind the tokens it has.
     """
 
     def __init__(
@@ -89,7 +89,6 @@ class Scheduler:
         space: HostSpace | None = None,
         costs: SwapCosts | None = None,
         stages: int = 1,
-        lookahead: bool = False,
     ) -> None:
         """``costs`` decide what ``auto`` does with a waiting sequence under pressure; without them it is dropped."""
         self.pool = pool
@@ -99,7 +98,6 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.step_tokens = step_tokens
         self.stages = stages
-        self.lookahead = lookahead
         self.live: list[Sequence] = []  # waiting and running, by priority
         self.paused: dict[str, Sequence] = {}
         self._running = 0
@@ -162,20 +160,21 @@ class Scheduler:
         for span in list(sequence.kept):
             sequence.let_go(span)
 
-    def schedule(self) -> SchedulerOutput:
+    def schedule(self, drawn: Container[Sequence] = ()) -> SchedulerOutput:
         """Choose the next step's work: decodes of all running sequences, prefill chunks up to the token budget.
 
         With several stages only their share of the decodes, so that the steps in flight do not collapse into one; who
         is left out now is in one of the next ``stages`` steps, for so many shares hold everybody. A step without work
-        means that all who could run are in flight.
+        means that all who could run are in flight. Those of ``drawn`` may run the token they wait for, those first
+        who have waited longest: what is sampled last the device has last.
 
         Raises EngineStuck if there is live work, none of it can be scheduled, and none is in flight.
         """
         order = list(self.live)
         share = -(-len(order) // self.stages)
-        decodes = [self._decodes(sequence) for sequence in order]
-        decoding = min(share, sum(decodes))
-        room = max(self.step_tokens - decoding, 1)
+        ready = sorted((s for s in order if self._decodes(s, drawn)), key=lambda s: s.launched)
+        decodes, left_out = {*ready[:share]}, {*ready[share:]}
+        room = max(self.step_tokens - len(decodes), 1)
         work: list[Work] = []
         copies: list[BlockCopy] = []
         splices: list[Splice] = []
@@ -183,19 +182,15 @@ class Scheduler:
         for index, sequence in enumerate(order):
             flying = flying or bool(sequence.flights)
             waiting = sequence.state is State.WAITING  # maybe only just: its blocks may have been taken in this step
-            decode = decodes[index] and not waiting
-            if sequence.flights and not decode:
-                continue
-            if (share if decode else room) <= 0:
+            decode = sequence in decodes and not waiting
+            if not decode and (sequence.flights or room <= 0 or sequence in left_out):
                 continue
             behind = order[index + 1 :]
             if waiting and not self._admit(sequence, behind, alone=not work and not flying):
                 continue
             victims = self._victims(sequence, behind, siblings=True)
             runs, new_copies, new_splices = self._run(sequence, 1 if decode else room, victims)
-            if decode:
-                share -= len(runs)
-            else:
+            if not decode:
                 room -= sum(run.count for run in runs)
             sequence.counters.copied_blocks += len(new_copies)
             work += runs
@@ -208,11 +203,11 @@ class Scheduler:
         self._swap_outs, self._swap_ins, self._swapped = [], [], []
         return output
 
-    def _decodes(self, sequence: Sequence) -> bool:
+    def _decodes(self, sequence: Sequence, drawn: Container[Sequence]) -> bool:
         """Whether it can run its last token now, the one in flight if it has one."""
         if sequence.state is not State.RUNNING or sequence.pending != 1:
             return False
-        return not sequence.flights or (self.lookahead and sequence.foreseeable)
+        return not sequence.flights or (sequence in drawn and sequence.foreseeable)
 
     def _run(
         self, sequence: Sequence, room: int, victims: Iterator[Sequence]

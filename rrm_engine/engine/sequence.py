@@ -1,6 +1,7 @@
 """One sequence of the batch: its tokens, its block table, and what ends it."""
 
 import sys
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -84,6 +85,7 @@ class Sequence:
     splices: list[tuple[int, Span]] = field(default_factory=list)  # in order, with tokens to run in between and behind
     spliced: list[tuple[int, int]] = field(default_factory=list)
     modest: bool = False  # takes no blocks of others, unless it is first of all; does without the prefix cache
+    forced: deque[int] = field(default_factory=deque)  # tokens to have instead of the next that are sampled
     keep_logits: bool = False  # put the next token's logits, fp32 [vocabulary], into ``logits``
     logits: torch.Tensor | None = None
 
@@ -95,6 +97,11 @@ class Sequence:
     def length(self) -> int:
         """Its tokens, those in flight included."""
         return len(self.tokens) + len(self.flights)
+
+    @property
+    def launched(self) -> int:
+        """The number of the step whose token it waits for, the last one if there are two; 0 if there is none."""
+        return self.flights[-1] if self.flights else 0
 
     @property
     def pending(self) -> int:

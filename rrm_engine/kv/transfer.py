@@ -29,13 +29,15 @@ def hand_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of one device on another one.
 
     A copy makes both of the streams it is issued on wait for each other. Between two CUDA devices it therefore gets
-    streams of its own: else a stage would wait until the next one has finished the step before.
+    streams of its own: else a stage would wait until the next one has finished the step before. What is copied is a
+    clone, so that the tensor may be written again at once.
     """
     source = tensor.device
     if source == device:
         return tensor
     if source.type != "cuda" or device.type != "cuda":
         return to_device(tensor, device) if source.type == "cpu" else tensor.to(device)
+    tensor = tensor.clone()
     leaving, arriving = _copy_stream(source, device, source), _copy_stream(source, device, device)
     leaving.wait_stream(torch.cuda.current_stream(source))
     with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
@@ -65,6 +67,16 @@ class Readback:
             self._host.copy_(tensor, non_blocking=True)
             self._there = torch.cuda.Event()
             self._there.record(torch.cuda.current_stream(tensor.device))
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The values on a device, there when what is given to it next runs.
+
+        Another device takes them from the host, for those that are given work later need not be asked.
+        """
+        if self._there is None or device == self.tensor.device:
+            return self.tensor.to(device)
+        torch.cuda.current_stream(device).wait_event(self._there)
+        return self._host.to(device, non_blocking=True)
 
     def tolist(self) -> list[int]:
         """Wait until they are there; not for what the device was given afterwards."""

@@ -58,9 +58,7 @@ class PagedForward:
 def batch_on(host: PagedBatch, device: torch.device) -> PagedBatch:
     """A batch that was packed on the host, on ``device``."""
     if host.ragged is not None:
-        return PagedBatch(
-            hand_over(host.slots.clone(), device), [], [], host.longest, host.ragged.on(device, hand_over)
-        )
+        return PagedBatch(hand_over(host.slots, device), [], [], host.longest, host.ragged.on(device, hand_over))
     if device.type == "cpu":
         return host
     groups = [

@@ -1,4 +1,4 @@
-"""One graph on our engine: every sampled token is overwritten by the graph's before it is run."""
+"""One graph on our engine: the graph's tokens take the place of those that are sampled."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,7 +99,6 @@ class Ours:
             for one in sampled:
                 name = one.sequence.key
                 play.sampled[name].append(one.token)
-                one.sequence.tokens[-1] = play.walk.forced(name)  # not run yet, so nothing depends on it
                 clock.token(name, now)
                 commands = play.walk.token(name)
                 play.carry_out(commands)
@@ -131,6 +130,7 @@ class _Play:
                 case Resume(node=name, tokens=tokens, decode=decode, attached=attached):
                     splices = [(a.at, self.spans.pop(a.child)) for a in attached if a.child in self.spans]
                     self.engine.resume(self.sequences[name], tokens, decode, splices=splices)
+                    self.sequences[name].forced.extend(self.walk.forced(name))
                 case End(node=name):
                     self._keep(name)
                     self.engine.finish(self.sequences[name])
@@ -143,6 +143,7 @@ class _Play:
             tokens = self.sequences[parent].tokens[:shared] + tokens
         depth = self.graph.depth(start.node)
         sequence = self.engine.submit(start.node, tokens, start.decode, GREEDY, depth=depth, fork_of=fork)
+        sequence.forced.extend(self.walk.forced(start.node))
         self.sequences[start.node] = sequence
         self.sampled[start.node] = []
 
@@ -187,14 +188,19 @@ class Memory:
         step_tokens: int = 512,
         max_sequences: int = 64,
         host_blocks: int | None = None,
+        lookahead: bool | None = None,
     ) -> None:
-        """``blocks`` is the size of the pool, ``host_blocks`` the room for what is offloaded (None: as many)."""
+        """``blocks`` is the size of the pool, ``host_blocks`` the room for what is offloaded (None: as many).
+
+        ``lookahead`` is the engine's (None: on CUDA).
+        """
         self.model = model
         self.blocks = blocks
         self.block_size = block_size
         self.step_tokens = step_tokens
         self.max_sequences = max_sequences
         self.host_blocks = blocks if host_blocks is None else host_blocks
+        self.lookahead = model.device.type == "cuda" if lookahead is None else lookahead
         cache = KVCache(blocks, block_size, model.shapes)
         self.runner = RecordingRunner(model.forward, cache, model.device, model.attend)
         self.limits: dict[str, int] = {}  # smaller pools, by graph id
@@ -230,6 +236,7 @@ class Memory:
             eos_ids=frozenset(),
             wait_policy=variant.wait_policy,
             host_blocks=self.host_blocks if variant.wait_policy in ("offload", "auto") else 0,
+            lookahead=self.lookahead,
         )
         if variant.attach and not self.runner.rotary:
             self.runner.rotary = find_rotary(self.model)

@@ -91,12 +91,9 @@ class Walk:
         """What happens first."""
         return list(self._ready())
 
-    def forced(self, name: str) -> int:
-        """The token that ``name`` has to have where it has just decoded one."""
-        life = self._lives[name]
-        step = life.node.steps[life.step]
-        assert isinstance(step, Decode) and not isinstance(step.tokens, int)
-        return step.tokens[life.done]
+    def forced(self, name: str) -> list[int]:
+        """The tokens that ``name``, just started or resumed, has to have where it decodes until it stops."""
+        return [token for step in self._phase(self._lives[name]) for token in ids(step.tokens)]
 
     def token(self, name: str) -> list[Command]:
         """What happens now that ``name`` has one more token."""
@@ -135,14 +132,14 @@ class Walk:
                 life.state = "running"
                 tokens = [token for step in turn if isinstance(step, Append) for token in ids(step.tokens)]
                 life.length += len(tokens)
-                yield Resume(name, tokens, self._phase(life), tuple(self.graph.attached(turn)))
+                yield Resume(name, tokens, self._decode(life), tuple(self.graph.attached(turn)))
 
     def _begin(self, name: str, life: _Life) -> Start:
         node, graph = life.node, self.graph
         if not node.fork:
-            return Start(name, ids(graph.shared_prefix) + ids(node.prompt), self._phase(life))
+            return Start(name, ids(graph.shared_prefix) + ids(node.prompt), self._decode(life))
         prompt = ids(node.prompt)
-        return Start(name, prompt, self._phase(life), (graph.parents[name], life.length - len(prompt)))
+        return Start(name, prompt, self._decode(life), (graph.parents[name], life.length - len(prompt)))
 
     def _conclusions(self, life: _Life) -> tuple[Step, ...] | None:
         """The steps up to a waiting node's next decode, where it goes on to, if all that it awaits has ended."""
@@ -154,15 +151,16 @@ class Walk:
         turn, life.step = steps[life.step : at], at
         return turn
 
-    def _phase(self, life: _Life) -> int:
+    def _decode(self, life: _Life) -> int:
         """Tokens the node decodes before it stops the next time."""
-        total = 0
+        return sum(count(step.tokens) for step in self._phase(life))
+
+    def _phase(self, life: _Life) -> Iterator[Decode]:
         for step in life.node.steps[life.step :]:
             if isinstance(step, Decode):
-                total += count(step.tokens)
+                yield step
             elif not isinstance(step, Child):
-                break
-        return total
+                return
 
     def _ended(self, names: tuple[str, ...]) -> bool:
         return all(self._lives[name].state == "ended" for name in names)
