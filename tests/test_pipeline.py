@@ -250,6 +250,6 @@ def test_tokens_in_the_wrong_order_are_noticed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_steps_that_run_what_was_launched_last_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever comes first in line runs ahead: on devices that would wait for a step that has only just been launched."""
+    """Whoever comes first in line runs ahead: devices would wait for a step that has only just been launched."""
     monkeypatch.setattr(Sequence, "launched", 0)
     assert_noticed("others waited longer", some_lives=AHEAD)

@@ -1,0 +1,661 @@
+"""Several CUDA devices emulated on the CPU, stricter than the real ones: real numbers, and an error for every mistake.
+
+A tensor "on" ``cuda:N`` holds its values in host memory, and every operation on it is computed on the CPU, at once. On
+top of that the rules of CUDA are kept, those that would go unnoticed on a fast machine among them:
+
+- tensors of two devices do not mix, kernels of Triton run on the current device only;
+- what is issued on a stream is ordered with what other streams do only by events and waits (vector clocks): anything
+  else is a race, and so is memory that is given back while another stream may still use it;
+- a copy that does not wait reads pinned memory late and writes it late: until the host has waited for it, what it
+  writes is rubbish, and what it reads must not change;
+- a captured graph is what was issued while it was captured, on the same memory: a replay runs no Python. While
+  capturing nothing is computed and nothing may wait; a replay spoils what other graphs of the same pool left;
+- fresh memory holds rubbish.
+
+Every device has a clock that counts what is given to it (``Emulation.cost``), so that one can see who waits for whom.
+"""
+
+import ctypes
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.cpp_extension import include_paths, library_paths
+from triton.runtime.interpreter import InterpretedFunction
+
+from rrm_engine.kv.transfer import _copy_stream
+
+aten = torch.ops.aten
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+static c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
+static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+"""
+METADATA = {aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.new_empty, aten.new_zeros}
+METADATA |= {aten.new_full, aten.new_ones, aten.new_empty_strided, aten.sym_size, aten.is_pinned, aten.detach}
+FRESH = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
+
+
+class Memory:
+    """A tensor's memory on a device, and who used it: by stream the tick of its last use, and of its last write."""
+
+    def __init__(self, emulation: "Emulation", stream: "Stream") -> None:
+        self.emulation = emulation
+        self.stream = stream  # that allocated it
+        self.used: dict[int, int] = {}
+        self.written: dict[int, int] = {}
+        self.recorded = {stream.number}  # streams that giving it back waits for
+        self.of_graph = False  # given back with the graph, which waits for the device
+
+    def __del__(self) -> None:
+        if self.of_graph:
+            return
+        late = {s for s, tick in self.used.items() if s not in self.recorded and not self.stream.knows(s, tick)}
+        if late:
+            self.emulation.fail(f"memory of {self.stream} is given back while {late} may still use it")
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a CUDA device. ``inner`` has its values."""
+
+    inner: torch.Tensor
+    memory: Memory
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, device: torch.device, memory: Memory) -> "OnDevice":
+        with torch.inference_mode(False):
+            tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                inner.size(),
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=device,
+            )
+        tensor.inner, tensor.memory = inner, memory
+        result: OnDevice = tensor
+        return result
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"OnDevice({self.inner!r}, {self.device})"
+
+    def tolist(self) -> Any:
+        self.memory.emulation.wait_for(self)
+        return self.inner.tolist()
+
+    def data_ptr(self) -> int:
+        raise AssertionError("the address of emulated memory means nothing to compiled code")
+
+    def record_stream(self, stream: "Stream") -> None:  # type: ignore[override]
+        self.memory.recorded.add(stream.number)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} outside the emulation")
+
+
+class Stream:
+    numbers = itertools.count()
+
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        self.emulation = Emulation.current
+        self.device = self.emulation.device(device)
+        self.number = next(self.numbers)
+        self.clock: Counter[int] = Counter()
+        self.time = 0.0
+
+    def __repr__(self) -> str:
+        return f"stream {self.number} of {self.device}"
+
+    def knows(self, stream: int, tick: int) -> bool:
+        return self.clock[stream] >= tick
+
+    def wait_event(self, event: "Event") -> None:
+        self.emulation.not_captured(self, "waits for an event")
+        _merge(self.clock, event.clock)
+        self.time = max(self.time, event.time)
+
+    def wait_stream(self, stream: "Stream") -> None:
+        self.wait_event(stream.record_event())
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        self.record_event().synchronize()
+
+
+class Event:
+    def __init__(self, **_: Any) -> None:
+        self.emulation = Emulation.current
+        self.clock: Counter[int] = Counter()
+        self.time = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        stream = stream or self.emulation.stream()
+        self.emulation.not_captured(stream, "records an event")
+        self.emulation.tick(stream, 0.0)
+        self.clock, self.time = Counter(stream.clock), stream.time
+
+    def wait(self, stream: Stream | None = None) -> None:
+        (stream or self.emulation.stream()).wait_event(self)
+
+    def synchronize(self) -> None:
+        self.emulation.host_waits(self.clock, self.time)
+
+
+class Graph:
+    """What was issued between the beginning and the end of a capture."""
+
+    def __init__(self) -> None:
+        self.emulation = Emulation.current
+        self.calls: list[Callable[[], None]] = []
+        self.used: dict[Memory, bool] = {}  # memory from before, and whether it is written
+        self.made: list[Memory] = []
+        self.kept: list[Any] = []
+        self.results: list[weakref.ref[OnDevice]] = []
+        self.cost = 0.0
+        self.pool: Any = None
+        self.stream: Stream | None = None
+
+    def replay(self) -> None:
+        emulation = self.emulation
+        assert self.stream is not None and self.stream.device == emulation.device(None), "a graph of another device"
+        stream = emulation.stream()
+        emulation.launches += 1
+        emulation.begin(stream, self.used.items(), self.cost)
+        for memory in self.made:
+            memory.written = memory.used = {stream.number: stream.clock[stream.number]}
+        with torch.inference_mode():
+            for call in self.calls:
+                call()
+        for graph in emulation.graphs:
+            if graph is not self and graph.pool == self.pool:
+                graph.spoil()
+
+    def spoil(self) -> None:
+        for reference in self.results:
+            if (tensor := reference()) is not None:
+                _rubbish(tensor.inner)
+
+
+@dataclass(slots=True)
+class Transfer:
+    """A copy between a device and pinned memory that nobody has waited for."""
+
+    stream: int
+    tick: int
+    host: torch.Tensor
+    values: torch.Tensor
+    to_host: bool
+
+
+class Emulation(TorchDispatchMode):
+    """The machine: its devices, what the host knows of them, and what went wrong where nothing could be raised."""
+
+    current: "Emulation"
+
+    def __init__(self, devices: int) -> None:
+        super().__init__()
+        Emulation.current = self
+        self.devices = devices
+        self.now = 0  # the current device
+        self.clock: Counter[int] = Counter()  # what the host has waited for
+        self.time = 0.0
+        self.cost: Callable[[Any, Iterable[torch.Tensor]], float] = lambda _, __: 0.0
+        self.busy: Counter[torch.device] = Counter()
+        self.errors: list[str] = []
+        self.launches = 0
+        self.transfers = 0  # between host and devices
+        self.waited = 0.0  # by the host, for devices that were not done
+        self.pinned: dict[int, int] = {}  # bytes, by address
+        self.pending: list[Transfer] = []
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+        self.capturing: Graph | None = None
+        self.all_streams: list[Stream] = []
+        self.streams = {torch.device("cuda", i): self.new_stream(i) for i in range(devices)}
+        self.defaults = dict(self.streams)
+
+    def fail(self, message: str) -> None:
+        self.errors.append(message)
+
+    # devices and streams
+
+    def device(self, device: Any) -> torch.device:
+        device = torch.device("cuda", self.now) if device is None else device
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        device = torch.device("cuda", self.now) if device.index is None else device
+        assert device.type == "cuda" and device.index < self.devices, device
+        return device
+
+    def new_stream(self, device: Any = None, priority: int = 0) -> Stream:
+        self.all_streams.append(Stream(device, priority))
+        return self.all_streams[-1]
+
+    def stream(self, device: Any = None) -> Stream:
+        return self.streams[self.device(device)]
+
+    @contextmanager
+    def on_device(self, device: Any) -> Iterator[None]:
+        before, self.now = self.now, self.device(device).index
+        try:
+            yield
+        finally:
+            self.now = before
+
+    @contextmanager
+    def on_stream(self, stream: Stream) -> Iterator[None]:
+        before = self.streams[stream.device]
+        with self.on_device(stream.device):
+            self.streams[stream.device] = stream
+            try:
+                yield
+            finally:
+                self.streams[stream.device] = before
+
+    def synchronize(self, device: Any = None) -> None:
+        for stream in self.all_streams:
+            if stream.device == self.device(device):
+                stream.synchronize()
+
+    def memory(self, device: Any = None) -> tuple[int, int]:
+        self.device(device)
+        return 8 << 30, 16 << 30
+
+    # order
+
+    def tick(self, stream: Stream, cost: float) -> None:
+        _merge(stream.clock, self.clock)
+        stream.clock[stream.number] += 1
+        stream.time = max(stream.time, self.time) + cost
+        self.busy[stream.device] += cost  # type: ignore[assignment]
+
+    def begin(self, stream: Stream, used: Iterable[tuple[Memory, bool]], cost: float = 0.0) -> None:
+        """Something that uses this memory, writing it or not, is issued on a stream."""
+        self.tick(stream, cost)
+        for memory, writes in used:
+            others = memory.used if writes else memory.written
+            if late := [s for s, tick in others.items() if not stream.knows(s, tick)]:
+                raise AssertionError(f"a race: {stream} and {late} use the same memory")
+            memory.used[stream.number] = stream.clock[stream.number]
+            if writes:
+                memory.written[stream.number] = stream.clock[stream.number]
+
+    def host_waits(self, clock: Counter[int], time: float) -> None:
+        assert self.capturing is None, "the host waits for the device while a graph is captured"
+        _merge(self.clock, clock)
+        self.waited += max(0.0, time - self.time)
+        self.time = max(self.time, time)
+        arrived = [t for t in self.pending if t.tick <= self.clock[t.stream]]
+        self.pending = [t for t in self.pending if t.tick > self.clock[t.stream]]
+        for transfer in arrived:
+            if transfer.to_host:
+                with torch.inference_mode():
+                    transfer.host.copy_(transfer.values)
+            elif not _same(transfer.host, transfer.values):
+                self.fail("the host has overwritten memory that a copy to the device was still reading")
+
+    def wait_for(self, tensor: OnDevice) -> None:
+        self.begin(self.stream(tensor.device), [(tensor.memory, False)])
+        self.stream(tensor.device).synchronize()
+
+    def not_captured(self, stream: Stream, what: str) -> None:
+        assert self.capturing is None, f"{stream} {what} while a graph is captured"
+
+    # capture
+
+    @contextmanager
+    def capture(self, graph: Graph, pool: Any = None, stream: Stream | None = None) -> Iterator[None]:
+        assert stream is not None and stream.device == self.device(None), "captured on a stream of another device"
+        self.synchronize()
+        with self.on_stream(stream):
+            graph.pool, graph.stream = pool, stream
+            self.capturing = graph
+            try:
+                yield
+            finally:
+                self.capturing = None
+        graph.spoil()  # nothing has been computed
+        self.graphs.add(graph)
+
+    # operations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        pin = kwargs.pop("pin_memory", None)
+        wanted = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.device)), None)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        there = [x for x in tensors if isinstance(x, OnDevice)]
+        packet = func.overloadpacket
+        on_cuda = wanted.type == "cuda" if wanted is not None else bool(there)
+        if (on_cuda or there) and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if packet is aten.copy_ and there:
+            return self._copy(args[0], args[1], kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
+        if packet is aten._to_copy and (there or (wanted is not None and wanted.type == "cuda")):
+            return self._to(func, args[0], wanted, kwargs)
+        if packet is aten._local_scalar_dense and there:
+            self.wait_for(args[0])
+            return func(args[0].inner)
+        if not on_cuda:
+            assert not there or packet in METADATA, f"{func}: from {there[0].device} to {wanted}"
+            out = func(*tree_map_only(OnDevice, _inner, args), **tree_map_only(OnDevice, _inner, kwargs))
+            if pin:
+                self.pin(out)
+            return out
+        assert not pin
+        return self._launch(func, args, kwargs, tensors, self.device(wanted or there[0].device))
+
+    def _launch(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], device: torch.device) -> Any:
+        """An operation on one device."""
+        packet = func.overloadpacket
+        if packet not in METADATA:
+            for tensor in tensors:
+                alone = not isinstance(tensor, OnDevice) and tensor.dim() == 0 and packet is not aten.index
+                assert alone or tensor.device == device, f"{func}: tensors on {device} and {tensor.device}"
+        writes = {
+            id(value)
+            for argument, value in _named(func, args, kwargs)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        }
+        inner_args, inner_kwargs = tree_map_only(OnDevice, _inner, (args, kwargs))
+        if "device" in inner_kwargs:
+            inner_kwargs["device"] = torch.device("cpu")
+        there = [t for t in tensors if isinstance(t, OnDevice)] if packet not in METADATA else []
+        call = partial(func, *inner_args, **inner_kwargs)
+        changed = [t for t in there if id(t) in writes]
+        out = self.issue(call, there, changed, device, self.cost(func, there))
+        if changed:
+            return tree_map_only(torch.Tensor, lambda _: changed[0], out) if out is not None else changed[0]
+        known = {t.inner.untyped_storage().data_ptr(): t.memory for t in tensors if isinstance(t, OnDevice)}
+        return tree_map_only(torch.Tensor, lambda t: self.wrap(t, device, known, packet in FRESH), out)
+
+    def issue(
+        self, call: Callable[[], Any], tensors: list[OnDevice], changed: list[OnDevice], device: Any, cost: float
+    ) -> Any:
+        """Run ``call`` on the current stream of ``device``, or note it where a graph is captured there."""
+        stream = self.stream(device)
+        used = {t.memory: t in changed for t in tensors} if not changed else {}
+        for tensor in tensors:
+            used[tensor.memory] = used.get(tensor.memory, False) or any(tensor is c for c in changed)
+        graph = self.capturing
+        if graph is None:
+            self.launches += 1
+            self.begin(stream, used.items(), cost)
+            with torch.inference_mode():
+                return call()
+        assert graph.stream is stream, f"{stream} is not captured"
+        graph.cost += cost
+        for memory, writes in used.items():
+            if memory not in graph.made:
+                graph.used[memory] = graph.used.get(memory, False) or writes
+        graph.kept += tensors
+        if changed:
+            graph.calls.append(lambda: (call(), None)[1])
+            return None
+        with torch.inference_mode():
+            out = call()
+        sources = {t.inner.untyped_storage().data_ptr() for t in tensors}
+        fresh = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if any(t.untyped_storage().data_ptr() not in sources for t in fresh):
+            graph.calls.append(partial(_again, call, fresh))
+        return out
+
+    def wrap(self, inner: torch.Tensor, device: torch.device, known: dict[int, Memory], fresh: bool) -> OnDevice:
+        memory = known.get(inner.untyped_storage().data_ptr())
+        if memory is None:
+            stream = self.stream(device)
+            memory = Memory(self, stream)
+            memory.used = {stream.number: stream.clock[stream.number]}
+            memory.written = dict(memory.used)
+            if fresh:
+                _rubbish(inner)
+            if self.capturing is not None:
+                memory.of_graph = True
+                self.capturing.made.append(memory)
+        tensor = OnDevice(inner, device, memory)
+        if self.capturing is not None and memory in self.capturing.made:
+            self.capturing.results.append(weakref.ref(tensor))
+        return tensor
+
+    # transfers
+
+    def pin(self, tensor: torch.Tensor) -> None:
+        self.pinned[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        weakref.finalize(tensor, self.pinned.pop, tensor.data_ptr(), None)
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return any(start <= tensor.data_ptr() < start + max(1, size) for start, size in self.pinned.items())
+
+    def pin_memory(self, tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+        there = tensor.clone()
+        self.pin(there)
+        return there
+
+    def _to(self, func: Any, source: torch.Tensor, wanted: torch.device | None, options: dict[str, Any]) -> Any:
+        device = source.device if wanted is None else wanted
+        device = self.device(device) if device.type == "cuda" else device
+        dtype = options.get("dtype") or source.dtype
+        if device == source.device:
+            options.pop("device", None)
+            return self._launch(func, (source,), options, [source], device)
+        with torch.inference_mode(device.type == "cuda"):
+            there = torch.empty_like(source.inner if isinstance(source, OnDevice) else source)
+        target = self.wrap(there, device, {}, True) if device.type == "cuda" else there
+        self._copy(target, source, options.get("non_blocking", False))
+        with self:
+            return target if dtype == source.dtype else target.to(dtype)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+        if target.device == source.device:
+            call = partial(target.inner.copy_, source.inner)  # type: ignore[attr-defined]
+            self.issue(call, [target, source], [target], target.device, 0.0)  # type: ignore[list-item]
+        elif isinstance(target, OnDevice) and isinstance(source, OnDevice):
+            self._from_device_to_device(target, source)
+        elif isinstance(target, OnDevice):
+            self._to_device(target, source, non_blocking)
+        else:
+            assert isinstance(source, OnDevice)
+            self._to_host(target, source, non_blocking)
+        return target
+
+    def _from_device_to_device(self, target: OnDevice, source: OnDevice) -> None:
+        """On the current stream of the source; that of the target waits for it, and it for that."""
+        leaving, arriving = self.stream(source.device), self.stream(target.device)
+        self.not_captured(leaving, "copies to another device")
+        leaving.wait_stream(arriving)
+        self.begin(leaving, [(source.memory, False), (target.memory, True)])
+        with torch.inference_mode():
+            target.inner.copy_(source.inner)
+        arriving.wait_stream(leaving)
+        self.begin(arriving, [(target.memory, True)])
+
+    def _to_device(self, target: OnDevice, source: torch.Tensor, non_blocking: bool) -> None:
+        stream = self.stream(target.device)
+        self.not_captured(stream, "copies from the host")
+        self.transfers += 1
+        self.begin(stream, [(target.memory, True)])
+        values = self._on_the_host(source, stream)
+        with torch.inference_mode():
+            target.inner.copy_(values)
+        if non_blocking and self.is_pinned(source):
+            self.pending.append(Transfer(stream.number, stream.clock[stream.number], source, values, False))
+        elif source.dim():
+            stream.synchronize()
+
+    def _on_the_host(self, source: torch.Tensor, stream: Stream) -> torch.Tensor:
+        """What a stream finds in host memory, to which another one may have copied what the host cannot read yet."""
+        for transfer in self.pending:
+            if transfer.to_host and transfer.host.data_ptr() == source.data_ptr():
+                assert stream.knows(transfer.stream, transfer.tick), "host memory is read while a copy writes it"
+                return transfer.values
+        return source.clone()
+
+    def _to_host(self, target: torch.Tensor, source: OnDevice, non_blocking: bool) -> None:
+        stream = self.stream(source.device)
+        self.not_captured(stream, "copies to the host")
+        self.transfers += 1
+        self.begin(stream, [(source.memory, False)])
+        if not (non_blocking and self.is_pinned(target)):
+            stream.synchronize()
+            target.copy_(source.inner)
+            return
+        sent = source.inner.clone()
+        _rubbish(target)
+        self.pending.append(Transfer(stream.number, stream.clock[stream.number], target, sent, True))
+
+    # kernels compiled outside torch
+
+    def kernel(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Launch on the current device; it may write whatever it is given."""
+        device = torch.device("cuda", self.now)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        for tensor in tensors:
+            assert tensor.device == device, f"a kernel launched on {device} is given a tensor on {tensor.device}"
+        inner_args, inner_kwargs = tree_map_only(OnDevice, _inner, (args, kwargs))
+        cost = self.cost(run, tensors)
+        return self.issue(partial(_outside, run, *inner_args, **inner_kwargs), tensors, tensors, device, cost)  # type: ignore[arg-type]
+
+
+def _outside(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.utils._python_dispatch._disable_current_modes():
+        return run(*args, **kwargs)
+
+
+def _again(call: Callable[[], Any], results: list[torch.Tensor]) -> None:
+    for target, value in zip(results, (t for t in tree_leaves(call()) if isinstance(t, torch.Tensor)), strict=True):
+        target.copy_(value)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))  # NaN and all
+
+
+def _inner(tensor: OnDevice) -> torch.Tensor:
+    return tensor.inner
+
+
+def _named(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
+    arguments = func._schema.arguments
+    for argument, value in zip(arguments, args, strict=False):
+        yield argument, value
+    by_name = {argument.name: argument for argument in arguments}
+    for name, value in kwargs.items():
+        if name in by_name:
+            yield by_name[name], value
+
+
+def _merge(clock: Counter[int], other: Counter[int]) -> None:
+    for stream, tick in other.items():
+        clock[stream] = max(clock[stream], tick)
+
+
+@torch.inference_mode()
+def _rubbish(tensor: torch.Tensor) -> None:
+    if tensor.dtype.is_floating_point:
+        tensor.fill_(float("nan"))
+    elif tensor.dtype is not torch.bool:
+        tensor.fill_(0x5A)
+
+
+@cache
+def _guard() -> ctypes.CDLL:
+    """Tells torch's dispatcher, which may have been built without CUDA, that there is such a kind of device."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler: install g++")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+        source.write_text(GUARD)
+        include = [f"-I{path}" for path in include_paths()]
+        flags = [
+            "-std=c++20",
+            "-O0",
+            "-fPIC",
+            "-shared",
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        ]
+        libraries = [f"-L{path}" for path in library_paths()] + ["-lc10"]
+        subprocess.run(
+            [compiler, *flags, *include, str(source), "-o", str(library), *libraries], check=True, timeout=300
+        )
+        return ctypes.CDLL(str(library))
+
+
+@contextmanager
+def emulated(devices: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
+    """``torch.cuda`` with as many devices; what went wrong is raised at the end."""
+    _guard()
+    emulation = Emulation(devices)
+    _copy_stream.cache_clear()
+    cuda = torch.cuda
+    there = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: devices,
+        current_device=lambda: emulation.now,
+        _lazy_init=lambda: None,
+        is_initialized=lambda: True,
+        Stream=emulation.new_stream,
+        Event=Event,
+        CUDAGraph=Graph,
+        current_stream=emulation.stream,
+        default_stream=lambda device=None: emulation.defaults[emulation.device(device)],
+        stream=emulation.on_stream,
+        device=emulation.on_device,
+        graph=emulation.capture,
+        graph_pool_handle=lambda: object(),
+        synchronize=emulation.synchronize,
+        mem_get_info=emulation.memory,
+        memory_reserved=lambda device=None: 0,
+        memory_allocated=lambda device=None: 0,
+        empty_cache=lambda: None,
+        get_device_properties=lambda device=None: SimpleNamespace(multi_processor_count=4, name="emulated"),
+    )
+    with monkeypatch.context() as patch:
+        for name, value in vars(there).items():
+            patch.setattr(cuda, name, value)
+        patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+        patch.setattr(torch, "tensor", _brought(torch.tensor))
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: emulation.pin_memory(tensor))
+        patch.setattr(InterpretedFunction, "run", _triton(emulation, InterpretedFunction.run))
+        with emulation:
+            yield emulation
+        for i in range(devices):
+            emulation.synchronize(i)
+    assert not emulation.errors, emulation.errors
+
+
+def _brought(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``torch.tensor``, whose own way to a device is not seen by a dispatch mode."""
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+        made = make(data, **options)
+        return made if device is None else made.to(device)
+
+    return tensor
+
+
+def _triton(emulation: Emulation, run: Callable[..., Any]) -> Callable[..., Any]:
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return emulation.kernel(partial(run, self), *args, **kwargs)
+
+    return launch

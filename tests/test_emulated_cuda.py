@@ -1,0 +1,416 @@
+"""The engine on emulated GPUs: rules of CUDA that a fast machine would forgive are kept, and tokens are right."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from emulated_cuda import Emulation, OnDevice, Stream, emulated
+from lab import JOBS, Lab, recorded
+from oracle import engine_for, plain_model, prompt
+from rrm_kernels.metadata import RaggedMetadata
+from rrm_kernels.reference import PagedBatch, Scores
+from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged
+from rrm_kernels.staging import Staging
+from rrm_kernels.triton_attention import TritonAttention
+from test_engine_oracle import GREEDY, crowded, live_graph, mistakes, short_graph
+from test_wait_policies import policy_engine, waiting_graph
+
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.prepare import LoadedModel, prepare_model
+from rrm_engine.engine.recorder import CudaGraphs, Share
+from rrm_engine.engine.replicas import Replicas
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.transfer import Readback
+from rrm_engine.models import attention, lean
+from rrm_engine.models.attention import OnOwnDevice
+from rrm_engine.models.lean import LeanForward
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
+SMALL = [JOBS[0], JOBS[2]]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="real devices are there")
+FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+class LaunchedLayer:
+    """The kernels of a layer, launched: what they compute is what the torch references do."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *given: Emulation.current.kernel(getattr(ReferenceLayer(), name), *given)
+
+
+def launched_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, metadata: RaggedMetadata, scores: Scores
+) -> torch.Tensor:
+    names = ("query_start", "context_len", "num_seqs", "block_table")
+    arrays = {name: getattr(metadata, name) for name in names}
+    out = query.new_empty(*query.shape[:2], values.shape[-1])
+    Emulation.current.kernel(_attend, out, query, keys, values, arrays, scores)
+    return out
+
+
+def _attend(out: torch.Tensor, query: Any, keys: Any, values: Any, arrays: Any, scores: Scores) -> None:
+    metadata: Any = SimpleNamespace(**arrays)
+    out.copy_(ReferenceRagged()(query, keys, values, PagedBatch(out, [], [], ragged=metadata), scores))
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are launched as Triton's are, and computed faster than in its interpreter."""
+    monkeypatch.setattr(lean, "load_triton_layer", lambda device: LaunchedLayer())
+    monkeypatch.setattr(attention, "load_triton", lambda device: TritonAttention(launched_attention, None))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
+    with emulated(4, monkeypatch) as emulation:
+        yield emulation
+
+
+def on_cuda(plain: Any, devices: int = 1, first: int = 0) -> LoadedModel:
+    """``plain`` with its layers spread evenly over devices."""
+    count = plain.config.num_hidden_layers
+    layers = [torch.device("cuda", first + i * devices // count) for i in range(count)]
+    tokenizer: Any = SimpleNamespace(eos_token_id=1)
+    return prepare_model(copy.deepcopy(plain), tokenizer, plain.config.model_type, layers[0], "auto", layers)
+
+
+def engine_on(model: LoadedModel, eager: bool = False, **changes: Any) -> Engine:
+    engine = engine_for(model, **changes)
+    engine.runner = ModelRunner(model.forward, engine.runner.cache, model.device, model.attend, eager)
+    assert engine.runner.static is not None
+    return engine
+
+
+# the engine
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+@pytest.mark.parametrize("eager", [True, False])
+def test_one_device(cuda: Emulation, fast: None, eager: bool, lookahead: bool) -> None:
+    plain = plain_model("qwen3")
+    engine = engine_on(on_cuda(plain), eager, lookahead=lookahead)
+    assert mistakes(plain, live_graph(engine)) == {}
+    (share,) = engine.runner.static.shares
+    assert isinstance(share.recorder, CudaGraphs)
+    assert eager or share.replays > 3 * share.captures > 0
+
+
+def test_triton_kernels_are_given_what_is_on_their_device(cuda: Emulation) -> None:
+    """On the second device, with the real kernels in Triton's interpreter."""
+    plain = plain_model("qwen3", num_hidden_layers=1)
+    engine = engine_on(on_cuda(plain, first=1), lookahead=True)
+    assert mistakes(plain, short_graph(engine)) == {}
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("devices", [2, 4])
+def test_pipeline(cuda: Emulation, fast: None, devices: int, eager: bool, lookahead: bool) -> None:
+    plain = plain_model("qwen3", num_hidden_layers=4)
+    model = on_cuda(plain, devices)
+    assert isinstance(model.forward, LeanForward) and len(model.forward.stages) == devices
+    engine = engine_on(model, eager, lookahead=lookahead, stages=devices)
+    assert mistakes(plain, live_graph(engine)) == {}
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_models_that_keep_their_modules(cuda: Emulation, fast: None, devices: int) -> None:
+    plain = plain_model("gemma2")
+    model = on_cuda(plain, devices)
+    assert not isinstance(model.forward, LeanForward)
+    engine = engine_on(model, stages=devices, lookahead=True)
+    assert mistakes(plain, live_graph(engine)) == {}
+
+
+def test_replicas(cuda: Emulation, fast: None) -> None:
+    plain = plain_model("qwen3")
+    engine: Any = Replicas([engine_on(on_cuda(plain, first=i), lookahead=True) for i in range(2)])
+    assert mistakes(plain, live_graph(engine)) == {}
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("policy", ["offload", "auto"])
+def test_blocks_that_move_to_the_host_and_back(cuda: Emulation, fast: None, policy: Any, devices: int) -> None:
+    plain = plain_model("qwen3")
+    model = on_cuda(plain, devices)
+    for blocks in (200, 30):
+        engine = policy_engine(model, policy, blocks, max_sequence_tokens=110, lookahead=True, stages=devices)
+        assert mistakes(plain, waiting_graph(engine)) == {}
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_preemption_and_cancellation(cuda: Emulation, fast: None, devices: int) -> None:
+    plain = plain_model("qwen3")
+    changes = {"blocks": 22, "max_sequence_tokens": 88, "lookahead": True, "stages": devices}
+    assert mistakes(plain, crowded(engine_on(on_cuda(plain, devices), **changes))) == {}
+
+
+@pytest.mark.parametrize(("devices", "changes"), [(1, {}), (2, {}), (1, {"join": "splice"})])
+def test_whole_runs(cuda: Emulation, fast: None, lab: Lab, devices: int, changes: dict[str, Any]) -> None:
+    """Under a grammar and with noise, which need tokens on the host and logits that are kept for them."""
+    layers = [FIRST, SECOND if devices == 2 else FIRST]
+    plain, tokenizer = copy.deepcopy(lab.plain), lab.model.tokenizer
+    model = replace(prepare_model(plain, tokenizer, "tiny", FIRST, "auto", layers), stages=devices)
+    there = recorded(replace(lab, model=model), SMALL, **changes)
+    assert there.solver.resolved.lookahead == ("off" if changes else "on")
+    assert there.rows() == recorded(lab, SMALL, **changes).rows()
+
+
+# who waits for whom
+
+
+@dataclass
+class Pace:
+    """A layer's attention takes its device 4 units of time, all else none; the host takes ``host`` a step."""
+
+    cuda: Emulation
+    engine: Engine
+    host: float
+
+    def start(self, sequences: int) -> None:
+        self.cuda.cost = lambda func, _: 4.0 * (func is _attend)
+        for i in range(sequences):
+            self.engine.submit(f"s{i}", prompt(i, 3), 90, GREEDY, root=i)
+        self.sample(24 * sequences)  # until everything is under way, and every size has been captured
+
+    def sample(self, tokens: int) -> None:
+        while tokens > 0:
+            tokens -= len(self.engine.step())
+            self.cuda.time += self.host
+
+    def units_a_token(self, sequences: int) -> float:
+        """Time from one token of a sequence to its next."""
+        self.start(sequences)
+        began = self.cuda.time
+        self.sample(24 * sequences)
+        return (self.cuda.time - began) / 24
+
+
+@pytest.mark.parametrize(("lookahead", "expected"), [(True, 8), (False, 8 + 5)])
+def test_one_device_computes_while_the_host_works(cuda: Emulation, fast: None, lookahead: bool, expected: int) -> None:
+    engine = engine_on(on_cuda(plain_model("qwen3")), lookahead=lookahead)
+    assert Pace(cuda, engine, host=5).units_a_token(3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+@pytest.mark.parametrize("sequences", [1, 4, 8])
+def test_all_stages_of_a_pipeline_compute_at_once(cuda: Emulation, fast: None, sequences: int, lookahead: bool) -> None:
+    """A step takes each of four devices 4: so long does a token of a sequence take, whatever others do beside it.
+
+    Without lookahead the host's work comes on top, for the step behind is launched when the token is known.
+    """
+    model = on_cuda(plain_model("qwen3", num_hidden_layers=4), 4)
+    engine = engine_on(model, lookahead=lookahead, stages=4)
+    expected = 16 if lookahead else 16 + 3
+    assert Pace(cuda, engine, host=3).units_a_token(sequences) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_host_waits_for_nothing_but_tokens(
+    cuda: Emulation, fast: None, devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = on_cuda(plain_model("qwen3", num_hidden_layers=4), devices)
+    engine = engine_on(model, lookahead=True, stages=devices)
+    pace = Pace(cuda, engine, host=1)
+    pace.start(8)
+    waited, read, transfers, steps = cuda.waited, 0.0, cuda.transfers, engine.launched
+    tolist = Readback.tolist
+
+    def timed(self: Readback) -> list[int]:
+        nonlocal read
+        before = cuda.waited
+        tokens = tolist(self)
+        read += cuda.waited - before
+        return tokens
+
+    monkeypatch.setattr(Readback, "tolist", timed)
+    pace.sample(100)
+    assert cuda.waited - waited == read > 0
+    each = 2 if devices == 1 else 3  # the step's arrays there, its tokens back, and in a pipeline there again
+    assert cuda.transfers - transfers <= each * (engine.launched - steps + 1)
+
+
+# negative controls: what is done for CUDA's sake is left out
+
+
+def piped() -> bool:
+    """Whether a pipeline's tokens are right."""
+    plain = plain_model("qwen3")
+    engine = engine_on(on_cuda(plain, 2), stages=2, lookahead=True)
+    return mistakes(plain, live_graph(engine)) == {}
+
+
+def moved() -> bool:
+    """Whether they are where blocks move to the host and back."""
+    plain = plain_model("qwen3")
+    engine = policy_engine(on_cuda(plain), "offload", 200, max_sequence_tokens=110, lookahead=True)
+    return mistakes(plain, waiting_graph(engine)) == {}
+
+
+def with_modules() -> bool:
+    """Whether they are where a model over two devices keeps transformers' forward."""
+    plain = plain_model("gemma2")
+    engine = engine_on(on_cuda(plain, 2), stages=2, lookahead=True)
+    return mistakes(plain, live_graph(engine)) == {}
+
+
+def right(scenario: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether tokens are right and no rule is broken."""
+    try:
+        with emulated(2, monkeypatch):
+            return scenario()
+    except (AssertionError, RuntimeError):
+        return False
+
+
+def early(self: Readback, device: torch.device) -> torch.Tensor:
+    return self._host.to(device, non_blocking=True)
+
+
+def forgotten(self: KVCache, *given: Any) -> None:
+    self._streams.clear()
+    SWAP_IN(self, *given)
+
+
+def on_one_stream(self: CudaGraphs, call: Any) -> Any:
+    """The first device that captures is where all do, as with torch's own stream."""
+    cuda = Emulation.current
+    cuda.capture_stream = self._stream = getattr(cuda, "capture_stream", None) or cuda.new_stream()  # type: ignore
+    return RECORD(self, call)
+
+
+SWAP_IN, RECORD = KVCache.swap_in, CudaGraphs.record
+
+
+@pytest.mark.parametrize("scenario", [piped, moved, with_modules])
+@pytest.mark.parametrize(
+    ("owner", "name", "broken", "noticed_by"),
+    [
+        (OnDevice, "clone", lambda self: self, [piped, with_modules]),
+        (OnDevice, "record_stream", lambda self, stream: None, [piped, moved, with_modules]),
+        (Stream, "wait_stream", lambda self, stream: None, [piped, moved, with_modules]),
+        (Stream, "wait_event", lambda self, event: None, [piped, moved, with_modules]),
+        (Staging, "begin", lambda self: None, [piped, moved, with_modules]),
+        (Readback, "tolist", lambda self: self._host.tolist(), [piped, moved, with_modules]),
+        (Readback, "on", early, [piped, with_modules]),
+        (KVCache, "swap_in", forgotten, [moved]),
+        (Share, "on_device", lambda self: nullcontext(), [piped]),
+        (OnOwnDevice, "__call__", lambda self, *given: self.attend(*given), [with_modules]),
+        (CudaGraphs, "record", on_one_stream, [piped]),
+    ],
+)
+def test_what_is_left_out_is_noticed(
+    fast: None,
+    scenario: Callable[[], bool],
+    owner: Any,
+    name: str,
+    broken: Any,
+    noticed_by: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(owner, name, broken)
+    assert right(scenario, monkeypatch) == (scenario not in noticed_by)
+
+
+# the emulation's own rules
+
+
+def test_tensors_of_two_devices_do_not_mix(cuda: Emulation) -> None:
+    here, there = torch.ones(3, device=FIRST), torch.ones(3, device=SECOND)
+    assert (here + 1).tolist() == [2, 2, 2] and (here + torch.tensor(1.0)).tolist() == [2, 2, 2]
+    for mixed in (lambda: here + there, lambda: here + torch.ones(3), lambda: here[torch.zeros(3, dtype=torch.int64)]):
+        with pytest.raises(AssertionError, match="tensors on cuda:0 and"):
+            mixed()
+    with pytest.raises(AssertionError, match="launched on cuda:0 is given a tensor on cuda:1"):
+        cuda.kernel(torch.add, there, 1)
+    with torch.cuda.device(1):
+        cuda.kernel(torch.Tensor.add_, there, 1)
+    assert there.to("cpu").tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_streams_are_ordered_by_events_only(cuda: Emulation, waits: bool) -> None:
+    numbers, side = torch.zeros(3, device=FIRST), torch.cuda.Stream(FIRST)
+    numbers += 1
+    if waits:
+        side.wait_stream(torch.cuda.current_stream(FIRST))
+    with torch.cuda.stream(side), nullcontext() if waits else pytest.raises(AssertionError, match="a race"):
+        numbers += 1
+    torch.cuda.synchronize(FIRST)
+    assert numbers.tolist() == [1 + waits] * 3
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_memory_is_not_given_back_while_another_stream_may_use_it(monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
+    noticed = nullcontext() if told else pytest.raises(AssertionError, match="given back")
+    with noticed, emulated(1, monkeypatch):
+        numbers, side = torch.zeros(3, device=FIRST), torch.cuda.Stream(FIRST)
+        side.wait_stream(torch.cuda.current_stream(FIRST))
+        with torch.cuda.stream(side):
+            more = numbers + 1
+        if told:
+            numbers.record_stream(side)
+        del numbers
+        torch.cuda.synchronize(FIRST)
+        assert more.tolist() == [1, 1, 1]
+
+
+def test_the_host_has_what_it_waited_for_and_no_more(cuda: Emulation) -> None:
+    numbers, host = torch.ones(3, device=FIRST), torch.zeros(3).pin_memory()
+    host.copy_(numbers, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+    assert host.isnan().all()
+    there.synchronize()
+    assert host.tolist() == [1, 1, 1]
+    plain = torch.zeros(3)
+    plain.copy_(numbers, non_blocking=True)
+    assert plain.tolist() == [1, 1, 1], "what is not pinned is waited for"
+    assert torch.empty(3, device=FIRST).isnan().all()
+
+
+def test_what_is_being_copied_must_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="overwritten"), emulated(1, monkeypatch):
+        host = torch.ones(3).pin_memory()
+        assert host.to(FIRST, non_blocking=True).tolist() == [1, 1, 1]
+        host += 1  # not yet the mistake: the host has waited for the copy, when it read the list
+        host.to(FIRST, non_blocking=True)
+        host += 1
+
+
+def test_a_replay_runs_what_was_issued_on_what_is_there_now(cuda: Emulation) -> None:
+    given, factor = torch.ones(3, device=FIRST), [2.0]
+
+    def capture(pool: Any) -> tuple[Any, torch.Tensor]:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(FIRST)
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            doubled = given * factor[0]
+            doubled += 1
+        return graph, doubled
+
+    pool = torch.cuda.graph_pool_handle()
+    (one, result), (other, _) = capture(pool), capture(pool)
+    assert all(map(math.isnan, result.tolist())), "nothing has been computed yet"
+    given += 4
+    factor[0] = 100.0
+    one.replay()
+    assert result.tolist() == [11, 11, 11]
+    other.replay()
+    assert all(map(math.isnan, result.tolist())), "another graph of the pool has run since"
+
+
+@pytest.mark.parametrize(
+    "waits", [lambda t: t.tolist(), lambda t: t[0].item(), lambda t: t.to("cpu"), lambda t: bool(t[0])]
+)
+def test_nothing_waits_while_a_graph_is_captured(cuda: Emulation, waits: Callable[[torch.Tensor], Any]) -> None:
+    numbers, graph, stream = torch.ones(3, device=FIRST), torch.cuda.CUDAGraph(), torch.cuda.Stream(FIRST)
+    captured = torch.cuda.graph(graph, pool=None, stream=stream)
+    with pytest.raises(AssertionError, match="while a graph is captured"), captured:
+        waits(numbers + 1)
