@@ -4,7 +4,7 @@ Triton kernels run on the GPU if there is one, else under Triton's interpreter; 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ settings.register_profile("untimed", deadline=None)  # a busy machine is no fail
 settings.load_profile("untimed")
 
 if TYPE_CHECKING:
+    from emulated_cuda import Emulation
     from lab import Lab, Recorded
 
     from rrm_engine.engine.prepare import LoadedModel
@@ -100,3 +101,20 @@ def packaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["calm", "crowded", "cramped", "packaged"])
 def each(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> "Iterator[Emulation]":
+    """Four emulated GPUs."""
+    from emulated_cuda import emulated
+
+    with emulated(4, monkeypatch) as emulation:
+        yield emulation
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA kernels that are launched, and computed faster than in Triton's interpreter."""
+    from launched import launch_references
+
+    launch_references(monkeypatch)

@@ -33,6 +33,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -80,7 +81,7 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor, device: torch.device, memory: Memory) -> "OnDevice":
         with torch.inference_mode(False):
-            tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            tensor = torch.Tensor._make_wrapper_subclass(
                 cls,
                 inner.size(),
                 strides=inner.stride(),
@@ -92,17 +93,22 @@ class OnDevice(torch.Tensor):
         result: OnDevice = tensor
         return result
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:
         return f"OnDevice({self.inner!r}, {self.device})"
 
     def tolist(self) -> Any:
         self.memory.emulation.wait_for(self)
         return self.inner.tolist()
 
-    def data_ptr(self) -> int:
-        raise AssertionError("the address of emulated memory means nothing to compiled code")
+    def __deepcopy__(self, memo: Any) -> "OnDevice":
+        copied = memo[id(self)] = self.clone()
+        copied._is_param = getattr(self, "_is_param", False)  # what nn.Parameter looks for
+        return copied
 
-    def record_stream(self, stream: "Stream") -> None:  # type: ignore[override]
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def record_stream(self, stream: "Stream") -> None:
         self.memory.recorded.add(stream.number)
 
     @classmethod
@@ -230,6 +236,7 @@ class Emulation(TorchDispatchMode):
         self.pending: list[Transfer] = []
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.capturing: Graph | None = None
+        self.capture_stream: Stream | None = None
         self.all_streams: list[Stream] = []
         self.streams = {torch.device("cuda", i): self.new_stream(i) for i in range(devices)}
         self.defaults = dict(self.streams)
@@ -286,7 +293,7 @@ class Emulation(TorchDispatchMode):
         _merge(stream.clock, self.clock)
         stream.clock[stream.number] += 1
         stream.time = max(stream.time, self.time) + cost
-        self.busy[stream.device] += cost  # type: ignore[assignment]
+        self.busy[stream.device] += cost
 
     def begin(self, stream: Stream, used: Iterable[tuple[Memory, bool]], cost: float = 0.0) -> None:
         """Something that uses this memory, writing it or not, is issued on a stream."""
@@ -324,10 +331,12 @@ class Emulation(TorchDispatchMode):
 
     @contextmanager
     def capture(self, graph: Graph, pool: Any = None, stream: Stream | None = None) -> Iterator[None]:
-        assert stream is not None and stream.device == self.device(None), "captured on a stream of another device"
+        self.capture_stream = self.capture_stream or self.new_stream()  # of the first device that ever captures
+        stream = stream or self.capture_stream
+        assert stream.device == self.device(None), "captured on a stream of another device"
         self.synchronize()
         with self.on_stream(stream):
-            graph.pool, graph.stream = pool, stream
+            graph.pool, graph.stream = pool or object(), stream
             self.capturing = graph
             try:
                 yield
@@ -467,8 +476,8 @@ class Emulation(TorchDispatchMode):
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
         if target.device == source.device:
-            call = partial(target.inner.copy_, source.inner)  # type: ignore[attr-defined]
-            self.issue(call, [target, source], [target], target.device, 0.0)  # type: ignore[list-item]
+            call = partial(target.inner.copy_, source.inner)
+            self.issue(call, [target, source], [target], target.device, 0.0)
         elif isinstance(target, OnDevice) and isinstance(source, OnDevice):
             self._from_device_to_device(target, source)
         elif isinstance(target, OnDevice):
@@ -533,7 +542,7 @@ class Emulation(TorchDispatchMode):
             assert tensor.device == device, f"a kernel launched on {device} is given a tensor on {tensor.device}"
         inner_args, inner_kwargs = tree_map_only(OnDevice, _inner, (args, kwargs))
         cost = self.cost(run, tensors)
-        return self.issue(partial(_outside, run, *inner_args, **inner_kwargs), tensors, tensors, device, cost)  # type: ignore[arg-type]
+        return self.issue(partial(_outside, run, *inner_args, **inner_kwargs), tensors, tensors, device, cost)
 
 
 def _outside(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -607,6 +616,7 @@ def emulated(devices: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulatio
     _guard()
     emulation = Emulation(devices)
     _copy_stream.cache_clear()
+    _device_constructors()  # remembers torch.tensor as it is
     cuda = torch.cuda
     there = SimpleNamespace(
         is_available=lambda: True,
@@ -628,7 +638,10 @@ def emulated(devices: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulatio
         memory_reserved=lambda device=None: 0,
         memory_allocated=lambda device=None: 0,
         empty_cache=lambda: None,
-        get_device_properties=lambda device=None: SimpleNamespace(multi_processor_count=4, name="emulated"),
+        get_device_name=lambda device=None: "emulated",
+        get_device_properties=lambda device=None: SimpleNamespace(
+            name="emulated", multi_processor_count=4, total_memory=16 << 30, major=9, minor=0
+        ),
     )
     with monkeypatch.context() as patch:
         for name, value in vars(there).items():
@@ -648,8 +661,10 @@ def _brought(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """``torch.tensor``, whose own way to a device is not seen by a dispatch mode."""
 
     def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
-        made = make(data, **options)
-        return made if device is None else made.to(device)
+        place = torch.empty(0).device if device is None else torch.device(device)
+        if place.type != "cuda":
+            return make(data, device=place, **options)
+        return make(data, device="cpu", **options).to(place)
 
     return tensor
 

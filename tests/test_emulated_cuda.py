@@ -1,94 +1,35 @@
 """The engine on emulated GPUs: rules of CUDA that a fast machine would forgive are kept, and tokens are right."""
 
 import copy
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from emulated_cuda import Emulation, OnDevice, Stream, emulated
 from lab import JOBS, Lab, recorded
-from oracle import engine_for, plain_model, prompt
-from rrm_kernels.metadata import RaggedMetadata
-from rrm_kernels.reference import PagedBatch, Scores
-from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged
+from oracle import plain_model, prompt
 from rrm_kernels.staging import Staging
-from rrm_kernels.triton_attention import TritonAttention
 from test_engine_oracle import GREEDY, crowded, live_graph, mistakes, short_graph
 from test_wait_policies import policy_engine, waiting_graph
 
+pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
+from emulated_cuda import Emulation, OnDevice, Stream, emulated
+from launched import engine_on, on_cuda, reference_attention
+
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
+from rrm_engine.engine.prepare import prepare_model
 from rrm_engine.engine.recorder import CudaGraphs, Share
 from rrm_engine.engine.replicas import Replicas
-from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.transfer import Readback
-from rrm_engine.models import attention, lean
 from rrm_engine.models.attention import OnOwnDevice
 from rrm_engine.models.lean import LeanForward
 
-pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
-SMALL = [JOBS[0], JOBS[2]]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="real devices are there")
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
-
-
-class LaunchedLayer:
-    """The kernels of a layer, launched: what they compute is what the torch references do."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *given: Emulation.current.kernel(getattr(ReferenceLayer(), name), *given)
-
-
-def launched_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, metadata: RaggedMetadata, scores: Scores
-) -> torch.Tensor:
-    names = ("query_start", "context_len", "num_seqs", "block_table")
-    arrays = {name: getattr(metadata, name) for name in names}
-    out = query.new_empty(*query.shape[:2], values.shape[-1])
-    Emulation.current.kernel(_attend, out, query, keys, values, arrays, scores)
-    return out
-
-
-def _attend(out: torch.Tensor, query: Any, keys: Any, values: Any, arrays: Any, scores: Scores) -> None:
-    metadata: Any = SimpleNamespace(**arrays)
-    out.copy_(ReferenceRagged()(query, keys, values, PagedBatch(out, [], [], ragged=metadata), scores))
-
-
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that are launched as Triton's are, and computed faster than in its interpreter."""
-    monkeypatch.setattr(lean, "load_triton_layer", lambda device: LaunchedLayer())
-    monkeypatch.setattr(attention, "load_triton", lambda device: TritonAttention(launched_attention, None))
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
-    with emulated(4, monkeypatch) as emulation:
-        yield emulation
-
-
-def on_cuda(plain: Any, devices: int = 1, first: int = 0) -> LoadedModel:
-    """``plain`` with its layers spread evenly over devices."""
-    count = plain.config.num_hidden_layers
-    layers = [torch.device("cuda", first + i * devices // count) for i in range(count)]
-    tokenizer: Any = SimpleNamespace(eos_token_id=1)
-    return prepare_model(copy.deepcopy(plain), tokenizer, plain.config.model_type, layers[0], "auto", layers)
-
-
-def engine_on(model: LoadedModel, eager: bool = False, **changes: Any) -> Engine:
-    engine = engine_for(model, **changes)
-    engine.runner = ModelRunner(model.forward, engine.runner.cache, model.device, model.attend, eager)
-    assert engine.runner.static is not None
-    return engine
-
-
-# the engine
+SMALL = [JOBS[0], JOBS[2]]
 
 
 @pytest.mark.parametrize("lookahead", [True, False])
@@ -175,7 +116,7 @@ class Pace:
     host: float
 
     def start(self, sequences: int) -> None:
-        self.cuda.cost = lambda func, _: 4.0 * (func is _attend)
+        self.cuda.cost = lambda func, _: 4.0 * (func is reference_attention)
         for i in range(sequences):
             self.engine.submit(f"s{i}", prompt(i, 3), 90, GREEDY, root=i)
         self.sample(24 * sequences)  # until everything is under way, and every size has been captured
@@ -317,100 +258,3 @@ def test_what_is_left_out_is_noticed(
 ) -> None:
     monkeypatch.setattr(owner, name, broken)
     assert right(scenario, monkeypatch) == (scenario not in noticed_by)
-
-
-# the emulation's own rules
-
-
-def test_tensors_of_two_devices_do_not_mix(cuda: Emulation) -> None:
-    here, there = torch.ones(3, device=FIRST), torch.ones(3, device=SECOND)
-    assert (here + 1).tolist() == [2, 2, 2] and (here + torch.tensor(1.0)).tolist() == [2, 2, 2]
-    for mixed in (lambda: here + there, lambda: here + torch.ones(3), lambda: here[torch.zeros(3, dtype=torch.int64)]):
-        with pytest.raises(AssertionError, match="tensors on cuda:0 and"):
-            mixed()
-    with pytest.raises(AssertionError, match="launched on cuda:0 is given a tensor on cuda:1"):
-        cuda.kernel(torch.add, there, 1)
-    with torch.cuda.device(1):
-        cuda.kernel(torch.Tensor.add_, there, 1)
-    assert there.to("cpu").tolist() == [2, 2, 2]
-
-
-@pytest.mark.parametrize("waits", [True, False])
-def test_streams_are_ordered_by_events_only(cuda: Emulation, waits: bool) -> None:
-    numbers, side = torch.zeros(3, device=FIRST), torch.cuda.Stream(FIRST)
-    numbers += 1
-    if waits:
-        side.wait_stream(torch.cuda.current_stream(FIRST))
-    with torch.cuda.stream(side), nullcontext() if waits else pytest.raises(AssertionError, match="a race"):
-        numbers += 1
-    torch.cuda.synchronize(FIRST)
-    assert numbers.tolist() == [1 + waits] * 3
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_memory_is_not_given_back_while_another_stream_may_use_it(monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
-    noticed = nullcontext() if told else pytest.raises(AssertionError, match="given back")
-    with noticed, emulated(1, monkeypatch):
-        numbers, side = torch.zeros(3, device=FIRST), torch.cuda.Stream(FIRST)
-        side.wait_stream(torch.cuda.current_stream(FIRST))
-        with torch.cuda.stream(side):
-            more = numbers + 1
-        if told:
-            numbers.record_stream(side)
-        del numbers
-        torch.cuda.synchronize(FIRST)
-        assert more.tolist() == [1, 1, 1]
-
-
-def test_the_host_has_what_it_waited_for_and_no_more(cuda: Emulation) -> None:
-    numbers, host = torch.ones(3, device=FIRST), torch.zeros(3).pin_memory()
-    host.copy_(numbers, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record()
-    assert host.isnan().all()
-    there.synchronize()
-    assert host.tolist() == [1, 1, 1]
-    plain = torch.zeros(3)
-    plain.copy_(numbers, non_blocking=True)
-    assert plain.tolist() == [1, 1, 1], "what is not pinned is waited for"
-    assert torch.empty(3, device=FIRST).isnan().all()
-
-
-def test_what_is_being_copied_must_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AssertionError, match="overwritten"), emulated(1, monkeypatch):
-        host = torch.ones(3).pin_memory()
-        assert host.to(FIRST, non_blocking=True).tolist() == [1, 1, 1]
-        host += 1  # not yet the mistake: the host has waited for the copy, when it read the list
-        host.to(FIRST, non_blocking=True)
-        host += 1
-
-
-def test_a_replay_runs_what_was_issued_on_what_is_there_now(cuda: Emulation) -> None:
-    given, factor = torch.ones(3, device=FIRST), [2.0]
-
-    def capture(pool: Any) -> tuple[Any, torch.Tensor]:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(FIRST)
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            doubled = given * factor[0]
-            doubled += 1
-        return graph, doubled
-
-    pool = torch.cuda.graph_pool_handle()
-    (one, result), (other, _) = capture(pool), capture(pool)
-    assert all(map(math.isnan, result.tolist())), "nothing has been computed yet"
-    given += 4
-    factor[0] = 100.0
-    one.replay()
-    assert result.tolist() == [11, 11, 11]
-    other.replay()
-    assert all(map(math.isnan, result.tolist())), "another graph of the pool has run since"
-
-
-@pytest.mark.parametrize(
-    "waits", [lambda t: t.tolist(), lambda t: t[0].item(), lambda t: t.to("cpu"), lambda t: bool(t[0])]
-)
-def test_nothing_waits_while_a_graph_is_captured(cuda: Emulation, waits: Callable[[torch.Tensor], Any]) -> None:
-    numbers, graph, stream = torch.ones(3, device=FIRST), torch.cuda.CUDAGraph(), torch.cuda.Stream(FIRST)
-    captured = torch.cuda.graph(graph, pool=None, stream=stream)
-    with pytest.raises(AssertionError, match="while a graph is captured"), captured:
-        waits(numbers + 1)
