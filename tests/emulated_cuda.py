@@ -16,16 +16,13 @@ Every device has a clock that counts what is given to it (``Emulation.cost``), s
 """
 
 import ctypes
-import itertools
 import os
 import shutil
 import subprocess
 import tempfile
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +30,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_streams import Event, Graph, Machine, Memory, Stream, Transfer, fill_with_rubbish
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -50,26 +48,6 @@ static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &gua
 METADATA = {aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.new_empty, aten.new_zeros}
 METADATA |= {aten.new_full, aten.new_ones, aten.new_empty_strided, aten.sym_size, aten.is_pinned, aten.detach}
 FRESH = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
-
-
-class Memory:
-    """A tensor's memory on a device, and who used it: by stream the tick of its last use, and of its last write."""
-
-    def __init__(self, emulation: "Emulation", stream: "Stream") -> None:
-        self.emulation = emulation
-        self.stream = stream  # that allocated it
-        self.used: dict[int, int] = {}
-        self.written: dict[int, int] = {}
-        self.recorded = {stream.number}  # streams that giving it back waits for
-        self.of_graph = False  # given back with the graph, which waits for the device
-
-    def __del__(self) -> None:
-        if self.of_graph:
-            return
-        late = {s for s, tick in self.used.items() if s not in self.recorded and not self.stream.knows(s, tick)}
-        if late:
-            self.emulation.fail(f"memory of {self.stream} is given back while {late} may still use it")
 
 
 class OnDevice(torch.Tensor):
@@ -97,7 +75,7 @@ class OnDevice(torch.Tensor):
         return f"OnDevice({self.inner!r}, {self.device})"
 
     def tolist(self) -> Any:
-        self.memory.emulation.wait_for(self)
+        Emulation.current.wait_for(self)
         return self.inner.tolist()
 
     def __deepcopy__(self, memo: Any) -> "OnDevice":
@@ -116,234 +94,26 @@ class OnDevice(torch.Tensor):
         raise AssertionError(f"{func} outside the emulation")
 
 
-class Stream:
-    numbers = itertools.count()
-
-    def __init__(self, device: Any = None, priority: int = 0) -> None:
-        self.emulation = Emulation.current
-        self.device = self.emulation.device(device)
-        self.number = next(self.numbers)
-        self.clock: Counter[int] = Counter()
-        self.time = 0.0
-
-    def __repr__(self) -> str:
-        return f"stream {self.number} of {self.device}"
-
-    def knows(self, stream: int, tick: int) -> bool:
-        return self.clock[stream] >= tick
-
-    def wait_event(self, event: "Event") -> None:
-        self.emulation.not_captured(self, "waits for an event")
-        _merge(self.clock, event.clock)
-        self.time = max(self.time, event.time)
-
-    def wait_stream(self, stream: "Stream") -> None:
-        self.wait_event(stream.record_event())
-
-    def record_event(self, event: "Event | None" = None) -> "Event":
-        event = event or Event()
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        self.record_event().synchronize()
-
-
-class Event:
-    def __init__(self, **_: Any) -> None:
-        self.emulation = Emulation.current
-        self.clock: Counter[int] = Counter()
-        self.time = 0.0
-
-    def record(self, stream: Stream | None = None) -> None:
-        stream = stream or self.emulation.stream()
-        self.emulation.not_captured(stream, "records an event")
-        self.emulation.tick(stream, 0.0)
-        self.clock, self.time = Counter(stream.clock), stream.time
-
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or self.emulation.stream()).wait_event(self)
-
-    def synchronize(self) -> None:
-        self.emulation.host_waits(self.clock, self.time)
-
-
-class Graph:
-    """What was issued between the beginning and the end of a capture."""
-
-    def __init__(self) -> None:
-        self.emulation = Emulation.current
-        self.calls: list[Callable[[], None]] = []
-        self.used: dict[Memory, bool] = {}  # memory from before, and whether it is written
-        self.made: list[Memory] = []
-        self.kept: list[Any] = []
-        self.results: list[weakref.ref[OnDevice]] = []
-        self.cost = 0.0
-        self.pool: Any = None
-        self.stream: Stream | None = None
-
-    def replay(self) -> None:
-        emulation = self.emulation
-        assert self.stream is not None and self.stream.device == emulation.device(None), "a graph of another device"
-        stream = emulation.stream()
-        emulation.launches += 1
-        emulation.begin(stream, self.used.items(), self.cost)
-        for memory in self.made:
-            memory.written = memory.used = {stream.number: stream.clock[stream.number]}
-        with torch.inference_mode():
-            for call in self.calls:
-                call()
-        for graph in emulation.graphs:
-            if graph is not self and graph.pool == self.pool:
-                graph.spoil()
-
-    def spoil(self) -> None:
-        for reference in self.results:
-            if (tensor := reference()) is not None:
-                _rubbish(tensor.inner)
-
-
-@dataclass(slots=True)
-class Transfer:
-    """A copy between a device and pinned memory that nobody has waited for."""
-
-    stream: int
-    tick: int
-    host: torch.Tensor
-    values: torch.Tensor
-    to_host: bool
-
-
-class Emulation(TorchDispatchMode):
-    """The machine: its devices, what the host knows of them, and what went wrong where nothing could be raised."""
+class Emulation(Machine, TorchDispatchMode):
+    """While it is entered, what torch does with tensors on CUDA devices is done by a machine."""
 
     current: "Emulation"
 
     def __init__(self, devices: int) -> None:
-        super().__init__()
-        Emulation.current = self
-        self.devices = devices
-        self.now = 0  # the current device
-        self.clock: Counter[int] = Counter()  # what the host has waited for
-        self.time = 0.0
-        self.cost: Callable[[Any, Iterable[torch.Tensor]], float] = lambda _, __: 0.0
-        self.busy: Counter[torch.device] = Counter()
-        self.errors: list[str] = []
-        self.launches = 0
+        TorchDispatchMode.__init__(self)
+        Machine.__init__(self, devices)
+        self.cost: Callable[[Any, Iterable[torch.Tensor]], float] = lambda _, __: 0.0  # of an operation or a kernel
         self.transfers = 0  # between host and devices
-        self.waited = 0.0  # by the host, for devices that were not done
         self.pinned: dict[int, int] = {}  # bytes, by address
-        self.pending: list[Transfer] = []
-        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
-        self.capturing: Graph | None = None
-        self.capture_stream: Stream | None = None
-        self.all_streams: list[Stream] = []
-        self.streams = {torch.device("cuda", i): self.new_stream(i) for i in range(devices)}
-        self.defaults = dict(self.streams)
-
-    def fail(self, message: str) -> None:
-        self.errors.append(message)
-
-    # devices and streams
-
-    def device(self, device: Any) -> torch.device:
-        device = torch.device("cuda", self.now) if device is None else device
-        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        device = torch.device("cuda", self.now) if device.index is None else device
-        assert device.type == "cuda" and device.index < self.devices, device
-        return device
-
-    def new_stream(self, device: Any = None, priority: int = 0) -> Stream:
-        self.all_streams.append(Stream(device, priority))
-        return self.all_streams[-1]
-
-    def stream(self, device: Any = None) -> Stream:
-        return self.streams[self.device(device)]
-
-    @contextmanager
-    def on_device(self, device: Any) -> Iterator[None]:
-        before, self.now = self.now, self.device(device).index
-        try:
-            yield
-        finally:
-            self.now = before
-
-    @contextmanager
-    def on_stream(self, stream: Stream) -> Iterator[None]:
-        before = self.streams[stream.device]
-        with self.on_device(stream.device):
-            self.streams[stream.device] = stream
-            try:
-                yield
-            finally:
-                self.streams[stream.device] = before
-
-    def synchronize(self, device: Any = None) -> None:
-        for stream in self.all_streams:
-            if stream.device == self.device(device):
-                stream.synchronize()
 
     def memory(self, device: Any = None) -> tuple[int, int]:
+        """Free bytes of a device, and all that it has."""
         self.device(device)
         return 8 << 30, 16 << 30
-
-    # order
-
-    def tick(self, stream: Stream, cost: float) -> None:
-        _merge(stream.clock, self.clock)
-        stream.clock[stream.number] += 1
-        stream.time = max(stream.time, self.time) + cost
-        self.busy[stream.device] += cost
-
-    def begin(self, stream: Stream, used: Iterable[tuple[Memory, bool]], cost: float = 0.0) -> None:
-        """Something that uses this memory, writing it or not, is issued on a stream."""
-        self.tick(stream, cost)
-        for memory, writes in used:
-            others = memory.used if writes else memory.written
-            if late := [s for s, tick in others.items() if not stream.knows(s, tick)]:
-                raise AssertionError(f"a race: {stream} and {late} use the same memory")
-            memory.used[stream.number] = stream.clock[stream.number]
-            if writes:
-                memory.written[stream.number] = stream.clock[stream.number]
-
-    def host_waits(self, clock: Counter[int], time: float) -> None:
-        assert self.capturing is None, "the host waits for the device while a graph is captured"
-        _merge(self.clock, clock)
-        self.waited += max(0.0, time - self.time)
-        self.time = max(self.time, time)
-        arrived = [t for t in self.pending if t.tick <= self.clock[t.stream]]
-        self.pending = [t for t in self.pending if t.tick > self.clock[t.stream]]
-        for transfer in arrived:
-            if transfer.to_host:
-                with torch.inference_mode():
-                    transfer.host.copy_(transfer.values)
-            elif not _same(transfer.host, transfer.values):
-                self.fail("the host has overwritten memory that a copy to the device was still reading")
 
     def wait_for(self, tensor: OnDevice) -> None:
         self.begin(self.stream(tensor.device), [(tensor.memory, False)])
         self.stream(tensor.device).synchronize()
-
-    def not_captured(self, stream: Stream, what: str) -> None:
-        assert self.capturing is None, f"{stream} {what} while a graph is captured"
-
-    # capture
-
-    @contextmanager
-    def capture(self, graph: Graph, pool: Any = None, stream: Stream | None = None) -> Iterator[None]:
-        self.capture_stream = self.capture_stream or self.new_stream()  # of the first device that ever captures
-        stream = stream or self.capture_stream
-        assert stream.device == self.device(None), "captured on a stream of another device"
-        self.synchronize()
-        with self.on_stream(stream):
-            graph.pool, graph.stream = pool or object(), stream
-            self.capturing = graph
-            try:
-                yield
-            finally:
-                self.capturing = None
-        graph.spoil()  # nothing has been computed
-        self.graphs.add(graph)
 
     # operations
 
@@ -392,7 +162,7 @@ class Emulation(TorchDispatchMode):
         there = [t for t in tensors if isinstance(t, OnDevice)] if packet not in METADATA else []
         call = partial(func, *inner_args, **inner_kwargs)
         changed = [t for t in there if id(t) in writes]
-        out = self.issue(call, there, changed, device, self.cost(func, there))
+        out = call() if func.is_view else self.issue(call, there, changed, device, self.cost(func, there))
         if changed:
             return tree_map_only(torch.Tensor, lambda _: changed[0], out) if out is not None else changed[0]
         known = {t.inner.untyped_storage().data_ptr(): t.memory for t in tensors if isinstance(t, OnDevice)}
@@ -403,7 +173,7 @@ class Emulation(TorchDispatchMode):
     ) -> Any:
         """Run ``call`` on the current stream of ``device``, or note it where a graph is captured there."""
         stream = self.stream(device)
-        used = {t.memory: t in changed for t in tensors} if not changed else {}
+        used: dict[Memory, bool] = {}
         for tensor in tensors:
             used[tensor.memory] = used.get(tensor.memory, False) or any(tensor is c for c in changed)
         graph = self.capturing
@@ -437,7 +207,7 @@ class Emulation(TorchDispatchMode):
             memory.used = {stream.number: stream.clock[stream.number]}
             memory.written = dict(memory.used)
             if fresh:
-                _rubbish(inner)
+                fill_with_rubbish(inner)
             if self.capturing is not None:
                 memory.of_graph = True
                 self.capturing.made.append(memory)
@@ -529,7 +299,7 @@ class Emulation(TorchDispatchMode):
             target.copy_(source.inner)
             return
         sent = source.inner.clone()
-        _rubbish(target)
+        fill_with_rubbish(target)
         self.pending.append(Transfer(stream.number, stream.clock[stream.number], target, sent, True))
 
     # kernels compiled outside torch
@@ -555,10 +325,6 @@ def _again(call: Callable[[], Any], results: list[torch.Tensor]) -> None:
         target.copy_(value)
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))  # NaN and all
-
-
 def _inner(tensor: OnDevice) -> torch.Tensor:
     return tensor.inner
 
@@ -571,19 +337,6 @@ def _named(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
     for name, value in kwargs.items():
         if name in by_name:
             yield by_name[name], value
-
-
-def _merge(clock: Counter[int], other: Counter[int]) -> None:
-    for stream, tick in other.items():
-        clock[stream] = max(clock[stream], tick)
-
-
-@torch.inference_mode()
-def _rubbish(tensor: torch.Tensor) -> None:
-    if tensor.dtype.is_floating_point:
-        tensor.fill_(float("nan"))
-    elif tensor.dtype is not torch.bool:
-        tensor.fill_(0x5A)
 
 
 @cache
@@ -628,7 +381,6 @@ def emulated(devices: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulatio
         Event=Event,
         CUDAGraph=Graph,
         current_stream=emulation.stream,
-        default_stream=lambda device=None: emulation.defaults[emulation.device(device)],
         stream=emulation.on_stream,
         device=emulation.on_device,
         graph=emulation.capture,
