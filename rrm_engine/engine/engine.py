@@ -285,7 +285,7 @@ class Engine:
             self._draw(earlier)
         self.plan, began, number = None, monotonic(), self.launched + 1
         with self.ranges("schedule", self.scheduler.live):
-            self.plan = plan = self.scheduler.schedule(self._drawn() if self.lookahead else {})
+            self.plan = plan = self.scheduler.schedule(self._drawn() if self.lookahead else ())
         for sequence in plan.admitted:
             sequence.admitted = (began, number)
         logits, order = self.runner.run(plan, self._unread(plan))
@@ -311,14 +311,14 @@ class Engine:
             flight.logits = logits.clone()  # the next step overwrites them
         return True
 
-    def _drawn(self) -> dict[Sequence, Flight]:
-        """Who has one token in flight, sampled already if not read, and where."""
+    def _drawn(self) -> set[Sequence]:
+        """Who has one token in flight, sampled already and not read."""
         there = (flight for flight in self._flights if flight.tokens is not None)
-        return {w.sequence: f for f in there for w in f.order if w.sequence.flights == [f.number]}
+        return {w.sequence for flight in there for w in flight.order if w.sequence.flights == [flight.number]}
 
     def _unread(self, plan: SchedulerOutput) -> Drawn | None:
         """The tokens that a step runs before they have been read."""
-        numbers = {work.sequence.flights[-1] for work in plan.work if work.ahead}
+        numbers = {work.sequence.launched for work in plan.work if work.ahead}
         flights = [flight for flight in self._flights if flight.number in numbers]
         tokens = [flight.tokens.on(self.runner.device) for flight in flights if flight.tokens is not None]
         if not tokens:
