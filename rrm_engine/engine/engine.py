@@ -318,7 +318,7 @@ class Engine:
 
     def _unread(self, plan: SchedulerOutput) -> Drawn | None:
         """The tokens that a step runs before they have been read."""
-        numbers = {work.sequence.launched for work in plan.work if work.ahead}
+        numbers = {work.sequence.flights[-1] for work in plan.work if work.ahead}
         flights = [flight for flight in self._flights if flight.number in numbers]
         tokens = [flight.tokens.on(self.runner.device) for flight in flights if flight.tokens is not None]
         if not tokens:
