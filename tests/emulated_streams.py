@@ -67,10 +67,13 @@ class Event:
     def __init__(self, **_: Any) -> None:
         self.machine = Machine.current
         self.clock: Counter[int] = Counter()
+        self.device: torch.device | None = None  # that of the first stream it is recorded on
         self.time = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or self.machine.stream()
+        assert self.device in (None, stream.device), f"an event of {self.device} is recorded on {stream}"
+        self.device = stream.device
         self.machine.not_captured(stream, "records an event")
         self.machine.tick(stream, 0.0)
         self.clock, self.time = Counter(stream.clock), stream.time

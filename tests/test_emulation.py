@@ -107,3 +107,11 @@ def test_nothing_waits_while_a_graph_is_captured(cuda: Emulation, waits: Callabl
     captured = torch.cuda.graph(graph, pool=None, stream=stream)
     with pytest.raises(AssertionError, match="while a graph is captured"), captured:
         waits(numbers + 1)
+
+
+def test_an_event_belongs_to_the_device_of_its_first_stream(cuda: Emulation) -> None:
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(FIRST))
+    torch.cuda.current_stream(SECOND).wait_event(event)
+    with pytest.raises(AssertionError, match="an event of cuda:0"):
+        event.record(torch.cuda.current_stream(SECOND))

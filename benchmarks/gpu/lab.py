@@ -18,6 +18,7 @@ from rrm_engine.models.geometry import GEOMETRIES, random_model
 
 Row = dict[str, Any]
 BLOCK_SIZE = 16
+CACHE_BYTES = 256 << 20  # more than any device's last cache holds
 TINY: dict[str, Any] = GEOMETRIES["qwen3-0.6b"] | {
     "vocab_size": 500,
     "hidden_size": 64,
@@ -91,16 +92,29 @@ class Lab:
         return statistics.median(times)
 
     def kernel_seconds(self, function: Callable[[], Any], calls: int = 10) -> float:
-        """Time of a call without the host's: on CUDA ``calls`` of them are captured and replayed as one graph."""
+        """Time of a call without the host's, on CUDA, its data not in the device's cache: as in a model's layer.
+
+        There ``calls`` of them are captured and replayed as one graph, each behind a write that fills the cache; the
+        time of these writes alone is taken off.
+        """
         if not self.on_cuda:
             return self.seconds(function, repeats=3, warm=1)
+        rubbish = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=self.device)
+
+        def cold() -> None:
+            rubbish.zero_()
+            function()
+
+        return (self._replayed(cold, calls) - self._replayed(rubbish.zero_, calls)) / calls
+
+    def _replayed(self, function: Callable[[], Any], calls: int) -> float:
         function()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(calls):
                 function()
-        return self.seconds(graph.replay) / calls
+        return self.seconds(graph.replay)
 
 
 @dataclass
