@@ -429,6 +429,30 @@ def test_the_device_decides_what_is_recorded(device: str, monkeypatch: pytest.Mo
     )  # to warm up, and to use
 
 
+def test_the_end_waits_for_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        def __init__(self, activities: list[ProfilerActivity]) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: Any) -> None: ...
+
+        def start(self) -> None: ...
+
+        def stop(self) -> None:
+            assert sorted(map(str, waited)) == ["cuda:0", "cuda:1"]
+            waited.clear()
+
+    waited: list[torch.device] = []
+    monkeypatch.setattr(profile_module, "profile", Silent)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    profile = Profile(first, 1, warm_up=0, devices=[first, first, second])
+    with profile.step(1):
+        assert waited == []
+    assert (waited, profile.recorded) == ([], 1)
+
+
 # operators
 
 

@@ -135,7 +135,8 @@ class Solver:
         Writes ``profile.json.gz`` and ``profile.txt`` into ``directory`` at the end of the block. ``about`` goes into
         the trace file. Raises ProfileError if the block has no step behind the warm-up.
         """
-        profile = Profile(self.model.device, steps, about=about)
+        devices = (shape.device for model in self.replicas for shape in model.shapes.values())
+        profile = Profile(self.model.device, steps, devices=devices, about=about)
         self.engine.announce_to(profile)
         try:
             yield profile

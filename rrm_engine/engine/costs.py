@@ -2,11 +2,10 @@
 
 from time import perf_counter
 
-import torch
-
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.host import HostCopy, SwapCosts
+from rrm_engine.kv.transfer import wait_for
 
 REPEATS = 3  # the first one warms up; the fastest counts
 MOST_BLOCKS = 64
@@ -42,7 +41,5 @@ def _round_trip_s(engine: Engine, blocks: int) -> float:
     began = perf_counter()
     engine.runner.cache.swap_out(copy, ids)
     engine.runner.cache.swap_in(copy, ids)
-    for device in {shape.device for shape in engine.runner.cache.shapes.values()}:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    wait_for(shape.device for shape in engine.runner.cache.shapes.values())
     return perf_counter() - began

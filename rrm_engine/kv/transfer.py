@@ -4,7 +4,7 @@ Each device runs what it is given in the order in which it was given (its curren
 the device would wait for everything given to it before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -53,6 +53,13 @@ def hand_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _copy_stream(source: torch.device, target: torch.device, on: torch.device) -> torch.cuda.Stream:
     """The stream on one of both devices for copies from ``source`` to ``target``."""
     return torch.cuda.Stream(on)
+
+
+def wait_for(devices: Iterable[torch.device]) -> None:
+    """Until they have done all that they were given."""
+    for device in set(devices):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 class Readback:

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from rrm_engine.engine.ranges import HasSequence, Ranges
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence
+from rrm_engine.kv.transfer import wait_for
 from rrm_engine.trace.kernel_names import named_kernels
 from rrm_engine.trace.profile_reader import ENTRY, PROFILE, RANGE, STEP, SUMMARY, from_chrome, range_table
 
@@ -37,7 +38,7 @@ class Profile(Ranges):
     """Records ``steps`` steps behind the first ``warm_up``; before and after that it makes no range either.
 
     ``device`` decides what is recorded: with CUDA its kernels and copies too. ``about`` goes into the trace's entry
-    ``rrm_engine``. What runs in the window takes longer for it.
+    ``rrm_engine``, ``devices`` are all those that compute. What runs in the window takes longer for it.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class Profile(Ranges):
         steps: int = STEPS,
         *,
         warm_up: int = WARM_UP,
+        devices: Iterable[torch.device] = (),
         about: Mapping[str, Any] | None = None,
     ) -> None:
         if steps < 1:
             raise ProfileError("--profile must be at least 1")
         self.device = device
+        self.devices = {device, *devices}
         self.steps = steps
         self.warm_up = warm_up
         self.recorded = 0
@@ -129,8 +132,7 @@ class Profile(Ranges):
     def _stop(self) -> None:
         if self._on:
             self._on = False
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            wait_for(self.devices)
             self._profiler.stop()
             self._names.close()
 
