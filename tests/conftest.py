@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from emulated_cuda import Emulation
     from lab import Lab, Recorded
 
+    from rrm_engine.backends.local import Solver
     from rrm_engine.engine.prepare import LoadedModel
 
 
@@ -32,6 +33,15 @@ def model() -> "LoadedModel":
 
     torch.set_num_threads(1)
     return prepared(plain_model("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def solver() -> "Solver":
+    """The embedded model."""
+    from rrm_engine.backends.local import Solver
+    from rrm_engine.config import RunConfig
+
+    return Solver.load(RunConfig())
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import prepare_model
 from rrm_engine.engine.recorder import CudaGraphs, Share
 from rrm_engine.engine.replicas import Replicas
+from rrm_engine.engine.scheduler import WaitPolicy
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.transfer import Readback
 from rrm_engine.models.attention import OnOwnDevice
@@ -78,8 +79,8 @@ def test_replicas(cuda: Emulation, fast: None) -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("policy", ["offload", "auto"])
-def test_blocks_that_move_to_the_host_and_back(cuda: Emulation, fast: None, policy: Any, devices: int) -> None:
+@pytest.mark.parametrize("policy", get_args(WaitPolicy))
+def test_every_wait_policy(cuda: Emulation, fast: None, policy: Any, devices: int) -> None:
     plain = plain_model("qwen3")
     model = on_cuda(plain, devices)
     for blocks in (200, 30):
@@ -203,13 +204,13 @@ def with_modules() -> bool:
     return mistakes(plain, live_graph(engine)) == {}
 
 
-def right(scenario: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether tokens are right and no rule is broken."""
+def complaint(scenario: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The rule that is broken, or that tokens are wrong; nothing if all is right."""
     try:
         with emulated(2, monkeypatch):
-            return scenario()
-    except (AssertionError, RuntimeError):
-        return False
+            return "" if scenario() else "wrong tokens"
+    except AssertionError as error:
+        return str(error)
 
 
 def early(self: Readback, device: torch.device) -> torch.Tensor:
@@ -231,18 +232,18 @@ def on_one_stream(self: CudaGraphs, call: Any) -> Any:
 SWAP_IN, RECORD = KVCache.swap_in, CudaGraphs.record
 
 
-LEFT_OUT: list[tuple[Any, str, Any, list[Callable[[], bool]]]] = [  # and where that has to be noticed
-    (OnDevice, "clone", lambda self: self, [piped, with_modules]),
-    (OnDevice, "record_stream", lambda self, stream: None, [piped, moved, with_modules]),
-    (Stream, "wait_stream", lambda self, stream: None, [piped, moved]),
-    (Stream, "wait_event", lambda self, event: None, [piped, moved]),
-    (Staging, "begin", lambda self: None, [piped]),
-    (Readback, "tolist", lambda self: self._host.tolist(), [piped]),
-    (Readback, "on", early, [piped]),
-    (KVCache, "swap_in", forgotten, [moved]),
-    (Share, "on_device", lambda self: nullcontext(), [piped]),
-    (OnOwnDevice, "__call__", lambda self, *given: self.attend(*given), [with_modules]),
-    (CudaGraphs, "record", on_one_stream, [piped]),
+LEFT_OUT: list[tuple[Any, str, Any, str, list[Callable[[], bool]]]] = [  # what is said of that, and where
+    (OnDevice, "clone", lambda self: self, "a race", [piped, with_modules]),
+    (OnDevice, "record_stream", lambda self, stream: None, "given back", [piped, moved, with_modules]),
+    (Stream, "wait_stream", lambda self, stream: None, "a race", [piped, moved]),
+    (Stream, "wait_event", lambda self, event: None, "a race", [piped, moved]),
+    (Staging, "begin", lambda self: None, "overwritten", [piped]),
+    (Readback, "tolist", lambda self: self._host.tolist(), "wrong tokens", [piped]),
+    (Readback, "on", early, "host memory is read", [piped]),
+    (KVCache, "swap_in", forgotten, "host memory is read", [moved]),
+    (Share, "on_device", lambda self: nullcontext(), "a kernel launched on cuda:0", [piped]),
+    (OnOwnDevice, "__call__", lambda self, *given: self.attend(*given), "a kernel launched on cuda:0", [with_modules]),
+    (CudaGraphs, "record", on_one_stream, "a stream of another device", [piped]),
 ]
 
 
@@ -250,15 +251,21 @@ LEFT_OUT: list[tuple[Any, str, Any, list[Callable[[], bool]]]] = [  # and where 
 def test_nothing_is_noticed_where_nothing_is_left_out(
     fast: None, scenario: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert right(scenario, monkeypatch)
+    assert complaint(scenario, monkeypatch) == ""
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "broken", "scenario"),
-    [(owner, name, broken, scenario) for owner, name, broken, noticed in LEFT_OUT for scenario in noticed],
+    ("owner", "name", "broken", "said", "scenario"),
+    [(*left_out, scenario) for *left_out, noticed in LEFT_OUT for scenario in noticed],
 )
 def test_what_is_left_out_is_noticed(
-    fast: None, owner: Any, name: str, broken: Any, scenario: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+    fast: None,
+    owner: Any,
+    name: str,
+    broken: Any,
+    said: str,
+    scenario: Callable[[], bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(owner, name, broken)
-    assert not right(scenario, monkeypatch)
+    assert said in complaint(scenario, monkeypatch)

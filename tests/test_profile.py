@@ -1,8 +1,6 @@
 """--profile on the real engine: which ranges there are, for whom, when; what it writes; and that off is off."""
 
 import gzip
-import importlib.util
-import inspect
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -18,10 +16,9 @@ from oracle import compiled, engine_for, plain_model, prepared, prompt
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb2
 from rrm_kernels.native import load_native_layer
 from rrm_kernels.products import NativeLinear
-from torch.profiler import ProfilerActivity, record_function
 
 import rrm_engine.trace.profile as profile_module
-from rrm_engine import RunConfig, Solver
+from rrm_engine import Solver
 from rrm_engine.bench.cli import main as bench
 from rrm_engine.bench.tasks import load_tasks
 from rrm_engine.engine.runner import ModelRunner
@@ -31,7 +28,7 @@ from rrm_engine.models.fuse import PackedLinear
 from rrm_engine.trace.cli import main as trace_command
 from rrm_engine.trace.kernel_names import KERNELS
 from rrm_engine.trace.perfetto import ranges_of
-from rrm_engine.trace.profile import WARM_UP, Profile, ProfileError
+from rrm_engine.trace.profile import WARM_UP, Profile
 from rrm_engine.trace.profile_reader import (
     PROFILE,
     SUMMARY,
@@ -80,11 +77,6 @@ def profile(recorded: tuple[Path, Spied]) -> RecordedProfile:
     found = read_profile(recorded[0])
     assert found is not None
     return found
-
-
-@pytest.fixture(scope="module")
-def solver() -> Solver:
-    return Solver.load(RunConfig())
 
 
 # ranges
@@ -342,115 +334,6 @@ def test_copies_and_swaps_name_whose_blocks_they_move(tmp_path: Path) -> None:
         (4, "offload", ["job:root"]),
     ]
     assert [r.name for r in found.ranges if r.name in FORWARDS] == ["prefill", "prefill", "decode", "prefill+decode"]
-
-
-# off and on
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The name of every record_function that is made."""
-    names: list[str] = []
-    init = record_function.__init__
-
-    def counting(self: record_function, name: str, args: str | None = None) -> None:
-        names.append(name)
-        init(self, name, args)
-
-    monkeypatch.setattr(record_function, "__init__", counting)
-    return names
-
-
-def test_off_makes_no_range_and_on_makes_them_in_its_window_only(
-    solver: Solver, made: list[str], tmp_path: Path
-) -> None:
-    task = load_tasks("embedded").tasks[0].problem
-    plain = solver.solve(task)
-    steps = solver.engine.steps
-    assert steps > WARM_UP + STEPS and made == []
-    with solver.profile(tmp_path, 5):
-        profiled = solver.solve(task)
-    assert made.count("step") == made.count("sample") == 5  # control: the count sees them
-    assert solver.engine.steps > steps + WARM_UP + 5
-    made.clear()
-    again = solver.solve(task)
-    assert made == [] and plain.answer == profiled.answer == again.answer
-    assert (read_profile(tmp_path) or pytest.fail()).outer[0].args["step"] == steps + WARM_UP + 1
-
-
-def test_the_benchmark_compares_with_an_engine_without_ranges() -> None:
-    path = Path(__file__).parents[1] / "benchmarks" / "profile_overhead.py"
-    spec = importlib.util.spec_from_file_location("profile_overhead", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = module.methods_without_ranges(module.MODULES)
-    assert {"_launch", "collect", "run", "_step", "_read"} <= {name for _, name, *_ in found}
-    for _, _, as_is, without in found:
-        assert "ranges" in inspect.unwrap(as_is).__code__.co_names
-        assert "ranges" not in inspect.unwrap(without).__code__.co_names
-
-
-def test_an_interrupted_run_leaves_a_profile_of_what_there_was(solver: Solver, tmp_path: Path) -> None:
-    def interrupt(event: dict[str, Any]) -> None:
-        if event["event"] == "pause":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), solver.profile(tmp_path, 10_000):
-        solver.solve(load_tasks("embedded").tasks[0].problem, on_event=interrupt)
-    found = read_profile(tmp_path)
-    assert found is not None and sum(outer.name == "step" for outer in found.outer) > 5
-    solver.close()
-
-
-def test_a_run_without_a_step_behind_the_warm_up_says_so(solver: Solver, tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match="there were 0 steps"), solver.profile(tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_device_decides_what_is_recorded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No device is needed to see what torch is asked for."""
-    asked: list[Any] = []
-
-    class Asked:
-        def __init__(self, activities: list[ProfilerActivity]) -> None:
-            asked.extend(activities)
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: Any) -> None: ...
-
-    monkeypatch.setattr(profile_module, "profile", Asked)
-    Profile(torch.device(device))
-    assert (
-        asked == 2 * [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + (device == "cuda")]
-    )  # to warm up, and to use
-
-
-def test_the_end_waits_for_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Silent:
-        def __init__(self, activities: list[ProfilerActivity]) -> None: ...
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: Any) -> None: ...
-
-        def start(self) -> None: ...
-
-        def stop(self) -> None:
-            assert sorted(map(str, waited)) == ["cuda:0", "cuda:1"]
-            waited.clear()
-
-    waited: list[torch.device] = []
-    monkeypatch.setattr(profile_module, "profile", Silent)
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    profile = Profile(first, 1, warm_up=0, devices=[first, first, second])
-    with profile.step(1):
-        assert waited == []
-    assert (waited, profile.recorded) == ([], 1)
 
 
 # operators
