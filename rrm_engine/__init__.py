@@ -8,19 +8,21 @@ Solve a task in five lines::
     result = solver.solve("...", mode="rrm")
     print(result.answer, result.latency_s, result.critical_path_tokens)
 
-``Solver.stream`` yields every event while it happens, ``Solver.run`` solves many jobs in one batch.
+``Solver.stream`` yields every event while it happens, ``Solver.run`` solves many jobs in one batch. What cannot be done
+is refused with an ``RrmError``, in one sentence.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from rrm_engine.config import RunConfig
+from rrm_engine.errors import RrmError
 
 if TYPE_CHECKING:
     from rrm_engine.backends.local import Solver
     from rrm_engine.backends.result import Job, JobResult
 
-__all__ = ["Job", "JobResult", "RunConfig", "Solver"]
+__all__ = ["Job", "JobResult", "RrmError", "RunConfig", "Solver"]
 
 _LAZY = {
     "Solver": "rrm_engine.backends.local",

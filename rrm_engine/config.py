@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rrm_engine.errors import RrmError
+
 MODES = ("direct", "rrm")
 
 
@@ -15,7 +17,7 @@ def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
 class RunConfig:
     """Settings of a run. ``None`` means "decided from the model or the prompt style at load".
 
-    Raises ValueError, naming the flag, when a value is out of range.
+    Raises RrmError, naming the flag, when a value is out of range.
     """
 
     # model
@@ -165,4 +167,4 @@ class RunConfig:
                 checks.append((value in choices, f"--{f.name.replace('_', '-')} takes {', '.join(choices)}"))
         for ok, message in checks:
             if not ok:
-                raise ValueError(message)
+                raise RrmError(message)

@@ -18,6 +18,7 @@ from rrm_engine.backends.shadow import Shadows
 from rrm_engine.engine.engine import Sampled
 from rrm_engine.engine.replicas import AnyEngine
 from rrm_engine.engine.sequence import State, Stop
+from rrm_engine.errors import RrmError
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.types import (
     Cancel,
@@ -249,7 +250,7 @@ class JobRun:
                 matcher=plan.match(grammar),
                 fork_of=fork,
             )
-        except ValueError as error:
+        except RrmError as error:
             self._no_room(command.node, error)
             return
         parser = EventParser(self._opens_thinking(plan)) if self.machine and command.phase is not Phase.DIRECT else None
@@ -280,7 +281,7 @@ class JobRun:
         try:
             matcher = plan.match(grammar)
             runtime.engine.resume(node.sequence, tokens, plan.budget, plan.sampling, matcher, splices)
-        except ValueError as error:
+        except RrmError as error:
             self._no_room(node.path, error)
             return
         if splices:
@@ -333,7 +334,7 @@ class JobRun:
         if node is not None and parent is not None and parent.sequence.state is not State.FINISHED:
             self._joiner.keep(parent, node, conclusion)
 
-    def _no_room(self, path: str, error: ValueError) -> None:
+    def _no_room(self, path: str, error: RrmError) -> None:
         """A node that does not fit into a sequence has failed; whoever waits for it is told."""
         self._errors.append(str(error))
         self._emit("no_room", path, reason=str(error))

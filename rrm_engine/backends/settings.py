@@ -11,6 +11,7 @@ from rrm_engine.config import RunConfig
 from rrm_engine.engine.prepare import LoadedModel
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Matcher
+from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Limits, Phase
 from rrm_engine.kv.cache import bytes_per_block_on_devices
 from rrm_engine.kv.memory import free_memory, kv_room
@@ -42,12 +43,12 @@ def resolve(
 
     ``replicas`` are the copies of ``model``, itself among them, if there are several.
 
-    Raises ValueError, with the numbers and the flag to change, when the longest sequence cannot fit.
+    Raises RrmError, with the numbers and the flag to change, when the longest sequence cannot fit.
     """
     values: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), **_where(config, model, replicas)}
     values["prompt_style"] = config.prompt_style if config.prompt_style != "auto" else style.name
     if config.block_size % (multiple := block_multiple(model.attend)):
-        raise ValueError(
+        raise RrmError(
             f"--block-size {config.block_size}: --attention {config.attention} takes multiples of {multiple}; "
             f"give --block-size {multiple}"
         )
@@ -56,7 +57,7 @@ def resolve(
         if thinking is None:
             thinking = style.thinking[phase] and chat.has_thinking
         if thinking and not chat.has_thinking:
-            raise ValueError(f"--{phase}-thinking on: the chat template of {model.name} has no thinking switch")
+            raise RrmError(f"--{phase}-thinking on: the chat template of {model.name} has no thinking switch")
         values[f"{phase}_thinking"] = thinking
         values[flag] = getattr(config, flag) or min(style.budget(phase), model.max_position)
     if config.constrain == "auto":
@@ -82,10 +83,10 @@ def _where(config: RunConfig, model: LoadedModel, replicas: Sequence[LoadedModel
 
 
 def _lookahead(config: RunConfig, model: LoadedModel) -> str:
-    """Whether steps are launched ahead. Raises ValueError where that was asked for and cannot be."""
+    """Whether steps are launched ahead. Raises RrmError where that was asked for and cannot be."""
     shadowed = config.join != "text" and config.splice_report > 0
     if config.lookahead == "on" and shadowed:
-        raise ValueError("--lookahead on: the splice report reads every token before the next step; --splice-report 0")
+        raise RrmError("--lookahead on: the splice report reads every token before the next step; --splice-report 0")
     if config.lookahead == "auto":
         return "on" if model.device.type == "cuda" and not shadowed else "off"
     return config.lookahead
@@ -105,7 +106,7 @@ def _sequence_tokens(config: RunConfig, model: LoadedModel, prompt: int) -> int:
     """The longest sequence a run may need: a direct solve, or a node that plans, solves and continues."""
     if config.max_sequence_tokens is not None:
         if config.max_sequence_tokens > model.max_position:
-            raise ValueError(
+            raise RrmError(
                 f"--max-sequence-tokens {config.max_sequence_tokens}: {model.name} knows {model.max_position} positions"
             )
         return config.max_sequence_tokens
@@ -116,7 +117,7 @@ def _sequence_tokens(config: RunConfig, model: LoadedModel, prompt: int) -> int:
     recursive = budget[Phase.GRAPH] + max(budget[Phase.SOLVER], Limits().max_awaits * resume)
     needed = prompt + max(budget[Phase.DIRECT], recursive if "rrm" in config.modes else 0)
     if prompt + 1 >= model.max_position:
-        raise ValueError(
+        raise RrmError(
             f"the longest prompt has {prompt} tokens and {model.name} knows {model.max_position} positions: "
             f"shorten the tasks or use a model with a longer context"
         )
@@ -134,7 +135,7 @@ def _blocks(config: RunConfig, sizes: Mapping[torch.device, int]) -> int:
     room = kv_room(fullest) // sizes[fullest]
     if room < one:
         need, free = one * sizes[fullest], kv_room(fullest)
-        raise ValueError(
+        raise RrmError(
             f"one sequence of {config.max_sequence_tokens} tokens needs {need / 2**30:.2f} GiB of KV and "
             f"{free / 2**30:.2f} GiB are free for it on {fullest}: lower the phases' token budgets or "
             f"--max-sequence-tokens, or use a smaller --dtype"
@@ -157,7 +158,7 @@ def _refuse_more_than_memory(config: RunConfig, sizes: Mapping[torch.device, int
     for flag, blocks, device, size in [*asked, ("--host-kv-blocks", host, HOST, sum(sizes.values()))]:
         room = free_memory(device)
         if blocks and blocks * size > room:
-            raise ValueError(
+            raise RrmError(
                 f"{flag} {blocks} takes {blocks * size / 2**30:,.2f} GiB of KV and {room / 2**30:,.2f} GiB are free on "
                 f"{device}: lower {flag}, to {room // size} at most"
             )

@@ -14,18 +14,16 @@ from rrm_engine.bench.environment import environment, package_version
 from rrm_engine.bench.flags import (
     DEFAULT_TASKS,
     PROGRAM,
-    FlagError,
     Options,
     flag,
-    make_config,
     parse,
     show,
 )
-from rrm_engine.bench.readers import TaskError
 from rrm_engine.bench.summary import summarise
 from rrm_engine.bench.table import model_line, plural, print_closing
 from rrm_engine.bench.tasks import TaskSet, load_tasks
 from rrm_engine.config import RunConfig
+from rrm_engine.errors import RrmError
 from rrm_engine.trace.command import close_output, say
 from rrm_engine.trace.profile_reader import PROFILE, SUMMARY
 from rrm_engine.trace.record import RunDir, RunDirError
@@ -39,16 +37,12 @@ OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 FORMAT = 1  # of the run directory
 
 
-class Refusal(Exception):
-    """The run cannot begin; the message is one sentence for the user."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench; returns the exit code."""
     try:
         options = parse(argv)
         return resume_run(options) if options.resume else new_run(options)
-    except (TaskError, FlagError, RunDirError, Refusal) as error:
+    except RrmError as error:
         say(f"error: {error}")
         return REFUSED
     except KeyboardInterrupt:
@@ -82,13 +76,13 @@ def resume_run(options: Options) -> int:
         tasks = load_tasks(options.tasks or recorded["tasks"]["source"])
         _refuse_differences(differences(options.given, tasks, recorded), directory.path)
         if options.profile and (directory.path / PROFILE).exists():
-            raise Refusal(f"{directory.path} holds a profile already: move its {PROFILE} away, or leave --profile out")
+            raise RrmError(f"{directory.path} holds a profile already: move its {PROFILE} away, or leave --profile out")
         if directory.cut:
             say("Cut a half-written row off rows.jsonl; it runs again.")
         if not _missing(tasks, config, directory):
             return _close(directory, config, options.quiet)
         # The pool's size is read off free memory, which is never twice the same: keep the first run's.
-        pinned = make_config({**asdict(config), "kv_blocks": recorded["resolved"].get("kv_blocks")})
+        pinned = RunConfig(**{**asdict(config), "kv_blocks": recorded["resolved"].get("kv_blocks")})
         solver = _load(pinned, tasks, _announce(options))
         _refuse_differences(_drift(recorded["resolved"], solver.resolved), directory.path)
         session = {"started": _now(), "command": _command(), **environment()}
@@ -122,19 +116,19 @@ def _drift(recorded: dict[str, Any], resolved: RunConfig) -> list[str]:
 
 def _refuse_differences(found: list[str], path: Path) -> None:
     if found:
-        raise Refusal(f"{path} was recorded under other settings: {'; '.join(found)}")
+        raise RrmError(f"{path} was recorded under other settings: {'; '.join(found)}")
 
 
 def _recorded_config(recorded: dict[str, Any], path: Path) -> RunConfig:
     """The settings of run.json; those that a newer version added keep their defaults."""
     if recorded.get("format") != FORMAT or not {"settings", "resolved", "tasks", "resumed"} <= recorded.keys():
-        raise Refusal(f"{path / 'run.json'} was written by another version; start a new run")
+        raise RrmError(f"{path / 'run.json'} was written by another version; start a new run")
     settings = recorded["settings"]
     if unknown := settings.keys() - {f.name for f in fields(RunConfig)}:
-        raise Refusal(f"{path / 'run.json'} has settings that this version lacks: {', '.join(sorted(unknown))}")
+        raise RrmError(f"{path / 'run.json'} has settings that this version lacks: {', '.join(sorted(unknown))}")
     for f in fields(RunConfig):
         settings.setdefault(f.name, f.default)
-    return make_config({**settings, "modes": tuple(settings["modes"])})
+    return RunConfig(**{**settings, "modes": tuple(settings["modes"])})
 
 
 def _load(config: RunConfig, tasks: TaskSet, announce: Callable[[str], None]) -> "Solver":
@@ -144,9 +138,9 @@ def _load(config: RunConfig, tasks: TaskSet, announce: Callable[[str], None]) ->
 
         return Solver.load(config, [task.problem for task in tasks.tasks[: config.limit]], announce)
     except MemoryError as error:
-        raise Refusal(str(error) or "There is not enough memory for this model") from None
+        raise RrmError(str(error) or "There is not enough memory for this model") from None
     except (ValueError, OSError) as error:
-        raise Refusal(str(error)) from None
+        raise RrmError(str(error)) from None
 
 
 def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir, options: Options) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from rrm_engine.bench.environment import package_version
 from rrm_engine.config import MODES, RunConfig
+from rrm_engine.errors import RrmError
 
 PROGRAM = "python -m rrm_engine.bench"
 DEFAULT_TASKS = "embedded"
@@ -45,10 +46,6 @@ exit code: 0 all rows done, 1 a row has an error or the run broke off,
 2 refused before it began, 130 interrupted"""
 
 
-class FlagError(ValueError):
-    """A flag's value cannot be used; the message is one sentence that names the flag."""
-
-
 @dataclass(frozen=True, slots=True)
 class Options:
     """A parsed command line. ``given`` holds the settings that were written out, by RunConfig's names."""
@@ -62,15 +59,7 @@ class Options:
 
     def config(self) -> RunConfig:
         """The settings, with defaults for what was not given."""
-        return make_config(self.given)
-
-
-def make_config(settings: dict[str, Any]) -> RunConfig:
-    """A RunConfig, its complaint about a value turned into a FlagError."""
-    try:
-        return RunConfig(**settings)
-    except ValueError as error:
-        raise FlagError(str(error)) from None
+        return RunConfig(**self.given)
 
 
 def flag(name: str) -> str:
@@ -102,7 +91,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         parser.error("--profile must be at least 1")
     try:
         options.config()
-    except FlagError as error:
+    except RrmError as error:
         parser.error(str(error))
     return options
 

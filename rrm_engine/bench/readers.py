@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.errors import RrmError
 
-class TaskError(ValueError):
+
+class TaskError(RrmError):
     """A task set cannot be read; the message is one sentence for the user."""
 
 

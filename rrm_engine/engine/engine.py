@@ -13,6 +13,7 @@ from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
 from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, WaitPolicy, Work
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
+from rrm_engine.errors import RrmError
 from rrm_engine.kv.host import HostSpace
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.span import Span
@@ -79,11 +80,11 @@ class Engine:
         """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
         ``lookahead`` launches steps that run tokens which nobody knows yet.
 
-        Raises ValueError if the pool cannot hold one sequence of ``max_sequence_tokens``.
+        Raises RrmError if the pool cannot hold one sequence of ``max_sequence_tokens``.
         """
         blocks = -(-max_sequence_tokens // pool.block_size)
         if blocks > pool.num_blocks:
-            raise ValueError(
+            raise RrmError(
                 f"one sequence of {max_sequence_tokens} tokens takes {blocks} KV blocks of {pool.block_size}, the pool "
                 f"has {pool.num_blocks}: raise --kv-blocks to at least {blocks}, or lower --max-sequence-tokens or the "
                 f"phases' token budgets"
@@ -165,7 +166,7 @@ class Engine:
         """Add a sequence that may sample ``budget`` tokens; its first token comes with the next step.
 
         ``fork_of`` is (parent, n): ``tokens`` starts with the parent's first n tokens, whose blocks are shared.
-        Raises ValueError, with the numbers, if ``tokens`` leaves no room for a single new one.
+        Raises RrmError, with the numbers, if ``tokens`` leaves no room for a single new one.
         """
         self._check_room(key, len(tokens))
         table = BlockTable(self.pool, self.space)
@@ -223,7 +224,7 @@ class Engine:
         ``splices`` are (index in ``tokens``, kept span): there the span's KV is attached instead of being computed,
         moved to its new positions, unless it was reclaimed until then. In between and behind there are tokens to run.
 
-        Raises ValueError, with the numbers, if they leave no room for a single new token.
+        Raises RrmError, with the numbers, if they leave no room for a single new token.
         """
         self._check_room(sequence.key, len(sequence.tokens) + len(tokens))
         sequence.splices += _placed(sequence, tokens, splices)
@@ -237,7 +238,7 @@ class Engine:
     def keep(self, keeper: Sequence, source: Sequence, start: int, stop: int) -> Span:
         """Hold the KV of the tokens ``start`` to ``stop`` of ``source`` until ``keeper`` ends or memory runs out.
 
-        Raises ValueError where there is no KV of them.
+        Raises RrmError where there is no KV of them.
         """
         span = Span(source.table, start, stop, source.tokens[start:stop])
         keeper.kept.append(span)
@@ -365,16 +366,16 @@ class Engine:
 
     def _check_room(self, key: str, length: int) -> None:
         if length < 1:
-            raise ValueError(f"{key} has no tokens to start from")
+            raise RrmError(f"{key} has no tokens to start from")
         if length >= self.max_sequence_tokens:
-            raise ValueError(
+            raise RrmError(
                 f"{key} has {length} tokens and a sequence may have {self.max_sequence_tokens}: "
                 f"raise --max-sequence-tokens (and --kv-blocks), or shorten the task or the budgets"
             )
 
 
 def _placed(sequence: Sequence, tokens: list[int], splices: SequenceOf[tuple[int, Span]]) -> list[tuple[int, Span]]:
-    """``splices`` by their positions in the sequence that ``tokens`` is appended to. Raises ValueError."""
+    """``splices`` by their positions in the sequence that ``tokens`` is appended to. Raises RrmError."""
     free, base = 0, len(sequence.tokens)
     if sequence.splices:
         position, span = sequence.splices[-1]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from rrm_engine.errors import RrmError
 from rrm_engine.kv.memory import free_memory, kv_room
 from rrm_engine.models.load import resolve_device
 from rrm_engine.models.spread import Places, decoder_layers, places, tied_modules
@@ -64,7 +65,7 @@ class MemoryPlan:
 
 
 def parse_devices(names: str) -> tuple[torch.device, ...]:
-    """``cuda:0,cuda:1``; a device may be named several times. Raises ValueError for one that cannot be used."""
+    """``cuda:0,cuda:1``; a device may be named several times. Raises RrmError for one that cannot be used."""
     return tuple(resolve_device(name.strip(), "--devices") for name in names.split(","))
 
 
@@ -72,7 +73,7 @@ def plan_memory(skeleton: Any, devices: Sequence[torch.device], kind: str, usefu
     """The plan for a model that is on the meta device only.
 
     ``auto`` takes one device if that is all there is, or if the model fits on the first with ``useful`` tokens of KV
-    beside it; else a pipeline. It never replicates. Raises ValueError, with the numbers, where the model does not fit.
+    beside it; else a pipeline. It never replicates. Raises RrmError, with the numbers, where the model does not fit.
     """
     if kind == "auto":
         single = _plan(skeleton, devices[:1], "single")
@@ -80,7 +81,7 @@ def plan_memory(skeleton: Any, devices: Sequence[torch.device], kind: str, usefu
         kind = "single" if enough else "pipeline"
     plan = _plan(skeleton, devices[:1] if kind == "single" else devices, kind)  # type: ignore[arg-type]
     if plan.room < 1:
-        raise ValueError(f"--placement {kind} does not fit, {plan.sentence()}: name more devices in --devices")
+        raise RrmError(f"--placement {kind} does not fit, {plan.sentence()}: name more devices in --devices")
     return plan
 
 
@@ -107,7 +108,7 @@ def _stages(skeleton: Any, devices: Sequence[torch.device]) -> list[Stage]:
     prefix, layers = decoder_layers(skeleton)
     sizes = [_bytes(layer) for layer in layers]
     if len(devices) > len(sizes):
-        raise ValueError(f"--devices names {len(devices)} stages and the model has {len(sizes)} layers: name fewer")
+        raise RrmError(f"--devices names {len(devices)} stages and the model has {len(sizes)} layers: name fewer")
     modules = dict(skeleton.named_modules())
     sides = places(skeleton, [FIRST, *[LAST] * (len(sizes) - 1)])
     ends = Counter[torch.device]()

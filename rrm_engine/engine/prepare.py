@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.engine.placement import MemoryPlan
 from rrm_engine.engine.probe import probe, refuse_known_mismatches
+from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import LayerShape
 from rrm_engine.models.attention import (
     Forward,
@@ -25,7 +26,7 @@ from rrm_engine.models.load import load_pretrained, resolve_device
 from rrm_engine.models.spread import spread
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(RrmError):
     """The model would run, but not exactly; the message says why."""
 
 

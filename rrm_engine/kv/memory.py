@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from rrm_engine.errors import RrmError
+
 # What torch and the libraries under it say in a plain RuntimeError.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -83,4 +85,4 @@ def refuse_out_of_memory(sentence: str) -> Iterator[None]:
     except (RuntimeError, OSError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(sentence) from error
+        raise RrmError(sentence) from error

@@ -20,6 +20,7 @@ from rrm_kernels.triton_attention import TritonUnavailable, load_triton
 from rrm_kernels.varlen import load_varlen
 from transformers import AttentionInterface
 
+from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.transfer import hand_over, to_device
 
@@ -153,7 +154,7 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, PagedAttenti
             return "flash-attn", load_flash(device)
     except (NativeUnavailable, TritonUnavailable, FlashUnavailable) as error:
         if name != "auto":
-            raise ValueError(f"--attention {name}: {error}; --attention sdpa works everywhere") from error
+            raise RrmError(f"--attention {name}: {error}; --attention sdpa works everywhere") from error
     return "torch reference", paged_attention
 
 

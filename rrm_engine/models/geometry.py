@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rrm_engine.errors import RrmError
 from rrm_engine.models.attention import ATTENTION_NAME, register_attention
 
 PREFIX = "random:"
@@ -57,12 +58,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 
 
 def find_geometry(name: str) -> dict[str, Any] | None:
-    """The geometry that ``random:GEOMETRY`` names; None for other names. Raises ValueError for an unknown one."""
+    """The geometry that ``random:GEOMETRY`` names; None for other names. Raises RrmError for an unknown one."""
     if not name.startswith(PREFIX):
         return None
     geometry = GEOMETRIES.get(name.removeprefix(PREFIX).lower())
     if geometry is None:
-        raise ValueError(f"--model {name}: the geometries are {', '.join(GEOMETRIES)}")
+        raise RrmError(f"--model {name}: the geometries are {', '.join(GEOMETRIES)}")
     return geometry
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from rrm_engine.errors import RrmError
 from rrm_engine.models.attention import ATTENTION_NAME, register_attention
 from rrm_engine.models.geometry import find_geometry, random_model
 
@@ -17,7 +18,7 @@ EMBEDDED = "embedded"
 
 
 def resolve_device(device: str, flag: str = "--device") -> torch.device:
-    """``auto`` is the first CUDA device, else the CPU. Raises ValueError for a device this torch does not have.
+    """``auto`` is the first CUDA device, else the CPU. Raises RrmError for a device this torch does not have.
 
     The device is named as tensors on it name theirs: ``cuda:0``, never ``cuda``, for the two are not equal.
     """
@@ -26,7 +27,7 @@ def resolve_device(device: str, flag: str = "--device") -> torch.device:
     try:
         return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"{flag} {device} cannot be used by this torch: {str(e).splitlines()[0]}") from e
+        raise RrmError(f"{flag} {device} cannot be used by this torch: {str(e).splitlines()[0]}") from e
 
 
 def load_pretrained(
@@ -35,7 +36,7 @@ def load_pretrained(
     """Load ``name`` (``embedded``, a hub id, a directory or a GGUF file) as it was published, or ``random:GEOMETRY``.
 
     ``dtype`` is ``auto`` or a torch dtype's name. ``places`` are the devices of its modules by their names, where they
-    are not all on ``device``. Raises ValueError with one sentence that says what to do.
+    are not all on ``device``. Raises RrmError with one sentence that says what to do.
     """
     register_attention()
     transformers_logging.set_verbosity_error()
@@ -58,12 +59,12 @@ def load_pretrained(
         extra.pop("quantization_config", None)
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
     except (OSError, ValueError, KeyError, ImportError) as e:
-        raise ValueError(_load_failure(name, e)) from e
+        raise RrmError(_load_failure(name, e)) from e
     return model, tokenizer
 
 
 def load_skeleton(name: str, dtype: str) -> Any:
-    """The model ``name`` on the meta device: its modules and their shapes without the weights. Raises ValueError."""
+    """The model ``name`` on the meta device: its modules and their shapes without the weights. Raises RrmError."""
     if (geometry := find_geometry(name)) is not None:
         return random_model(geometry, dtype, "meta")
     source, extra = _locate(name)
@@ -75,7 +76,7 @@ def load_skeleton(name: str, dtype: str) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=wanted)
     except (OSError, ValueError, KeyError, ImportError) as e:
-        raise ValueError(_load_failure(name, e)) from e
+        raise RrmError(_load_failure(name, e)) from e
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
@@ -85,14 +86,14 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise ValueError(f"--model {name}: there is no such GGUF file")
+            raise RrmError(f"--model {name}: there is no such GGUF file")
         return str(path.parent), {"gguf_file": path.name, **_dense_gguf()}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"--model {name}: the directory has no config.json, so it is not a saved model")
+            raise RrmError(f"--model {name}: the directory has no config.json, so it is not a saved model")
         return str(path), {}
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ValueError(f"--model {name}: there is no such directory or GGUF file")
+        raise RrmError(f"--model {name}: there is no such directory or GGUF file")
     return name, {}
 
 

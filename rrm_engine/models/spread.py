@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from rrm_engine.errors import RrmError
 from rrm_engine.kv.transfer import hand_over
 from rrm_engine.models.attention import PagedForward
 
@@ -15,12 +16,12 @@ Places = dict[str, torch.device]
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of a causal LM's layers and its name. Raises ValueError if it has none."""
+    """The list of a causal LM's layers and its name. Raises RrmError if it has none."""
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
-    raise ValueError(f"{type(model).__name__} has no list of {count} layers that --placement pipeline could split")
+    raise RrmError(f"{type(model).__name__} has no list of {count} layers that --placement pipeline could split")
 
 
 def places(model: Any, devices: Sequence[torch.device]) -> Places:

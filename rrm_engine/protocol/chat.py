@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import jinja2
 
+from rrm_engine.errors import RrmError
 from rrm_engine.protocol.parser import THINK_CLOSE, THINK_OPEN
 
 _SWITCHES: Final = ("enable_thinking", "thinking")
@@ -27,7 +28,7 @@ class ChatFormat:
     A tokenizer without a chat template gets a plain format: the system text, then ``User: ...`` and
     ``Assistant:`` paragraphs with a blank line between them.
 
-    Raises ValueError if the template cannot be used: it fails, or it loses or reorders what was said.
+    Raises RrmError if the template cannot be used: it fails, or it loses or reorders what was said.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Iterable[int] = ()) -> None:
@@ -120,9 +121,9 @@ class ChatFormat:
         if _USER not in self._turn_text(_USER, False):
             raise self._unusable("nothing can follow the assistant's turn")
 
-    def _unusable(self, why: str) -> ValueError:
+    def _unusable(self, why: str) -> RrmError:
         name = getattr(self.tokenizer, "name_or_path", "") or "this tokenizer"
-        return ValueError(f"the chat template of {name} cannot be used: {why}")
+        return RrmError(f"the chat template of {name} cannot be used: {why}")
 
 
 def _message(role: str, content: str) -> dict[str, str]:

@@ -10,6 +10,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from rrm_engine.errors import RrmError
+
 PHASES: Final = ("graph", "continuation")
 
 # Inside a string only \" \\ and \n are possible: LaTeX must then be written as valid JSON, \\frac for \frac.
@@ -109,7 +111,7 @@ class EventGrammars:
         own = tokenizer.eos_token_id
         eos = sorted({*eos_ids, *([own] if own is not None else [])})
         if not eos:
-            raise ValueError("a grammar needs an end-of-sequence token, and this tokenizer names none")
+            raise RrmError("a grammar needs an end-of-sequence token, and this tokenizer names none")
         self.eos_ids = frozenset(eos)
         self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos, slices=_SLICES)
         self._compiled: dict[str, Any] = {}
@@ -119,7 +121,7 @@ class EventGrammars:
         return int(self._tokenizer.vocab_size)
 
     def matcher(self, grammar: str) -> "EventMatcher":
-        """A matcher at the beginning of ``grammar`` (Lark). Raises ValueError if it cannot be compiled."""
+        """A matcher at the beginning of ``grammar`` (Lark). Raises RrmError if it cannot be compiled."""
         from llguidance import LLMatcher
 
         first = self._compiled.get(grammar)
@@ -127,7 +129,7 @@ class EventGrammars:
             first = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
             first.compute_bitmask()  # the first mask is the slowest; its work is shared by the copies
             if first.is_error():
-                raise ValueError(f"the grammar cannot be compiled: {first.get_error()}")
+                raise RrmError(f"the grammar cannot be compiled: {first.get_error()}")
             self._compiled[grammar] = first
         return EventMatcher(first.deep_copy(), self.vocab_size, self.eos_ids)
 

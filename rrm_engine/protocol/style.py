@@ -30,6 +30,7 @@ import jinja2
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rrm_engine.errors import RrmError
 from rrm_engine.protocol.final import extract_final
 
 PHASES: Final = ("direct", "graph", "solver", "continuation")
@@ -111,7 +112,7 @@ class Style:
     ) -> str:
         """The user turn of ``kind``: direct, graph, solver, resume, solve or fork.
 
-        ``values`` are task, id, max_width and depth_left, as far as the template uses them. Raises ValueError
+        ``values`` are task, id, max_width and depth_left, as far as the template uses them. Raises RrmError
         for another kind, and when the template uses a value that was not given.
         """
         values.update(
@@ -130,7 +131,7 @@ class Style:
         try:
             return template.render(values).strip()
         except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"prompt style {self.name}, {table}.{key}: {error}") from error
+            raise RrmError(f"prompt style {self.name}, {table}.{key}: {error}") from error
 
 
 def _part(one: Answered) -> _Part:
@@ -158,7 +159,7 @@ def default_style(model_type: str, name: str) -> str:
 def load_style(name_or_path: str | Path) -> Style:
     """A packaged style by its name, or one's own by the path of its TOML file.
 
-    Raises ValueError, saying what is wrong and in which file, for a style that is unknown or cannot be used.
+    Raises RrmError, saying what is wrong and in which file, for a style that is unknown or cannot be used.
     """
     asked = str(name_or_path)
     path = Path(name_or_path)
@@ -166,15 +167,15 @@ def load_style(name_or_path: str | Path) -> Style:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompt style {asked} cannot be read: {error}") from error
+            raise RrmError(f"prompt style {asked} cannot be read: {error}") from error
     elif asked in (names := style_names()):
         text = (resources.files(__package__) / "styles" / f"{asked}.toml").read_text(encoding="utf-8")
     else:
-        raise ValueError(f"there is no prompt style {asked!r}; there are {', '.join(names)}, or a TOML file's path")
+        raise RrmError(f"there is no prompt style {asked!r}; there are {', '.join(names)}, or a TOML file's path")
     try:
         return _Loader(asked, tomllib.loads(text)).style()
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"prompt style {asked} is not valid TOML: {error}") from error
+        raise RrmError(f"prompt style {asked} is not valid TOML: {error}") from error
 
 
 class _Loader:
@@ -214,8 +215,8 @@ class _Loader:
             _templates=self.templates("system", SYSTEM, {}) | self.templates("user", USER, _SAMPLE),
         )
 
-    def complaint(self, what: str) -> ValueError:
-        return ValueError(f"prompt style {self.source}: {what}")
+    def complaint(self, what: str) -> RrmError:
+        return RrmError(f"prompt style {self.source}: {what}")
 
     def expect(self, key: str, value: Any, kind: type) -> None:
         names = {str: "a text", bool: "true or false", int: "a whole number", dict: "a table"}

@@ -13,6 +13,7 @@ from rrm_engine.engine.prepare import LoadedModel
 from rrm_engine.engine.rotary import find_rotary
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
+from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.host import SwapCosts
 from rrm_engine.kv.pool import NULL_BLOCK, BlockPool
@@ -86,7 +87,7 @@ class Ours:
     def replay(self, graph: Graph, check: Callable[[Engine], None] | None = None) -> Replayed:
         """Run ``graph`` in an empty pool. ``check`` is called after every step.
 
-        Raises ValueError, with the numbers, if the graph's longest node does not fit.
+        Raises RrmError, with the numbers, if the graph's longest node does not fit.
         """
         graph = self.variant.graph(graph)
         engine = self.memory.engine(self.variant, graph)
@@ -223,7 +224,7 @@ class Memory:
         """An engine with an empty pool, for sequences as long as the graph's longest."""
         longest = _longest(graph)
         if longest > self.model.max_position:
-            raise ValueError(
+            raise RrmError(
                 f"graph {graph.id} has a node of {longest - 1} tokens and {self.model.name} knows "
                 f"{self.model.max_position} positions: choose other --graphs or a --model with a longer context"
             )

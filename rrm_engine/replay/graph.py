@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
 from itertools import groupby
 
+from rrm_engine.errors import RrmError
+
 Tokens = int | tuple[int, ...]  # a count, or token ids
 
 
@@ -190,7 +192,7 @@ class Graph:
     def drawn(self, vocabulary: int) -> "Graph":
         """The same graph with every count replaced by token ids below ``vocabulary``, the same ones every time.
 
-        Raises ValueError if a token id that the graph gives is not below ``vocabulary``.
+        Raises RrmError if a token id that the graph gives is not below ``vocabulary``.
         """
 
         def draw(tokens: Tokens, *place: str | int) -> tuple[int, ...]:
@@ -198,7 +200,7 @@ class Graph:
                 numbers = random.Random(f"{self.seed}/{self.id}/{'/'.join(map(str, place))}")
                 return tuple(numbers.choices(range(vocabulary), k=tokens))
             if tokens and max(tokens) >= vocabulary:
-                raise ValueError(
+                raise RrmError(
                     f"graph {self.id} has token id {max(tokens)} and the model knows none above {vocabulary - 1}: "
                     f"replay it with the --model it was recorded with"
                 )

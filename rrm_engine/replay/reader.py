@@ -8,10 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.errors import RrmError
 from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, Step, Tokens, count
 
 
-class GraphError(ValueError):
+class GraphError(RrmError):
     """A graph file, or a graph in it, cannot be used; the message is one sentence for the user."""
 
 

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rrm_engine.errors import RrmError
 from rrm_engine.replay.check import check_transcripts
 from rrm_engine.replay.driver import Memory, Ours
 from rrm_engine.replay.graph import Graph
@@ -47,12 +48,12 @@ def split(
 ) -> list[Split]:
     """The factors of every pair in the recorded ``graphs``; medians over interleaved ``repeats``.
 
-    The first round does not count. Raises ValueError if no task was recorded in both modes with a graph that splits,
+    The first round does not count. Raises RrmError if no task was recorded in both modes with a graph that splits,
     and ReplayMismatch if a replay ends with other tokens than were recorded.
     """
     pairs = recorded_pairs(graphs)
     if not pairs:
-        raise ValueError("--split: no task of this run was solved directly and by a graph; record --modes direct,rrm")
+        raise RrmError("--split: no task of this run was solved directly and by a graph; record --modes direct,rrm")
     parallel, no_reuse, serial = (Ours(parse_variant(name), memory) for name in (PARALLEL, NO_REUSE, SERIAL))
     splits = []
     for task, direct, graph in pairs:

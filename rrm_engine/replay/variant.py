@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from rrm_engine.engine.scheduler import WaitPolicy
+from rrm_engine.errors import RrmError
 from rrm_engine.replay.graph import Append, Graph
 
 POLICIES: tuple[WaitPolicy, ...] = get_args(WaitPolicy)
@@ -33,10 +34,10 @@ class Variant:
     whole: bool = False
 
     def graph(self, graph: Graph) -> Graph:
-        """The graph as this variant runs it. Raises ValueError where it should attach KV and knows of none."""
+        """The graph as this variant runs it. Raises RrmError where it should attach KV and knows of none."""
         appends = [step for node in graph.nodes.values() for step in node.steps if isinstance(step, Append)]
         if self.attach and appends and not any(step.of for step in appends):
-            raise ValueError(
+            raise RrmError(
                 f"--policies {self.name}: no append step of graph {graph.id} names the child whose conclusion it is "
                 f"(its key is of); a recorded run has that if it was recorded with --join splice or transcript"
             )
@@ -51,15 +52,15 @@ class Variant:
 
 
 def parse_variant(name: str) -> Variant:
-    """A variant by its name, as in ``drop+nocache``. Raises ValueError with one sentence."""
+    """A variant by its name, as in ``drop+nocache``. Raises RrmError with one sentence."""
     words = name.split("+")
     variant = Variant(name)
     policies = [word for word in words if word in POLICIES]
     if unknown := [word for word in words if word not in POLICIES and word not in SWITCHES]:
-        raise ValueError(f"--policies {name}: there is no {unknown[0]!r}; it takes {HELP}")
+        raise RrmError(f"--policies {name}: there is no {unknown[0]!r}; it takes {HELP}")
     exclusive = (POLICIES, JOINS, ("no-reuse", *POLICIES))
     if any(len([w for w in words if w in some]) > 1 for some in exclusive) or len(set(words)) < len(words):
-        raise ValueError(f"--policies {name}: the words contradict or repeat each other; it takes {HELP}")
+        raise RrmError(f"--policies {name}: the words contradict or repeat each other; it takes {HELP}")
     if "no-reuse" in words:
         variant = replace(variant, wait_policy="drop", prefix_cache=False)
     if policies:

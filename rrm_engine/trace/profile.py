@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from rrm_engine.engine.ranges import HasSequence, Ranges
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence
+from rrm_engine.errors import RrmError
 from rrm_engine.kv.transfer import wait_for
 from rrm_engine.trace.kernel_names import named_kernels
 from rrm_engine.trace.profile_reader import ENTRY, PROFILE, RANGE, STEP, SUMMARY, from_chrome, range_table
@@ -30,7 +31,7 @@ OPERATORS = 25  # lines of the table of operators
 PREFILL, DECODE = "prefill", "decode"
 
 
-class ProfileError(Exception):
+class ProfileError(RrmError):
     """There is no profile to write, or no way to; the message is one sentence for the user."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.errors import RrmError
 from rrm_engine.trace.checks import build
 from rrm_engine.trace.record import row_key
 from rrm_engine.trace.timeline import Event, Incomplete, JobTrace
@@ -16,7 +17,7 @@ OF_EVENTS = {"t", "job", "node", "step", "event"}
 SHOWN_KEYS = 6
 
 
-class TraceError(Exception):
+class TraceError(RrmError):
     """The run cannot be read or exported; the message is one sentence for the user."""
 
 

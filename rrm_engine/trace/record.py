@@ -14,13 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from rrm_engine.errors import RrmError
+
 Row = dict[str, Any]
 FILES = ("rows.jsonl", "trace.jsonl", "run.json.tmp")  # that are there before the run.json is
 TRACE_BUFFER = 1 << 20
 TAIL_READ = 1 << 16
 
 
-class RunDirError(Exception):
+class RunDirError(RrmError):
     """A run directory cannot be used; the message is one sentence for the user."""
 
 

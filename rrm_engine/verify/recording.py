@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.errors import RrmError
 from rrm_engine.trace.checks import check_samples, check_whole
 from rrm_engine.trace.reader import TraceError, chosen_jobs, json_lines, refuse_unknown
 from rrm_engine.trace.record import Row, row_key
 from rrm_engine.trace.timeline import Event, Incomplete, JobTrace, follow_nodes
 
 
-class VerifyError(ValueError):
+class VerifyError(RrmError):
     """A run cannot be verified; the message is one sentence for the user."""
 
 
