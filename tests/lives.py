@@ -187,6 +187,8 @@ class Life:
         self.sequences: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.reclaimed: list[Sequence] = []
+        self.run_for_nothing = 0  # tokens that were in flight, had been run ahead, and were thrown away
+        self.never_run = 0  # tokens that were sampled last, and then their sequence ended or was truncated
         self._for: Sequence | None = None
         self._plan: SchedulerOutput | None = None
         self._watch()
@@ -201,9 +203,18 @@ class Life:
         )
 
     def _watch(self) -> None:
-        """Note for whom memory is made, from whom it is taken, and what was planned."""
+        """Note for whom memory is made, from whom it is taken, what was planned and what is thrown away."""
         engine, scheduler, memory = self.engine, self.scheduler, self.memory
         launch, make_room, reclaim, run = engine._launch, scheduler._make_room, scheduler._reclaim, memory.run
+        truncate, remove = engine.truncate, scheduler._remove
+
+        def watched_truncate(sequence: Sequence, length: int) -> None:
+            self.never_run += sequence.unrun_samples if length < len(sequence.tokens) else 0
+            truncate(sequence, length)
+
+        def watched_remove(sequence: Sequence) -> None:
+            self.run_for_nothing += len(sequence.flights[1:])  # each ran the token of the one before
+            remove(sequence)
 
         def watched_make_room(sequence: Sequence, *args: Any, **kwargs: Any) -> bool:
             self._for = sequence
@@ -235,6 +246,8 @@ class Life:
             self.check_plan(self._plan, live, flying, ready, before)
             return launched
 
+        engine.truncate = watched_truncate  # type: ignore[method-assign]
+        scheduler._remove = watched_remove  # type: ignore[method-assign]
         engine._launch = watched_launch  # type: ignore[method-assign]
         scheduler._make_room = watched_make_room  # type: ignore[method-assign]
         scheduler._reclaim = watched_reclaim  # type: ignore[method-assign]
@@ -281,6 +294,7 @@ class Life:
             self.engine.resume(keeper, tokens, budget, splices=splices)
 
     def finish(self, sequence: Sequence) -> None:
+        self.never_run += sequence.unrun_samples
         self.engine.finish(sequence)
         self.sequences.remove(sequence)
         self.finished.append(sequence)
@@ -389,20 +403,19 @@ class Life:
             self.step()
 
     def end(self) -> None:
+        """Nothing runs, nobody is left, nothing is held, and every query that was run is told of."""
         self.drain()
         for sequence in list(self.sequences):
             assert sequence.state is State.PAUSED
             self.finish(sequence)
         self.engine.pool.check([])
         assert self.engine.pool.num_used == self.engine.space.num_used == 0
-        assert not self.scheduler.paused
+        assert not self.scheduler.paused and not self.engine.has_work
         assert self.scheduler.running == 0
-
-    def counted(self) -> tuple[int, int]:
-        """Queries that the counters of finished sequences stand for, at least and at most: a last sample is not run."""
-        counters = [s.counters for s in self.finished]
-        prefilled, decoded = sum(c.prefilled for c in counters), sum(c.decoded for c in counters)
-        return prefilled, prefilled + decoded
+        assert {s.state for s in self.finished} <= {State.FINISHED}
+        counted = sum(s.counters.prefilled + s.counters.decoded for s in self.finished)
+        assert self.memory.queries == counted - self.never_run + self.run_for_nothing, "queries run and counted differ"
+        assert self.engine.launched <= self.memory.queries, "a step without a query"
 
 
 def prompt(length: int, salt: int = 0) -> list[int]:

@@ -11,8 +11,9 @@ from random import Random
 
 import pytest
 from graphs import Contract, Violation, require
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from searched import searched
 
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.node import Node
@@ -88,7 +89,7 @@ def run_chaos(rng: Random, new: Machine = GraphMachine) -> Contract:
     return contract
 
 
-@settings(max_examples=400, deadline=None)
+@searched(400)
 @given(st.randoms(use_true_random=False))
 def test_the_contract_holds_on_nonsense(rng: Random) -> None:
     """``run_chaos`` raises Violation at the first command that breaks it."""
@@ -227,7 +228,7 @@ def run_plan(plan: Plan, rng: Random, limits: Limits, new: Machine = GraphMachin
             commands = machine.on_event(path, event, "")
 
 
-@settings(max_examples=100, deadline=None)
+@searched(100)
 @given(st.randoms(use_true_random=False), st.sampled_from([None, 1, 2, 5]))
 def test_a_well_formed_graph_comes_to_the_same_in_any_order(rng: Random, room: int | None) -> None:
     plan = random_plan(rng, 3, itertools.count())

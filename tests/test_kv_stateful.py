@@ -1,7 +1,7 @@
 """The KV bookkeeping against a naive model: every sequence must read back exactly what it wrote."""
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import (
@@ -12,6 +12,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from searched import CONTROL, searched
 
 from rrm_engine.kv.pool import BlockPool, OutOfBlocks
 from rrm_engine.kv.table import BlockTable
@@ -128,16 +129,13 @@ class KVMachine(RuleBasedStateMachine):
             assert self.pool.num_free == self.pool.num_blocks
 
 
-KVMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
+KVMachine.TestCase.settings = settings(searched(300), stateful_step_count=30)
 TestKV = KVMachine.TestCase
 
 
 def assert_noticed() -> None:
-    only_search = settings(KVMachine.TestCase.settings, database=None, phases=[Phase.generate], max_examples=20_000)
     with pytest.raises((AssertionError, ValueError, FlakyFailure, ExceptionGroup)):
-        run_state_machine_as_test(KVMachine, settings=only_search)
+        run_state_machine_as_test(KVMachine, settings=settings(CONTROL, stateful_step_count=30))
 
 
 def test_writing_a_shared_block_in_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ import time
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from searched import searched
 
 from rrm_engine.protocol.events import Atomic, Await, Child, Done, Malformed, ParsedEvent
 from rrm_engine.protocol.fields import sanitize_id
@@ -243,7 +244,7 @@ PIECES = [
 TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=25).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
+@searched(400)
 @given(TEXTS, st.lists(st.integers(0, 200), max_size=12), st.booleans())
 @example('{"type":"atomic","answer":"\\', [1, 27, 28], False)
 def test_chunks_do_not_matter(text: str, cuts: list[int], thinking: bool) -> None:
@@ -262,7 +263,7 @@ def test_chunks_do_not_matter(text: str, cuts: list[int], thinking: bool) -> Non
         last = e.end
 
 
-@settings(max_examples=200, deadline=None)
+@searched(200)
 @given(TEXTS.filter(lambda text: "think" not in text))
 def test_an_event_on_its_own_line_always_arrives(before: str) -> None:
     found = [e.event for e in parse(f"{before}\n{CHILD}\n") if isinstance(e, ParsedEvent)]

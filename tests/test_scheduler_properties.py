@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lives import Life, Memory, prompt, submitted, two_waiting_parents
+from searched import CONTROL, searched
 
 from rrm_engine.engine.scheduler import Scheduler, WaitPolicy
 from rrm_engine.engine.sequence import Sequence, State
@@ -112,39 +113,24 @@ def live_through(life: Life, actions: list[tuple[Any, ...]]) -> Life:
     return life
 
 
-SETTINGS = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = searched(500)
 
 
 @SETTINGS
 @given(lives(), ACTIONS)
 def test_any_life_ends_and_every_query_reads_its_own_history(life: Life, actions: list[tuple[Any, ...]]) -> None:
-    assert_ended(live_through(life, actions))
-
-
-def assert_ended(life: Life) -> None:
-    """Nothing runs, nobody is left, and as many queries were checked as the sequences say they ran."""
-    engine = life.engine
-    assert not engine.has_work and not life.sequences
-    assert {s.state for s in life.finished} <= {State.FINISHED}
-    least, most = life.counted()
-    assert least <= life.memory.queries <= most and engine.steps <= life.memory.queries
+    live_through(life, actions)
 
 
 def assert_noticed(how: str, actions: Any = ACTIONS, some_lives: Any = None) -> None:
     """The property fails with what matches ``how``; the search ends at the first such life."""
     some_lives = lives() if some_lives is None else some_lives
-    search: dict[str, Any] = {
-        "database": None,
-        "phases": [Phase.generate],
-        "report_multiple_bugs": False,
-        "print_blob": False,
-    }
 
     def check(life: Life, actions: list[tuple[Any, ...]]) -> None:
         live_through(life, actions)
 
     with pytest.raises((AssertionError, RuntimeError), match=how):
-        settings(SETTINGS, max_examples=20_000, **search)(given(some_lives, actions)(check))()
+        CONTROL(given(some_lives, actions)(check))()
 
 
 def test_reclaiming_a_scheduled_sequence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
