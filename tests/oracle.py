@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+from rrm_kernels.build import runnable_variants
 from rrm_kernels.native import NativeUnavailable
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -144,6 +145,9 @@ def engine_for(model: LoadedModel, blocks: int = 200, block_size: int = 4, **cha
         pool,
         **settings,
     )
+
+
+VARIANTS = [name for name in ("native", "avx2", "plain") if name in runnable_variants()]  # those that differ here
 
 
 def compiled(load: Callable[[], Loaded]) -> Loaded:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import FAMILIES, compiled, engine_for, plain_model, prepared, prompt, wrong_tokens
+from oracle import FAMILIES, VARIANTS, compiled, engine_for, plain_model, prepared, prompt, wrong_tokens
 from rrm_kernels.native import NativeLayer, load_native_layer
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
@@ -15,6 +15,11 @@ from rrm_engine.models.lean import LeanForward
 LEAN = {"llama", "mistral", "qwen2", "qwen3"}
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS, WIDTH = 5, 96
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def layer(request: pytest.FixtureRequest) -> NativeLayer:
+    return compiled(lambda: load_native_layer(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +47,27 @@ def differs(result: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms(native: NativeLayer, dtype: torch.dtype) -> None:
+def test_norms(layer: NativeLayer, dtype: torch.dtype) -> None:
     x, residual = random(ROWS, WIDTH, dtype=dtype), random(ROWS, WIDTH, dtype=dtype, seed=1) * 3
     module = qwen3.Qwen3RMSNorm(WIDTH, eps=1e-5).to(dtype)
     module.weight.data = random(WIDTH, dtype=dtype)
     out = torch.empty_like(x)
-    native.norm(x, module.weight, 1e-5, out)
+    layer.norm(x, module.weight, 1e-5, out)
     assert_same(out, module(x))
     total = residual + x
-    native.add_norm(x, residual, module.weight, 1e-5, out)
+    layer.add_norm(x, residual, module.weight, 1e-5, out)
     assert torch.equal(residual, total)
     assert_same(out, module(total))
     assert differs(out, module(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gated_silu(native: NativeLayer, dtype: torch.dtype) -> None:
+def test_gated_silu(layer: NativeLayer, dtype: torch.dtype) -> None:
     both = random(ROWS, 2 * WIDTH, dtype=dtype) * 8
     both[0, :4] = torch.tensor([0.0, -200.0, 200.0, -0.0])
     gate, up = both.split(WIDTH, dim=-1)
     out = torch.empty(ROWS, WIDTH, dtype=dtype)
-    native.silu_mul(both, out)
+    layer.silu_mul(both, out)
     assert_same(out, torch.nn.functional.silu(gate) * up)
     assert differs(out, gate * up)
 
@@ -70,7 +75,7 @@ def test_gated_silu(native: NativeLayer, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("rotary", [32, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotation_and_store(native: NativeLayer, dtype: torch.dtype, rotary: int, normed: bool) -> None:
+def test_rotation_and_store(layer: NativeLayer, dtype: torch.dtype, rotary: int, normed: bool) -> None:
     heads, kv_heads, width = 6, 2, 32
     qkv = random(ROWS, (heads + 2 * kv_heads) * width, dtype=dtype)
     norms = (random(width, dtype=dtype), random(width, dtype=dtype, seed=1)) if normed else None
@@ -79,7 +84,7 @@ def test_rotation_and_store(native: NativeLayer, dtype: torch.dtype, rotary: int
     positions, slots = torch.tensor([7, 0, 49, 8, 30]), torch.tensor([9, 4, 15, 5, 11])
     query = torch.empty(ROWS, heads, width, dtype=dtype)
     caches = [torch.zeros(4, 4, kv_heads, width, dtype=dtype) for _ in range(2)]
-    native.rope_store(qkv, norms, 1e-6, tables, positions, slots, query, *caches)
+    layer.rope_store(qkv, norms, 1e-6, tables, positions, slots, query, *caches)
 
     parts = qkv.view(ROWS, -1, width).split([heads, kv_heads, kv_heads], dim=1)
     q, k = (_normed(part, norms and norms[i]) for i, part in enumerate(parts[:2]))

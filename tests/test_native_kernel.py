@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import compiled
-from rrm_kernels.build import load_library
+from oracle import VARIANTS, compiled
+from rrm_kernels import build
 from rrm_kernels.native import NativeUnavailable, load_native
 from rrm_kernels.reference import DecodeGroup, PagedBatch, PrefillChunk, Scores, paged_attention
 
 BLOCKS, BLOCK_SIZE = 40, 4
 
 
-@pytest.fixture(scope="module")
-def native() -> Any:
-    return compiled(load_native)
+@pytest.fixture(scope="module", params=VARIANTS)
+def native(request: pytest.FixtureRequest) -> Any:
+    return compiled(lambda: load_native(request.param))
 
 
 class Case:
@@ -110,4 +110,4 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/no/such/compiler")
     with pytest.raises(NativeUnavailable, match="/no/such/compiler"):
-        load_library.__wrapped__()
+        build._load.__wrapped__("native")

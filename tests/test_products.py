@@ -1,12 +1,13 @@
 """The compiled linear layers against float64, whatever the shape; a row's result depends on that row alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from oracle import compiled, engine_for, plain_model, prepared, prompt, wrong_tokens
+from oracle import VARIANTS, compiled, engine_for, plain_model, prepared, prompt, wrong_tokens
 from rrm_kernels import products
 from rrm_kernels.build import load_library
+from rrm_kernels.native import load_native, load_native_layer
 from rrm_kernels.products import Kind, NativeLinear, NativeUnavailable
 
 from rrm_engine.engine.prepare import UnsupportedModel
@@ -25,9 +26,13 @@ def needs_a_compiler() -> None:
 
 
 @pytest.fixture
-def chosen_here() -> None:
-    if load_library().rrm_linear_kind(0) == Kind.NONE:
-        pytest.skip("torch's own product is faster on this processor")
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Chooses the variant of everything that is compiled, for this test."""
+    load_native.cache_clear()
+    load_native_layer.cache_clear()
+    yield lambda variant: monkeypatch.setenv("RRM_CPU_KERNELS", variant)
+    load_native.cache_clear()
+    load_native_layer.cache_clear()
 
 
 @pytest.fixture
@@ -46,14 +51,17 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-def layer(kind: Kind, columns: int, depth: int, bias: bool = False) -> tuple[NativeLinear, torch.Tensor, torch.Tensor]:
+def layer(
+    kind: Kind, columns: int, depth: int, bias: bool = False, variant: str = "native"
+) -> tuple[NativeLinear, torch.Tensor, torch.Tensor]:
     """A packed layer, its weight and its bias (zeros without one)."""
     weight = random(columns, depth, dtype=dtype_of(kind))
     if kind == Kind.FP32_BY_BF16:
         weight = weight.bfloat16().float()
     addend = random(columns, dtype=dtype_of(kind)) if bias else torch.zeros(columns, dtype=dtype_of(kind))
     try:
-        linear = NativeLinear(weight, addend if bias else None, Kind.FP32 if kind == Kind.FP32_BY_BF16 else kind)
+        asked = Kind.FP32 if kind == Kind.FP32_BY_BF16 else kind
+        linear = NativeLinear(weight, addend if bias else None, asked, variant)
     except NativeUnavailable as reason:
         assert kind == Kind.BF16_DOT
         pytest.skip(str(reason))
@@ -72,8 +80,9 @@ def error(result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: tor
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("columns", "depth"), SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_float64(kind: Kind, columns: int, depth: int, bias: bool) -> None:
-    linear, weight, addend = layer(kind, columns, depth, bias)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_float64(variant: str, kind: Kind, columns: int, depth: int, bias: bool) -> None:
+    linear, weight, addend = layer(kind, columns, depth, bias, variant)
     for rows in ROWS:
         x = random(rows, depth, dtype=weight.dtype)
         result = linear(x)
@@ -84,8 +93,9 @@ def test_equals_float64(kind: Kind, columns: int, depth: int, bias: bool) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_depends_on_itself_alone(kind: Kind, two_threads: None) -> None:
-    linear, weight, _ = layer(kind, 458, 192)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_depends_on_itself_alone(variant: str, kind: Kind, two_threads: None) -> None:
+    linear, weight, _ = layer(kind, 458, 192, variant=variant)
     x = random(ROWS[-1], 192, dtype=weight.dtype)
     whole = linear(x)
     for rows in ROWS:
@@ -96,12 +106,24 @@ def test_a_row_depends_on_itself_alone(kind: Kind, two_threads: None) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_change_no_bit(kind: Kind, two_threads: None) -> None:
-    linear, weight, _ = layer(kind, 700, 300)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_threads_change_no_bit(variant: str, kind: Kind, two_threads: None) -> None:
+    linear, weight, _ = layer(kind, 700, 300, variant=variant)
     x = random(50, 300, dtype=weight.dtype)
     threaded = linear(x)
     torch.set_num_threads(1)
     assert torch.equal(linear(x), threaded)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != Kind.BF16_DOT])
+def test_the_width_of_vectors_changes_no_bit(kind: Kind) -> None:
+    if "avx2" not in VARIANTS:
+        pytest.skip("this processor multiplies and adds in one way only")
+    x = random(30, 192, dtype=dtype_of(kind))
+    native, narrow, unfused = (layer(kind, 458, 192, variant=name)[0](x) for name in VARIANTS)
+    assert torch.equal(native, narrow)
+    # There a product is rounded before it is added, and only that of two bf16 numbers is exact in fp32.
+    assert torch.equal(native, unfused) == (kind == Kind.BF16)
 
 
 def test_weights_that_bf16_holds_are_kept_in_half_the_memory_with_the_same_results() -> None:
@@ -130,12 +152,18 @@ def test_an_input_that_does_not_fit_is_refused(x: torch.Tensor) -> None:
         linear(x)
 
 
+def test_a_variant_that_is_not_to_be_had_is_refused(kernels: Callable[[str], None]) -> None:
+    kernels("sse9")
+    with pytest.raises(ValueError, match=r"RRM_CPU_KERNELS=sse9: .* choose one of native, .*plain"):
+        load_library()
+
+
 @pytest.mark.parametrize("reason", ["no compiler", "another product is faster"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_the_kernel_torch_multiplies(dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason == "no compiler":
 
-        def unavailable() -> None:
+        def unavailable(variant: str | None) -> None:
             raise NativeUnavailable(reason)
 
         monkeypatch.setattr(products, "load_library", unavailable)
@@ -149,8 +177,12 @@ def test_without_the_kernel_torch_multiplies(dtype: torch.dtype, reason: str, mo
         assert tokens_differ() == []
 
 
-def test_an_engine_on_the_kernel_is_exact(chosen_here: None) -> None:
-    assert isinstance(PackedLinear(torch.randn(8, 8), None)._product, NativeLinear)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_engine_on_the_kernels_is_exact(variant: str, kernels: Callable[[str], None]) -> None:
+    kernels(variant)
+    product = PackedLinear(torch.randn(8, 8), None)._product
+    assert isinstance(product, NativeLinear)
+    assert product.library is load_library(variant)
     assert tokens_differ() == []
 
 
@@ -163,7 +195,7 @@ def tokens_differ() -> list[int]:
     return wrong_tokens(plain, sequence.tokens, [(30, 50)])
 
 
-def test_a_wrong_layout_is_refused_at_load(chosen_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_layout_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the check at load: every weight lies one place too far."""
 
     class Shifted(NativeLinear):

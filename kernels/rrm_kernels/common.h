@@ -1,4 +1,4 @@
-// What the compiled CPU kernels share: bf16, sixteen fp32 lanes, an exponential that vectorises.
+// What the compiled CPU kernels share: bf16, vectors as wide as the processor's, an exponential that vectorises.
 
 #pragma once
 
@@ -31,8 +31,17 @@ inline void store(float x, bf16* out) {  // round to nearest, ties to even
     out->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-typedef float Lanes __attribute__((vector_size(64)));
-constexpr int64_t LANES = 16;
+#if defined(__AVX512F__)
+constexpr int VECTOR = 64;  // bytes
+#elif defined(__AVX2__)
+constexpr int VECTOR = 32;
+#else
+constexpr int VECTOR = 16;
+#endif
+typedef float Lanes __attribute__((vector_size(VECTOR)));
+typedef uint32_t Bits __attribute__((vector_size(VECTOR)));
+typedef uint16_t Narrow __attribute__((vector_size(VECTOR / 2)));
+constexpr int64_t LANES = VECTOR / sizeof(float);
 
 inline Lanes load(const float* from) {
     Lanes out;
@@ -41,14 +50,10 @@ inline Lanes load(const float* from) {
 }
 
 inline Lanes load(const bf16* from) {
-    typedef uint16_t Narrow __attribute__((vector_size(32)));
-    typedef uint32_t Wide __attribute__((vector_size(64)));
     Narrow bits;
     std::memcpy(&bits, from, sizeof bits);
-    return (Lanes)(__builtin_convertvector(bits, Wide) << 16);
+    return (Lanes)(__builtin_convertvector(bits, Bits) << 16);
 }
-
-typedef uint32_t Bits __attribute__((vector_size(64)));
 
 // 2 * LANES neighbours as two vectors: fp32 as they lie, of bf16 the even ones and the odd ones, which costs less.
 inline void load_pair(const float* from, Lanes& first, Lanes& second) {
@@ -71,7 +76,6 @@ inline Bits bf16_above(Lanes x) {  // the upper halves are x rounded to nearest,
 inline void store(Lanes x, float* out) { std::memcpy(out, &x, sizeof x); }
 
 inline void store(Lanes x, bf16* out) {
-    typedef uint16_t Narrow __attribute__((vector_size(32)));
     const Narrow narrow = __builtin_convertvector(bf16_above(x) >> 16, Narrow);
     std::memcpy(out, &narrow, sizeof narrow);
 }
@@ -86,43 +90,32 @@ inline void store_pair(Lanes first, Lanes second, bf16* out) {
     std::memcpy(out, &bits, sizeof bits);
 }
 
-inline float sum(Lanes x) {
-    typedef float Half __attribute__((vector_size(32)));
-    typedef float Quarter __attribute__((vector_size(16)));
-    Half halves[2];
-    std::memcpy(halves, &x, sizeof x);
-    const Half half = halves[0] + halves[1];
-    Quarter quarters[2];
-    std::memcpy(quarters, &half, sizeof half);
-    const Quarter quarter = quarters[0] + quarters[1];
-    return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
-}
-
-#if defined(__GNUC__) && !defined(__clang__)
+// Lanes STEP apart added up; those of b take the place of a's second.
 template <int STEP>
-inline Lanes sum_neighbours(Lanes a, Lanes b) {  // lanes STEP apart added up; those of b take the place of a's second
-    typedef int32_t Order __attribute__((vector_size(64)));
+inline Lanes sum_neighbours(Lanes a, Lanes b) {
+    typedef int32_t Order __attribute__((vector_size(VECTOR)));
     Order first, second;
     for (int i = 0; i < LANES; i++) {
         first[i] = i & STEP ? LANES + i - STEP : i;
         second[i] = i & STEP ? LANES + i : i + STEP;
     }
+#ifdef __clang__
+    Lanes out;
+    const auto at = [&](int i) { return i < LANES ? a[i] : b[i - LANES]; };
+    for (int i = 0; i < LANES; i++) out[i] = at(first[i]) + at(second[i]);
+    return out;
+#else
     return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+#endif
 }
 
-inline Lanes sum_each(Lanes (&x)[LANES]) {  // lane i: the sum of x[i]
-    for (int i = 0; i < 8; i++) x[i] = sum_neighbours<1>(x[2 * i], x[2 * i + 1]);
-    for (int i = 0; i < 4; i++) x[i] = sum_neighbours<2>(x[2 * i], x[2 * i + 1]);
-    for (int i = 0; i < 2; i++) x[i] = sum_neighbours<4>(x[2 * i], x[2 * i + 1]);
-    return sum_neighbours<8>(x[0], x[1]);
-}
-#else
+// Lane i: the sum of x[i].
+template <int STEP = 1>
 inline Lanes sum_each(Lanes (&x)[LANES]) {
-    Lanes out;
-    for (int i = 0; i < LANES; i++) out[i] = sum(x[i]);
-    return out;
+    for (int i = 0; i < LANES / 2 / STEP; i++) x[i] = sum_neighbours<STEP>(x[2 * i], x[2 * i + 1]);
+    if constexpr (2 * STEP < LANES) return sum_each<2 * STEP>(x);
+    return x[0];
 }
-#endif
 
 constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.92596303e-8f;  // together as exact as a double
 

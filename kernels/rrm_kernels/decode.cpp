@@ -152,7 +152,7 @@ void attend(const Shape& s, const T* query, const T* keys, const T* values, T* o
             for (int64_t i = 0; i < value_width; i++) store(sums[i], result + i);
         } else {
             // As many heads at once as their sums fit into the registers.
-            step = std::min<int64_t>(group - g, WIDTH <= 96 ? 4 : 2);
+            step = std::min<int64_t>(group - g, WIDTH / LANES <= 6 ? 4 : 2);
             const auto run = [&](auto score_heads, auto mix_heads) {
                 score_heads(q, s.scale, keys, scores, room, table, first, length, s.block_size, key_stride);
                 soften_all();

@@ -148,12 +148,12 @@ class NativeLayer:
 
 
 @cache
-def load_native() -> NativeAttention:
-    """Decode attention. Raises NativeUnavailable with the reason."""
-    return NativeAttention(load_library())
+def load_native(variant: str | None = None) -> NativeAttention:
+    """Decode attention. ``variant`` and what is raised: as ``load_library``."""
+    return NativeAttention(load_library(variant))
 
 
 @cache
-def load_native_layer() -> NativeLayer:
-    """What lies between a layer's products. Raises NativeUnavailable with the reason."""
-    return NativeLayer(load_library())
+def load_native_layer(variant: str | None = None) -> NativeLayer:
+    """What lies between a layer's products. ``variant`` and what is raised: as ``load_library``."""
+    return NativeLayer(load_library(variant))

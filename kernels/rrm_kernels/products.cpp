@@ -15,10 +15,12 @@
 
 namespace {
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int ROWS = 12;  // with two lines of columns each, their sums and the lines fill the 32 registers
+#elif defined(__AVX2__)
+constexpr int ROWS = 6;  // 16 registers
 #else
-constexpr int ROWS = 3;
+constexpr int ROWS = 4;
 #endif
 constexpr int LINES = 2, TILE = LINES * LANES;  // columns done at once
 constexpr int64_t RUN = 64;                     // inputs of one row that lie side by side
@@ -224,18 +226,14 @@ enum Kind : int32_t { NONE, FP32, FP32_BY_BF16, BF16, BF16_DOT };  // as in prod
 
 // The fastest kind here, NONE where other libraries do better.
 extern "C" int32_t rrm_linear_kind(int is_bf16) {
-#ifdef __AVX512F__
     if (!is_bf16) return FP32;
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__)
     return NONE;
-#endif
-#ifdef __AVX512BF16__
+#elif defined(__AVX512BF16__)
     // On AMD's processors twice as fast as multiply-adds in fp32, on Intel's half as fast.
-    if (__builtin_cpu_is("amd")) return BF16_DOT;
-#endif
-    return BF16;
+    return __builtin_cpu_is("amd") ? BF16_DOT : BF16;
 #else
-    return NONE;
+    return BF16;
 #endif
 }
 

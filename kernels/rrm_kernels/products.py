@@ -37,14 +37,16 @@ class NativeLinear:
     on the number of threads.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kind: Kind | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, kind: Kind | None = None, variant: str | None = None
+    ) -> None:
         """``weight`` ``[columns, depth]`` and ``bias`` ``[columns]``, neither is kept; ``kind``: default the fastest.
 
-        Raises NativeUnavailable with the reason.
+        ``variant``: of the library. Raises NativeUnavailable with the reason.
         """
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
             raise NativeUnavailable(f"there is no compiled product for {weight.dtype} on {weight.device}")
-        library = load_library()
+        self.library = library = load_library(variant)
         self.columns, self.depth = weight.shape
         self.dtype = weight.dtype
         weight = weight.detach().contiguous()

@@ -25,7 +25,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         # A plain attribute: nn.Module looks parameters up the slow way, and this is read in every step.
-        self._product = _native(weight, bias) or _prepacked(weight, bias) or _unpacked(weight, bias)
+        self._product = _native(weight, bias) or onednn_product(weight, bias) or _unpacked(weight, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._product(x)
@@ -41,7 +41,7 @@ def _native(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
         return None
 
 
-def _prepacked(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
+def onednn_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
     """The product by oneDNN with the weight in its own layout, or None where that is not to be had or does not pay.
 
     The operators are torch-internal, so their absence is a normal case. In bf16 the result is bitwise that of
