@@ -1,20 +1,25 @@
 """Hugging Face side: find and load a model; every failure is one sentence that says what to do."""
 
+import contextlib
 import os
-from collections.abc import Mapping
-from importlib.resources import files
-from pathlib import Path
+import pickle
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from rrm_engine.errors import RrmError
 from rrm_engine.models.attention import ATTENTION_NAME, register_attention
+from rrm_engine.models.checkpoint import EMBEDDED, Checkpoint, find, inspect
 from rrm_engine.models.geometry import find_geometry, random_model
+from rrm_engine.models.tensors import refuse_foreign_tensors, refuse_missing_rows, refuse_no_numbers
 
-EMBEDDED = "embedded"
+# How a quantised checkpoint's weights are unpacked to --dtype at load, by its quant_method: transformers' classes.
+UNPACKED = {"fp8": "FineGrainedFP8Config", "mxfp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 def resolve_device(device: str, flag: str = "--device") -> torch.device:
@@ -22,88 +27,190 @@ def resolve_device(device: str, flag: str = "--device") -> torch.device:
 
     The device is named as tensors on it name theirs: ``cuda:0``, never ``cuda``, for the two are not equal.
     """
+    asked = f"{flag} {device or repr(device)}"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        asked = f"{device}, which {flag} auto found,"
     try:
-        return torch.empty(1, device=device).device
-    except (RuntimeError, AssertionError) as e:
-        raise RrmError(f"{flag} {device} cannot be used by this torch: {str(e).splitlines()[0]}") from e
+        kind, number = torch.device(device).type, torch.device(device).index
+        found = torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise RrmError(f"{asked} cannot be used by this torch: {str(e).splitlines()[0]}") from e
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and number):
+        raise RrmError(f"{asked} is no device that models run on here: give cpu, cuda or cuda:N")
+    return found
 
 
 def load_pretrained(
-    name: str, dtype: str, device: torch.device, places: Mapping[str, torch.device] | None = None
-) -> tuple[Any, PreTrainedTokenizerFast]:
+    name: str,
+    dtype: str,
+    device: torch.device,
+    places: Mapping[str, torch.device] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load ``name`` (``embedded``, a hub id, a directory or a GGUF file) as it was published, or ``random:GEOMETRY``.
 
     ``dtype`` is ``auto`` or a torch dtype's name. ``places`` are the devices of its modules by their names, where they
-    are not all on ``device``. Raises RrmError with one sentence that says what to do.
+    are not all on ``device``. ``trust_remote_code`` runs the code that a checkpoint brings. Raises RrmError with one
+    sentence that says what to do.
     """
-    register_attention()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     if (geometry := find_geometry(name)) is not None:
-        tokenizer = AutoTokenizer.from_pretrained(_locate(EMBEDDED)[0])  # to have one: nothing it writes means anything
+        tokenizer = AutoTokenizer.from_pretrained(find(EMBEDDED).folder)  # nothing it writes means anything
         return random_model(geometry, dtype, device), tokenizer
-    source, extra = _locate(name)
-    wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
-    if name == EMBEDDED and dtype == "auto":
-        wanted = torch.float32
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=wanted, attn_implementation=ATTENTION_NAME, **_placement(device, places), **extra
-        )
-        if places:  # the hooks that come with them: layers fetch their inputs in a way of their own
-            from accelerate.hooks import remove_hook_from_module
+    checkpoint = find(name)
+    inspect(checkpoint)
+    config = _read_config(checkpoint, trust_remote_code)
+    tokenizer = _read_tokenizer(checkpoint, trust_remote_code)
+    skeleton = _build(checkpoint, config, dtype, trust_remote_code)
+    refuse_missing_rows(checkpoint, skeleton, tokenizer)
+    del skeleton
+    model = _read_weights(checkpoint, config, dtype, _placement(device, places), trust_remote_code)
+    if places:  # the hooks that come with them: layers fetch their inputs in a way of their own
+        from accelerate.hooks import remove_hook_from_module
 
-            remove_hook_from_module(model, recurse=True)
-        extra.pop("quantization_config", None)
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise RrmError(_load_failure(name, e)) from e
+        remove_hook_from_module(model, recurse=True)
+    refuse_no_numbers(checkpoint, model)
     return model, tokenizer
 
 
-def load_skeleton(name: str, dtype: str) -> Any:
+def load_skeleton(name: str, dtype: str, trust_remote_code: bool = False) -> Any:
     """The model ``name`` on the meta device: its modules and their shapes without the weights. Raises RrmError."""
     if (geometry := find_geometry(name)) is not None:
         return random_model(geometry, dtype, "meta")
-    source, extra = _locate(name)
-    gguf = {key: extra[key] for key in extra if key == "gguf_file"}
+    checkpoint = find(name)
+    inspect(checkpoint)
+    return _build(checkpoint, _read_config(checkpoint, trust_remote_code), dtype, trust_remote_code)
+
+
+# In each of the three steps below all that transformers is given is a file of the checkpoint that is whole, so whatever
+# it raises is about what that file says. Where it reads weights, only known complaints are.
+
+
+def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    _quiet()
+    what = "the GGUF file" if checkpoint.gguf else "config.json"
+    with _about(checkpoint, f"transformers cannot use {what}"):
+        keys, _ = transformers.PreTrainedConfig.get_config_dict(checkpoint.folder, **_gguf(checkpoint))
+        known = keys.get("model_type") in CONFIG_MAPPING
+        if not known and "AutoConfig" in keys.get("auto_map", {}) and not trust_remote_code:
+            raise checkpoint.refusal(
+                f"it brings Python code that transformers would have to run ({keys['auto_map']['AutoConfig']}): read "
+                f"it, and give --trust-remote-code on if you trust it"
+            )
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code and not known, **_gguf(checkpoint)
+        )
+    _refuse_packed(checkpoint, config)
+    return config
+
+
+def _read_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    with _about(checkpoint, "transformers cannot use its tokenizer"):
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code, **_gguf(checkpoint)
+        )
+
+
+def _build(checkpoint: Checkpoint, config: Any, dtype: str, trust_remote_code: bool) -> Any:
+    """The model without its weights."""
+    published = torch.float32 if checkpoint.name == EMBEDDED else getattr(config.get_text_config(), "dtype", None)
+    wanted = (published or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    with _about(checkpoint, "transformers cannot build what config.json describes"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    if not model._can_set_attn_implementation():
+        raise checkpoint.refusal(
+            f"{type(model).__name__} computes attention itself, and transformers lets nothing be put in its place: "
+            f"the {config.model_type} family is not supported"
+        )
+    return model
+
+
+def _read_weights(
+    checkpoint: Checkpoint, config: Any, dtype: str, placement: dict[str, Any], trust_remote_code: bool
+) -> Any:
+    register_attention()
+    wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
+    if checkpoint.name == EMBEDDED and dtype == "auto":
+        wanted = torch.float32
     try:
-        config = AutoConfig.from_pretrained(source, **gguf)
-        published = torch.float32 if name == EMBEDDED else getattr(config.get_text_config(), "dtype", None)
-        wanted = (published or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=wanted)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise RrmError(_load_failure(name, e)) from e
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=wanted,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they come with the report
+            **_unpacking(checkpoint, config),
+            **_gguf(checkpoint),
+            **placement,
+        )
+    except pickle.UnpicklingError as error:
+        raise checkpoint.refusal(
+            "its pytorch_model.bin holds other objects than tensors, which may be code: use a checkpoint in safetensors"
+        ) from error
+    refuse_foreign_tensors(checkpoint, model, report)
+    return model
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Where ``from_pretrained`` finds the model, and the keywords it needs besides."""
-    if name == EMBEDDED:
-        return str(files("rrm_engine.data") / "embedded_model"), {}
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise RrmError(f"--model {name}: there is no such GGUF file")
-        return str(path.parent), {"gguf_file": path.name, **_dense_gguf()}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise RrmError(f"--model {name}: the directory has no config.json, so it is not a saved model")
-        return str(path), {}
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise RrmError(f"--model {name}: there is no such directory or GGUF file")
-    return name, {}
-
-
-def _dense_gguf() -> dict[str, Any]:
-    """Unpack every weight at load: newer transformers would otherwise keep them packed, in layers of their own."""
+@contextlib.contextmanager
+def _about(checkpoint: Checkpoint, what: str) -> Iterator[None]:
     try:
-        from transformers import GgufConfig
-    except ImportError:
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
+        yield
+    except (RrmError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise checkpoint.refusal(f"{what}: {_first_sentence(error)}") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """What an exception of another library says, up to where it goes into details."""
+    if isinstance(error, KeyError):  # whose message is the key alone
+        return repr(error)
+    said = []
+    for line in str(error).splitlines():
+        said.append(line.strip())
+        if said[-1] and not said[-1].endswith(":"):
+            break
+    return " ".join(filter(None, said)) or repr(error)
+
+
+def _quiet() -> None:
+    """transformers is not to speak: what matters is in our sentences."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _refuse_packed(checkpoint: Checkpoint, config: Any) -> None:
+    method = _quant_method(config)
+    if method is None or checkpoint.gguf or (method in UNPACKED and hasattr(transformers, UNPACKED[method])):
+        return
+    raise checkpoint.refusal(
+        f"its weights are quantised by {method}; of such checkpoints {', '.join(UNPACKED)} and GGUF files can be "
+        f"unpacked to --dtype: use one of those, or the one that it was made from"
+    )
+
+
+def _quant_method(config: Any) -> str | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    return str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+
+
+def _unpacking(checkpoint: Checkpoint, config: Any) -> dict[str, Any]:
+    """Unpack every weight at load: there are no products of packed ones here."""
+    if checkpoint.gguf:  # newer transformers would otherwise keep them packed, in layers of their own
+        kind = getattr(transformers, "GgufConfig", None)
+    else:
+        method = _quant_method(config)
+        kind = getattr(transformers, UNPACKED[method]) if method else None
+    return {"quantization_config": kind(dequantize=True)} if kind else {}
+
+
+def _gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
 
 
 def _placement(device: torch.device, places: Mapping[str, torch.device] | None) -> dict[str, Any]:
@@ -111,17 +218,3 @@ def _placement(device: torch.device, places: Mapping[str, torch.device] | None) 
     if places and len(set(places.values())) > 1:
         return {"device_map": dict(places)}
     return {"device_map": {"": device}} if device.type == "cuda" else {}
-
-
-def _load_failure(name: str, error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    first = text[0] if text else type(error).__name__
-    if isinstance(error, ImportError) and "gguf" in str(error).lower():
-        return f"--model {name}: reading GGUF needs one more package: pip install 'rrm-engine[gguf]'"
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in str(error).lower()
-    if isinstance(error, OSError) and (offline or "couldn't connect" in str(error).lower()):
-        return (
-            f"--model {name} is not on this machine and the hub cannot be reached: "
-            f"pass a local directory or a GGUF file, or leave --model out for the embedded model"
-        )
-    return f"--model {name} cannot be loaded: {first}"

@@ -1,0 +1,410 @@
+"""A damaged, incomplete or foreign checkpoint is refused, the file or tensor named."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rrm_engine.errors import RrmError
+from rrm_engine.models import hub
+from rrm_engine.models.load import load_pretrained
+
+SOURCE = Path(str(files("rrm_engine.data") / "embedded_model"))
+CPU = torch.device("cpu")
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 3429016\n"
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "someone/base", "r": 8}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the embedded model."""
+    return shutil.copytree(SOURCE, tmp_path / "model")
+
+
+def refusal(path: Path | str, dtype: str = "auto", **options: Any) -> str:
+    with pytest.raises(RrmError) as caught:
+        load_pretrained(str(path), dtype, CPU, **options)
+    message = str(caught.value)
+    assert message.startswith(f"--model {path}") and "\n" not in message
+    return message
+
+
+def change(folder: Path, name: str = "config.json", **values: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **values}))
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def rewrite(folder: Path, edit: Callable[[Tensors], Tensors]) -> None:
+    path = folder / "model.safetensors"
+    save_file({name: t.contiguous() for name, t in edit(load_file(path)).items()}, path, metadata={"format": "pt"})
+
+
+def shard(folder: Path, parts: int = 2) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-{i % parts + 1:05}-of-{parts:05}.safetensors" for i, name in enumerate(tensors)}
+    for part in set(places.values()):
+        save_file({n: t for n, t in tensors.items() if places[n] == part}, folder / part, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pickled(folder: Path, **options: Any) -> Path:
+    path = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), path, **options)
+    (folder / "model.safetensors").unlink()
+    return path
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+# files
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"],
+)
+def test_every_file_may_be_an_lfs_pointer(folder: Path, name: str) -> None:
+    (folder / name).write_text(POINTER)
+    assert f"{name} is a Git LFS pointer, not the file itself: run `git lfs pull`" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is not JSON"),
+        (b'{"model_type": "qw', "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"[]", "is not a JSON object"),
+    ],
+    ids=["empty", "cut", "deep", "bytes", "list"],
+)
+def test_every_json_file_is_an_object(folder: Path, name: str, content: bytes, reason: str) -> None:
+    (folder / name).write_bytes(content)
+    assert f"{name} {reason}" in refusal(folder)
+
+
+@pytest.mark.parametrize("share", [0, 0.0000015, 0.0005, 0.5, 0.9999999])
+def test_safetensors_that_are_cut(folder: Path, share: float) -> None:
+    cut(folder / "model.safetensors", share)
+    assert "model.safetensors is damaged or incomplete, download it again: " in refusal(folder)
+
+
+def test_safetensors_that_are_something_else(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"<html>not found</html>" * 9)
+    assert "model.safetensors is damaged or incomplete" in refusal(folder)
+
+
+def test_a_sharded_checkpoint(folder: Path) -> None:
+    shard(folder)
+    model, _ = load_pretrained(str(folder), "auto", CPU)
+    whole, _ = load_pretrained(str(SOURCE), "auto", CPU)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    cut(folder / "model-00002-of-00002.safetensors")
+    assert "model-00002-of-00002.safetensors is damaged" in refusal(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "names files that are not there: model-00002-of-00002.safetensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}'])
+def test_an_index_that_is_none(folder: Path, index: str) -> None:
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json " in refusal(folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
+def test_weights_as_torch_saves_them(folder: Path, zipped: bool) -> None:
+    path = pickled(folder, _use_new_zipfile_serialization=zipped)
+    assert load_pretrained(str(folder), "auto", CPU)[0].model.embed_tokens.weight.shape[0] == 458
+    for content, reason in [(b"", "it is empty"), (b"not at all", "it is no file of tensors")]:
+        path.write_bytes(content)
+        assert f"pytorch_model.bin is damaged or incomplete, download it again: {reason}" in refusal(folder)
+
+
+def test_a_zip_that_is_cut(folder: Path) -> None:
+    cut(pickled(folder))
+    assert (
+        "pytorch_model.bin is damaged or incomplete, download it again: it is a zip archive without its end"
+        in refusal(folder)
+    )
+
+
+def test_a_pickle_that_would_run_code(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": print}, folder / "pytorch_model.bin")
+    assert "holds other objects than tensors" in refusal(folder)
+
+
+def test_what_is_no_checkpoint(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "the directory has no weights (model.safetensors" in refusal(folder)
+    assert "is a file, and not a GGUF file: name the directory" in refusal(folder / "config.json")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "is a link to something that is not there" in refusal(tmp_path / "loop")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/x.gguf").touch()
+    assert "to run its GGUF file, name that: x.gguf" in refusal(tmp_path / "models")
+    (tmp_path / "models/x.gguf").rename(tmp_path / "models/x")
+    assert "has no config.json, so it is not a saved model" in refusal(tmp_path / "models")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read(folder: Path) -> None:
+    (folder / "model.safetensors").chmod(0)
+    assert "model.safetensors cannot be read: Permission denied" in refusal(folder)
+    folder.chmod(0)
+    assert "the directory cannot be read: you lack the permission" in refusal(folder)
+    folder.chmod(0o700)
+
+
+def test_adapters(folder: Path, tmp_path: Path) -> None:
+    change(folder, "adapter_config.json", **ADAPTER)
+    assert "merge it into them, or move adapter_config.json away" in refusal(folder)
+    alone = tmp_path / "adapter"
+    alone.mkdir()
+    change(alone, "adapter_config.json", **ADAPTER)
+    assert "it is an adapter of someone/base, not a model: merge it" in refusal(alone)
+
+
+# configurations
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"model_type": None}, "config.json names no model_type"),
+        ({"model_type": "nonesuch"}, "transformers cannot use config.json: "),
+        ({"model_type": "vit"}, "transformers cannot build what config.json describes: "),
+        ({"hidden_size": "wide"}, "config.json"),
+        ({"hidden_act": "nonesuch"}, "transformers cannot build what config.json describes: KeyError('nonesuch')"),
+        ({"vocab_size": -4}, "config.json"),
+        ({"num_attention_heads": 0}, "config.json"),
+    ],
+    ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else "",
+)
+def test_configurations_of_no_model(folder: Path, values: dict[str, Any], reason: str) -> None:
+    change(folder, **values)
+    assert reason in refusal(folder)
+
+
+CODE = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+OWN = """
+from transformers import Qwen3Config, Qwen3ForCausalLM
+class OwnConfig(Qwen3Config):
+    model_type = "own_and_only"
+class OwnModel(Qwen3ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_in_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Never run, nor asked about, unless that was asked for; where transformers knows the family, its own is used."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (folder / "own.py").write_text(OWN)
+    change(folder, auto_map=CODE)
+    assert type(load_pretrained(str(folder), "auto", CPU)[0]).__module__.startswith("transformers.models.qwen3")
+    change(folder, model_type="own_and_only")
+    assert "(own.OwnConfig): read it, and give --trust-remote-code on if you trust it" in refusal(folder)
+    model, _ = load_pretrained(str(folder), "auto", CPU, trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "compressed-tensors", "nonesuch"])
+def test_weights_that_cannot_be_unpacked(folder: Path, method: str) -> None:
+    change(folder, quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": method == "bitsandbytes"})
+    message = refusal(folder)
+    assert f"its weights are quantised by {method}" in message and "pip" not in message
+
+
+# tensors
+
+
+def test_tensors_that_are_not_there(folder: Path) -> None:
+    rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if "layers.3" not in n})
+    message = refusal(folder)
+    assert "the checkpoint lacks model.layers.3.input_layernorm.weight, " in message and " and 8 more: " in message
+    assert "it is incomplete, or its config is that of another model" in message
+
+
+def test_a_head_that_is_not_there(folder: Path) -> None:
+    change(folder, tie_word_embeddings=False)
+    assert "the checkpoint lacks lm_head.weight" in refusal(folder)
+
+
+def test_tied_weights_may_be_saved_under_either_name(folder: Path) -> None:
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    rewrite(folder, lambda tensors: {head if n == embedding else n: t for n, t in tensors.items()})
+    model, _ = load_pretrained(str(folder), "auto", CPU)
+    saved = load_file(SOURCE / "model.safetensors")[embedding]
+    assert torch.equal(model.lm_head.weight.to(saved.dtype), saved)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_tensors_that_belong_to_no_module(folder: Path) -> None:
+    """A bias that the config knows nothing of would be left out without a word."""
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(4)}
+    rewrite(folder, lambda tensors: tensors | bias)
+    assert "has model.layers.0.self_attn.q_proj.bias, which Qwen3ForCausalLM does not" in refusal(folder)
+
+
+def test_layers_that_the_config_does_not_count(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"] - 1
+    change(folder, num_hidden_layers=layers)
+    assert "config.json: Class validation error for validator 'validate_layer_type': " in refusal(folder)
+    change(folder, num_hidden_layers=layers, layer_types=config["layer_types"][:layers])
+    assert f"has model.layers.{layers}." in refusal(folder)
+
+
+def test_modules_for_another_purpose_are_left_alone(folder: Path) -> None:
+    spare = {
+        "v_head.summary.weight": torch.ones(1, 4),
+        "score.weight": torch.ones(1, 4),
+        "mtp.norm.weight": torch.ones(4),
+    }
+    spare["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # older versions saved it
+    rewrite(folder, lambda tensors: tensors | spare)
+    load_pretrained(str(folder), "auto", CPU)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_names_with_a_prefix(folder: Path, prefix: str) -> None:
+    rewrite(folder, lambda tensors: {prefix + n: t for n, t in tensors.items()})
+    assert f"the names of its tensors begin with {prefix}: " in refusal(folder)
+
+
+def test_tensors_of_other_shapes(folder: Path) -> None:
+    change(folder, intermediate_size=640)
+    message = refusal(folder)
+    assert "model.layers.0.mlp.down_proj.weight has the shape 192x512 where config.json makes it 192x640" in message
+    assert ", and 11 more do not fit" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers(folder: Path, value: float) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda tensors: tensors | {name: tensors[name].index_fill(0, torch.tensor([3]), value)})
+    assert f"{name} holds values that are NaN or infinite: the checkpoint is damaged" in refusal(folder)
+
+
+def test_weights_that_float16_cannot_hold(folder: Path) -> None:
+    name = "model.norm.weight"
+    rewrite(folder, lambda tensors: {n: t.float() * (1e6 if n == name else 1) for n, t in tensors.items()})
+    load_pretrained(str(folder), "float32", CPU)
+    assert f"{name} holds values" in (message := refusal(folder, "float16"))
+    assert "or float16 cannot hold them: try --dtype bfloat16" in message
+
+
+# tokenizers
+
+
+def test_a_checkpoint_without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    assert "the directory has no tokenizer (tokenizer.json): copy" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'])
+def test_a_tokenizer_that_is_none(folder: Path, content: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    assert "transformers cannot use its tokenizer: " in refusal(folder)
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SOURCE)
+    tokenizer.add_tokens(["[PAD]"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    assert "tokens beyond the 458 rows of the model's embedding: '[PAD]' (458); use" in refusal(folder)
+
+
+def test_a_tokenizer_config_may_be_missing(folder: Path) -> None:
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "generation_config.json").unlink()
+    assert load_pretrained(str(folder), "auto", CPU)[1].is_fast
+
+
+# GGUF
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def gguf(metadata: dict[str, Any], tensors: dict[str, int]) -> bytes:
+    """A GGUF file with the given texts and numbers, and tensors of fp32."""
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
+    for key, value in metadata.items():
+        head += text(key)
+        if isinstance(value, str):
+            head += struct.pack("<I", 8) + text(value)
+        elif isinstance(value, list):
+            head += struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+        else:
+            head += struct.pack("<II", 4, value)
+    offset = 0
+    for name, size in tensors.items():
+        head += text(name) + struct.pack("<IQIQ", 1, size, 0, offset)
+        offset += -(-4 * size // 32) * 32
+    return head + bytes(-len(head) % 32 + offset)
+
+
+WHOLE = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+WHOLE |= {"tokenizer.ggml.merges": ["a b"]}
+
+
+@pytest.mark.parametrize("stop", [0, 3, 20, 30, 60, 100, 170, -1])
+def test_a_gguf_file_that_is_cut(tmp_path: Path, stop: int) -> None:
+    (tmp_path / "x.gguf").write_bytes(gguf(WHOLE, {"a": 32, "b": 64})[:stop])
+    assert "the GGUF file is damaged or incomplete, download it again: " in refusal(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("key", WHOLE)
+def test_a_gguf_file_without_what_it_needs(tmp_path: Path, key: str) -> None:
+    (tmp_path / "x.gguf").write_bytes(gguf({k: v for k, v in WHOLE.items() if k != key}, {"a": 32}))
+    assert f"the GGUF file lacks {key}: " in refusal(tmp_path / "x.gguf")
+
+
+def test_other_gguf_files(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf({**WHOLE, "general.architecture": "nonesuch"}, {"a": 32}))
+    assert "transformers cannot use the GGUF file: " in refusal(path)
+    path.write_bytes(gguf({**WHOLE, "split.count": 3}, {"a": 32}))
+    assert "the GGUF file is one of 3 parts: join them" in refusal(path)
+    path.write_text(POINTER)
+    assert "x.gguf is a Git LFS pointer" in refusal(path)
+    path.unlink()
+    path.mkdir()
+    assert "the directory has no config.json" in refusal(path)
+
+
+# the hub
+
+
+def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(hub, "TIMEOUT_S", 1.0)
+    assert "no local directory or GGUF file, and is not on this machine, and the hub cannot be" in refusal(
+        "nobody/none"
+    )
+    assert capfd.readouterr().err == ""
+    assert "is no hub id either: those are written owner/name" in refusal("C:\\model")
