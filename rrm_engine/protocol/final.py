@@ -1,65 +1,126 @@
-"""The final answer in a text: the last ``FINAL: ...`` or ``\\boxed{...}``."""
+r"""The final answer in a text: the last ``FINAL: ...``, *Final Answer* heading or ``\boxed{...}``."""
 
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 
-_FINAL = re.compile(r"(?:\bFINAL(?: ANSWER)?|\b[Ff]inal [Aa]nswer)\b[*_ \t]*[:=]")
-_BOXED = "\\boxed{"
-_MAX_BOXED_CHARS = 2000
-_LEADING = re.compile(r"(?:[\s*_$`\"']|\\[(\[])*")
-_MARKUP = " \t\r\n*_$`\"'.,;:"
+_FINAL = re.compile(
+    r"\b(?:FINAL(?: ANSWER)?|[Ff]inal [Aa]nswer)\b[*_ \t]*[:：=]"  # noqa: RUF001
+    r"|^[^\w\n]*(?i:(?:the )?final(?: answer)?)[*_ \t]*[:：]"  # noqa: RUF001
+    r"|^[^\w\n]*(?i:(?:the )?final answer)[^\w\n]*$",  # a heading
+    re.MULTILINE,
+)
+_ANSWER = re.compile(
+    r"^[^\w\n]*(?i:(?:the )?(?:correct )?answer)[*_ \t]*[:：=]"  # noqa: RUF001
+    r"|\b(?i:answer)\b[^.:=\n]{0,60}?\bis\b[*_ \t]*[:：]?",  # noqa: RUF001
+    re.MULTILINE,
+)
+_SENTENCE_END = re.compile(r"\.(?=\s+[A-Z])|,?\s+(?:because|since)\b")
+_BOX_OR_BRACE = re.compile(r"\\+f?box(?:ed)?\s*\{|\\[\s\S]|[{}]")
+_MOST_CHARS = 20_000  # of an answer
+_BETWEEN_BOXES = re.compile(r"(?:[\s$]|\\[)\]])*(?:,|;|,?\s*\b(?:and|or)\b)(?:[\s$]|\\[(\[]|[a-z]\s*=)*")
+_DISPLAY = re.compile(r"[\s*_#>`]*(\$\$|\\\[)")
+_PAIRS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ('"', '"'), ("'", "'"), ("“", "”"), ("<", ">"))
+_TRAILING = re.compile(r"(?:\\[,;:! ]|[.,;:\s])+\Z")
 _CLOSED_BY = {"}": "{}", ")": "([)]", "]": "([)]"}  # with their openers; "[1, 2)" is balanced
 
 
 def extract_final(text: str) -> str | None:
-    """The last ``FINAL: ...`` (to the end of its line, without markup) or the last balanced ``\\boxed{...}``.
+    r"""What the text gives as its final answer, without markup; None if it names none.
 
-    Whichever comes last in ``text`` counts; None if there is neither, or nothing but markup in them.
+    That is what stands behind the last ``FINAL:`` or ``Final answer:`` (to the end of the line, else on the next one),
+    below the last heading *Final Answer*, or in the last balanced ``\boxed{...}``, whichever begins last. Boxes
+    joined by a comma, "and" or "or" are one list.
     """
-    best, at = None, -1
-    for head in reversed(list(_FINAL.finditer(text))):
-        line_end = text.find("\n", head.end())
-        if value := _unopened(text[head.end() : line_end if line_end >= 0 else None]):
-            best, at = value, head.start()
+    best, at = _last_stated(text, _FINAL)
+    boxes = [box for box in _boxes(text) if strip_markup(text[box[1] : box[2]])]
+    if not boxes or boxes[-1][0] < at:
+        return best
+    listed = [boxes[-1]]
+    for one, behind in reversed(list(pairwise(boxes))):
+        if not _BETWEEN_BOXES.fullmatch(text, one[2] + 1, behind[0]):
             break
-    start = text.rfind(_BOXED)
-    while start > at:
-        if value := _strip(_braced(text, start + len(_BOXED))):
+        listed.insert(0, one)
+    return ", ".join(dict.fromkeys(strip_markup(text[begin:end]) for _, begin, end in listed))
+
+
+def extract_answer(text: str) -> str | None:
+    """What a text without a `extract_final` says its answer is: the last line ``Answer: x``, or sentence "the answer
+    is x" up to its end. In the middle of reasoning that may be an intermediate result."""
+    value, _ = _last_stated(text, _ANSWER)
+    return strip_markup(_SENTENCE_END.split(value, maxsplit=1)[0]) or None if value else None
+
+
+def _last_stated(text: str, heads: re.Pattern[str]) -> tuple[str | None, int]:
+    """The value behind the last head that has one, and where that head begins (-1: there is none)."""
+    for head in reversed(list(heads.finditer(text))):
+        if value := _behind(text, head.end()):
+            return value, head.start()
+    return None, -1
+
+
+def _behind(text: str, at: int) -> str:
+    """The rest of the line, or a display formula that begins there; the next line if this one is blank."""
+    if display := _DISPLAY.match(text, at):
+        end = text.find(display[1].replace("[", "]"), display.end())
+        if end > 0 and (value := strip_markup(" ".join(text[display.end() : end].split()))):
             return value
-        start = text.rfind(_BOXED, 0, start)
-    return best
-
-
-def _braced(text: str, start: int) -> str:
-    """The text from ``start`` to the brace that closes the one before it, "" if there is none."""
-    depth, escaped = 1, False
-    for at in range(start, min(len(text), start + _MAX_BOXED_CHARS)):
-        char = text[at]
-        if escaped:
-            escaped = False
-        elif char == "\\":
-            escaped = True
-        elif char in "{}":
-            depth += 1 if char == "{" else -1
-            if depth == 0:
-                return text[start:at]
+    while at < len(text):
+        end = text.find("\n", at)
+        line = text[at : end if end >= 0 else None][:_MOST_CHARS]
+        at = end + 1 if end >= 0 else len(text)
+        if value := _unopened(line):
+            return "" if value.startswith('{"') else value  # an event is no answer
     return ""
 
 
-def _strip(value: str) -> str:
-    """``value`` without the markup around it."""
-    if leading := _LEADING.match(value):
-        value = value[leading.end() :]
-    while (shorter := value.rstrip(_MARKUP).removesuffix("\\)").removesuffix("\\]")) != value:
-        value = shorter
+def _boxes(text: str) -> Iterator[tuple[int, int, int]]:
+    """Where each balanced box begins, and its content begins and ends; in the order in which the boxes begin."""
+    if "box" not in text:
+        return
+    found: list[tuple[int, int, int]] = []
+    opened: list[tuple[int, int] | None] = []
+    for token in _BOX_OR_BRACE.finditer(text):
+        if token[0].endswith("}") and token[0][0] != "\\":
+            if opened and (box := opened.pop()) and token.start() - box[1] <= _MOST_CHARS:
+                found.append((*box, token.start()))
+        elif token[0] == "{":
+            opened.append(None)
+        elif token[0].endswith("{") and len(token[0]) > 2:
+            opened.append((token.start(), token.end()))
+    yield from sorted(found)
+
+
+def strip_markup(value: str) -> str:
+    """``value`` without the markup around it: emphasis, quotes and formula signs that belong together."""
+    before = None
+    while value != before:
+        before = value
+        value = _TRAILING.sub("", value.strip(" \t\r\n*_`"))
+        for opener, closer in _PAIRS:
+            value = _unwrap(value, opener, closer)
     return value
 
 
+def _unwrap(value: str, opener: str, closer: str) -> str:
+    """``value`` without this pair around it, or without the half of a pair at one end."""
+    inner = value[len(opener) : -len(closer)]
+    if value.startswith(opener) and value.endswith(closer) and len(value) > len(opener):
+        return value if opener in inner or closer in inner or (opener == "<" and "," in inner) else inner
+    if opener in "<'":
+        return value  # a comparison, a derivative
+    alone = value.count(opener) % 2 if opener == closer else value.count(opener) != value.count(closer)
+    return value.removeprefix(opener).removesuffix(closer) if alone else value
+
+
 def _unopened(value: str) -> str:
-    """`_strip`, and without closing brackets at the end that nothing in ``value`` opened."""
-    value = _strip(value)
+    """`strip_markup`, and without closing brackets at the end that nothing in ``value`` opened."""
+    value = strip_markup(value)
     while kinds := _CLOSED_BY.get(value[-1:]):
         openers, closers = kinds[: len(kinds) // 2], kinds[len(kinds) // 2 :]
-        if sum(map(value.count, openers)) >= sum(map(value.count, closers)):
+        unopened = sum(map(value.count, closers)) - sum(map(value.count, openers))
+        if unopened <= 0:
             break
-        value = _strip(value[:-1])
+        closing = len(value) - len(value.rstrip(value[-1]))
+        value = strip_markup(value[: -min(unopened, closing)])
     return value
