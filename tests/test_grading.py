@@ -226,6 +226,9 @@ SAME = [
     (r"\text{5 apples}", "5"),
 ]  # fmt: skip
 DIFFERENT = [
+    (r"$k\ge 2$ or $k<-20:(-\infty,-20)\cup[2,\infty)$", r"k\ge 2"),
+    (r"k\ge 2", r"$k\ge 2$ or $k<-20:(-\infty,-20)\cup[2,\infty)$"),
+    (r"$\sin t=-1$ when $t=2\pi k$", r"$\sin t=1$ when $t=2\pi k$"),
     ("1,2", "12"),
     ("12", "1,2"),
     ("1,23", "123"),

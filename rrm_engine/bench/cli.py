@@ -252,6 +252,7 @@ def _print_header(console: "Console", solver: "Solver", tasks: TaskSet, config: 
         f"rrm-engine {package_version()}   {what}: {plural(rows, 'row')}" + (f", {done} of them done" if done else ""),
         model_line(solver.describe()),
         f"to {directory.path}",
+        *filter(None, [tasks.ungraded(config.limit)]),
         sep="\n",
         markup=False,
         highlight=False,

@@ -47,6 +47,8 @@ _PROSE = re.compile(r"^[A-Za-z][A-Za-z ,']*\b(?:is|are|equals)\b:?\s+(?=\S)")
 _BOXED = re.compile(r"\\f?box(?:ed)?\s*\{")
 _AFTERTHOUGHT = re.compile(r"(?<=[\d)}$])\.\s+[A-Z].*")
 _NOT = re.compile(r"\b(?:not|isn't|never|neither)\b(?: equal(?: to)?)?[\s}$\\(]*[-+]?\d")
+_FORMULA = re.compile(r"\$[^$]*\$|\\\((?:[^\\]|\\[^)])*\\\)")
+_LISTED = re.compile(r"\s*(?:,|;|,?\s*(?:and|or))\s*")
 _BASE = re.compile(r"\d_\{?(\d+)\}?(?!\w)")
 _NOON = re.compile(r"\b([ap])\.?\s?m\b")
 # Exponents and factorials that sympy would expand for ever, deep in C where no timeout reaches.
@@ -145,9 +147,18 @@ def _contradict(candidate: str, wanted: str) -> bool:
     one, other = units_of(candidate), units_of(wanted)
     if one and other and one != other:
         return True
+    if _is_torn(candidate, wanted) or _is_torn(wanted, candidate):
+        return True
     one, other = _items(candidate), _items(wanted)
     repeats = len(set(one)) < len(one) or len(set(other)) < len(other)
     return repeats and len(one) != len(other)
+
+
+def _is_torn(one: str, other: str) -> bool:
+    """Whether math-verify, which reads lists of formulas, would compare only one of several formulas in ``one``."""
+    between = _FORMULA.split(one)[1:-1]
+    single = len(_items(other)) == 1 and "\\pm" not in other
+    return bool(between) and (single or not all(map(_LISTED.fullmatch, between)))
 
 
 def _items(text: str) -> list[str]:

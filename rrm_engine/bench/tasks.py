@@ -4,15 +4,22 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from rrm_engine.bench.readers import SUFFIXES, Record, TaskError, read_file, read_jsonl
+from rrm_engine.bench.readers import SUFFIXES, Fields, Record, TaskError, read_file, read_jsonl
+from rrm_engine.protocol.final import extract_final
 
+ID_FIELD = "id"
 PROBLEM_FIELDS = ("problem", "question", "task", "prompt")
-ANSWER_FIELDS = ("answer", "expected")
+ANSWER_FIELDS = ("answer", "expected", "expected_answer", "final_answer", "ground_truth")
+SOLUTION_FIELD = "solution"  # its \boxed{...} is the answer where there is no answer field
+FIELDS = frozenset({ID_FIELD, *PROBLEM_FIELDS, *ANSWER_FIELDS, SOLUTION_FIELD})
+MISSING = ("", "nan", "<na>", "nat")  # as table programs write it
+GSM8K_MARK = "####"  # stands before the number at the end of GSM8K's answers
 PACKAGED_SUFFIX = "_tasks.jsonl"
 HUB_SETS = {"aime-2024": "HuggingFaceH4/aime_2024", "aime-2025": "math-ai/aime25"}
 
@@ -34,6 +41,15 @@ class TaskSet:
     source: str
     tasks: tuple[Task, ...]
 
+    def ungraded(self, limit: int | None = None) -> str:
+        """A sentence on those of the first ``limit`` tasks that have no answer to grade against; "" if all have one."""
+        chosen = self.tasks[:limit]
+        without = [task.id for task in chosen if task.expected is None]
+        if not without:
+            return ""
+        some = ", ".join(f"{name:.40}" for name in without[:3]) + (" ..." if len(without) > 3 else "")
+        return f"{len(without):,} of {len(chosen):,} tasks have no answer, or NaN for one, and are not graded: {some}"
+
     @property
     def sha256(self) -> str:
         """Over ids, problems and answers, so that it does not depend on the file's format or layout."""
@@ -49,15 +65,24 @@ def load_tasks(spec: str) -> TaskSet:
         return TaskSet(spec, spec, build_tasks(read_jsonl(text, packaged[spec].name), spec))
     if spec in HUB_SETS:
         return TaskSet(spec, spec, _hub_tasks(spec))
-    path = Path(spec).expanduser()
-    if not path.exists():
+    path = _path(spec)
+    if path is None:
         raise TaskError(
             f"There is no task set or file named {spec!r}; pass one of {', '.join([*packaged, *HUB_SETS])}, "
             f"or a file that ends in {', '.join(SUFFIXES)}"
         )
     if path.is_dir():
         raise TaskError(f"{spec} is a directory; pass a file in it that ends in {', '.join(SUFFIXES)}")
-    return TaskSet(path.stem, str(path.resolve()), build_tasks(read_file(path), spec))
+    return TaskSet(path.stem, str(path.resolve()), build_tasks(read_file(path, FIELDS), spec))
+
+
+def _path(spec: str) -> Path | None:
+    """The file that ``spec`` names, if there is one."""
+    try:
+        path = Path(spec).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long a name, no home directory, a NUL
+        return None
 
 
 def packaged_sets() -> dict[str, Traversable]:
@@ -85,32 +110,84 @@ def build_tasks(records: Iterable[Record], source: str) -> tuple[Task, ...]:
 
 
 def _task(record: Record, source: str) -> Task:
-    values = {str(name).strip().lower(): value for name, value in record.values.items()}
     where = f"{source}, {record.place}"
-    problem_field = next((name for name in PROBLEM_FIELDS if name in values), None)
+    values = _known_fields(record, where)
+    problem_field = next((name for name in PROBLEM_FIELDS if values.get(name) is not None), None)
     if problem_field is None:
         raise TaskError(f"{where}: no problem text; name its field one of {', '.join(PROBLEM_FIELDS)}")
     problem = values[problem_field]
     if not isinstance(problem, str) or not problem.strip():
         raise TaskError(f"{where}: {problem_field!r} is not a text; put the problem's wording there")
-    answer = next((values[name] for name in ANSWER_FIELDS if values.get(name) is not None), None)
-    task_id = _scalar(values.get("id"), f"{where}: 'id'")
+    task_id = _scalar(values.get(ID_FIELD), f"{where}: {ID_FIELD!r}")
     return Task(
         id=task_id or record.place.replace(" ", "-"),
-        problem=problem.strip(),
-        expected=_scalar(answer, f"{where}: the answer"),
+        problem=_whole_characters(problem.strip(), f"{where}: {problem_field!r}"),
+        expected=_expected(values, where),
     )
 
 
+def _known_fields(record: Record, where: str) -> dict[str, Any]:
+    """Its fields that a task has, by their names in lower case."""
+    values: dict[str, Any] = {}
+    for name, value in record.fields:
+        known = name.strip().lower()
+        if known not in FIELDS:
+            continue
+        if known in values:
+            raise TaskError(f"{where}: there are two fields {known!r}; remove or rename one of them")
+        values[known] = value
+    return values
+
+
+def _expected(values: dict[str, Any], where: str) -> str | None:
+    """The answer; of a worked solution, what it comes to."""
+    for name in ANSWER_FIELDS:
+        answer = _scalar(values.get(name), f"{where}: the answer")
+        if answer is not None:
+            if GSM8K_MARK in answer:
+                return answer.rpartition(GSM8K_MARK)[2].strip() or None
+            return (extract_final(answer) if "\\boxed" in answer else None) or answer
+    solution = values.get(SOLUTION_FIELD)
+    return extract_final(_whole_characters(solution, f"{where}: the solution")) if isinstance(solution, str) else None
+
+
 def _scalar(value: Any, what: str) -> str | None:
-    """A cell as text; whole floats, which tables make of whole numbers, lose their ``.0``."""
+    """A cell as text, None where there is nothing in it; whole numbers, whatever their type, have no ``.0``."""
+    if isinstance(value, list) and not isinstance(value, Fields) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        value = Decimal(repr(value))
+    if isinstance(value, Decimal):
+        value = _digits(value)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if not isinstance(value, str | int):
         raise TaskError(f"{what} is neither a text nor a number; write it as one")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip() or None
+    text = _whole_characters(str(value), what).strip()
+    return None if text.lower() in MISSING else text
+
+
+def _digits(number: Decimal) -> str | None:
+    """A number as people write it: ``204``, ``0.5``, ``1.5e-30``; None if it is none."""
+    if not number.is_finite():
+        return None
+    if abs(number.adjusted()) > 20:
+        return f"{number:e}"
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _whole_characters(text: str, what: str) -> str:
+    """``text``, if it can be encoded: half of a surrogate pair cannot, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"{what} holds \\u{ord(text[error.start]):04x}, half of a surrogate pair; write the character whole"
+        ) from None
+    return text
 
 
 def _hub_tasks(name: str) -> tuple[Task, ...]:
@@ -126,4 +203,4 @@ def _hub_tasks(name: str) -> tuple[Task, ...]:
             'instead, such as aime.jsonl with one {"id": ..., "problem": ..., "answer": ...} per line'
         ) from None
     files = sorted(Path(folder).rglob("*.jsonl")) or sorted(Path(folder).rglob("*.parquet"))
-    return build_tasks((record for file in files for record in read_file(file)), name)
+    return build_tasks((record for file in files for record in read_file(file, FIELDS)), name)
