@@ -71,7 +71,7 @@ class Lab:
     style: Path
 
     def solver(self, **changes: Any) -> Solver:
-        return Solver(self.model, RunConfig(prompt_style=str(self.style), **{**SETTINGS, **changes}), TASKS)
+        return Solver(self.model, RunConfig(**{"prompt_style": str(self.style), **SETTINGS, **changes}), TASKS)
 
 
 def make_lab(folder: Path) -> Lab:

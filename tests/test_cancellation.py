@@ -14,6 +14,7 @@ import pytest
 from driven import NODES, TASK, TOKENS, Driven
 from forked_bench import break_forward
 
+from rrm_engine.backends import events
 from rrm_engine.backends.job import JobRun
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.result import Job, JobResult
@@ -103,8 +104,9 @@ def run_copies(solver: Solver, names: list[str], act: Act) -> tuple[list[str], O
     ``act(copy, name)`` may end a part of a copy and then returns the beginning of the keys that must be gone. Returns
     the names for which it did, and the outcome of the copy left alone.
     """
-    events: Events = []
-    runs = [JobRun(solver._runtime, Job(name, TASK), i, events.append) for i, name in enumerate([*names, "last"])]
+    heard: Events = []
+    tell, keys = events.Events(heard.append), [*names, "last"]
+    runs = [JobRun(solver._runtime, Job(name, TASK), i, tell) for i, name in enumerate(keys)]
     for run in runs:
         run.start()
     ended: list[str] = []
@@ -119,7 +121,7 @@ def run_copies(solver: Solver, names: list[str], act: Act) -> tuple[list[str], O
             solver.engine.check()
     nothing_left(solver, "")
     assert runs[-1].result is not None
-    return ended, outcome(runs[-1].result, events)
+    return ended, outcome(runs[-1].result, heard)
 
 
 def cancel_in_state(run: JobRun, name: str) -> str | None:

@@ -304,6 +304,36 @@ def test_a_span_goes_where_its_tokens_are_and_nowhere_else() -> None:
     assert engine.pool.num_used == 0
 
 
+def cut_before_attaching(engine: Engine) -> tuple[Sequence, int]:
+    """A sequence cut in the second of three spans that were to be attached, and the blocks in use then."""
+    parent, child = waiting(engine, "root", PARENT), waiting(engine, "root.a", CHILD)
+    at = len(parent.tokens)
+    spans = [engine.keep(parent, child, start, start + 8) for start in (0, 9, 18)]
+    engine.finish(child)
+    engine.resume(parent, [*CHILD, *TAIL], 5, splices=[(0, spans[0]), (9, spans[1]), (18, spans[2])])
+    engine.pause(parent)
+    engine.truncate(parent, at + 12)
+    engine.check()
+    return parent, engine.pool.num_used
+
+
+def test_what_is_cut_off_lets_go_of_its_spans(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = splice_engine(model)
+    parent, used = cut_before_attaching(engine)
+    assert [span.tokens for span in parent.kept] == [tuple(CHILD[:8])] == [span.tokens for _, span in parent.splices]
+    assert used == len(parent.table.blocks) + 2  # 8 tokens in blocks of 4
+    engine.resume(parent, TAIL, 5)
+    run(engine)
+    assert parent.counters.spliced == 8 and not parent.kept
+
+    def forget(self: Sequence, length: int) -> None:
+        self.splices = [(at, span) for at, span in self.splices if at + len(span) < length]
+
+    monkeypatch.setattr(Sequence, "drop_splices", forget)  # negative control: the spans stay
+    parent, held = cut_before_attaching(splice_engine(model))
+    assert len(parent.kept) == 3 and held > used
+
+
 def test_a_modest_sequence_takes_blocks_from_nobody() -> None:
     life = Life(8, 2, 16, prefix_cache=False)
     parent = submitted(life.submit(prompt(7), 1))

@@ -1,6 +1,8 @@
 """Prompt styles and their errors; chat turns cut out of real chat templates."""
 
+import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Conclusion, Phase
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.parser import EventParser
 from rrm_engine.protocol.repair import QUOTES
-from rrm_engine.protocol.style import USER, default_style, load_style, style_names
+from rrm_engine.protocol.style import USER, VARIABLES, default_style, load_style, style_names
 
 CHATML = """{%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}
@@ -234,20 +237,21 @@ def test_packaged_style(name: str) -> None:
     assert all(style.budget(phase) >= 256 and phase in style.thinking for phase in Phase)
     assert style.budget(Phase.GRAPH) == style.budgets["planner"]
     conclusions = [Conclusion("c1", "long talk FINAL: 12"), Conclusion("c2", "", ok=False)]
-    texts = {
-        kind: style.user(
-            kind,
-            task="TASK",
-            given=conclusions[:1],
-            conclusions=conclusions,
-            notes=["NOTE"],
-            rule="RULE",
-            id="c7",
-            max_width=5,
-            depth_left=1,
-        )
-        for kind in USER
+    values: dict[str, Any] = {
+        "task": "TASK",
+        "given": conclusions[:1],
+        "conclusions": conclusions,
+        "notes": ["NOTE"],
+        "rule": "RULE",
+        "id": "c7",
+        "max_width": 5,
+        "depth_left": 1,
     }
+
+    def user(kind: str, **changes: Any) -> str:
+        return style.user(kind, **{name: {**values, **changes}[name] for name in VARIABLES[kind]})
+
+    texts = {kind: user(kind) for kind in USER}
     for kind in ("direct", "graph", "solver", "fork"):
         assert "TASK" in texts[kind]
     for kind in ("graph", "solver", "fork"):
@@ -256,9 +260,9 @@ def test_packaged_style(name: str) -> None:
         assert "FINAL:" in texts[kind]
     assert "2 to 5" in texts["graph"] and "c7" in texts["fork"]
     assert re.search(r"- c1: 12\n- c2: no usable result\n\n.*RULE\n\nNote: NOTE\n\n", texts["resume"])
-    assert "Results that are known" not in style.user("solver", task="TASK")
+    assert "Results that are known" not in user("solver", given=())
     assert "\n\n\n" not in "".join(texts.values())
-    leaf = style.user("fork", task="TASK", id="c7", depth_left=0)
+    leaf = user("fork", depth_left=0)
     assert "FINAL:" in leaf and "atomic" not in leaf
 
 
@@ -316,6 +320,10 @@ def test_own_style_by_path(tmp_path: Path) -> None:
         ("{{ task }}", "{{ task ", "user.direct: "),
         ("{{ task }}", "{% if depth_left > 99 %}{{ tusk }}{% endif %}", "user.direct uses tusk"),
         ("{{ part.final", "{{ part.finale", "user.graph: "),
+        ("{{ task }}", "{{ 1 // depth_left }}", "user.direct: integer division or modulo by zero"),
+        ("{{ task }}", "{{ given[0].final }}", "user.direct: list object has no element 0"),
+        ("{{ task }}", "{% for i in range(999999999) %}x{% endfor %}", "user.direct: Range too big"),
+        ("{{ task }}", "{% include 'x' %}", "user.direct: "),
         ("You reason recursively.", "{{ task }}", "system.recursive uses task; it may use nothing"),
     ],
 )
@@ -324,6 +332,26 @@ def test_broken_style_is_refused_by_name(tmp_path: Path, old: str, new: str, com
     with pytest.raises(ValueError, match=re.escape(complaint)) as error:
         load_style(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", USER)
+def test_a_template_may_use_what_its_kind_gets_and_nothing_else(tmp_path: Path, kind: str) -> None:
+    everything = sorted({name for names in VARIABLES.values() for name in names})
+    for name in everything:
+        data = tomllib.loads(OWN)
+        data["user"][kind] += f"{{{{ {name} }}}}"
+        path = tmp_path / "own.toml"
+        path.write_text(OWN[: OWN.index("[user]")] + "\n".join(["[user]", *_lines(data["user"])]))
+        if name in VARIABLES[kind]:
+            load_style(path)
+        else:
+            known = ", ".join(VARIABLES[kind])
+            with pytest.raises(RrmError, match=rf"user\.{kind} uses {name}; it may use {known}"):
+                load_style(path)
+
+
+def _lines(table: dict[str, str]) -> list[str]:
+    return [f"{key} = {json.dumps(text)}" for key, text in table.items()]
 
 
 def test_unknown_style_names_those_there_are(tmp_path: Path) -> None:
@@ -336,7 +364,7 @@ def test_unknown_style_names_those_there_are(tmp_path: Path) -> None:
 
 def test_missing_value_and_unknown_kind_are_refused() -> None:
     style = load_style("instruct")
-    with pytest.raises(ValueError, match=r"user\.graph: 'task' is undefined"):
+    with pytest.raises(ValueError, match="user text graph takes task, given, max_width, depth_left, not max_width"):
         style.user("graph", max_width=2, depth_left=1)
     with pytest.raises(ValueError, match="no user text 'plan'"):
         style.user("plan")

@@ -1,14 +1,17 @@
 """One job on the engine: carries out the graph machine's commands and tells it what the nodes wrote."""
 
 import hashlib
+import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 
+from rrm_engine.backends.events import Events
 from rrm_engine.backends.join import Join, Joiner
 from rrm_engine.backends.meter import Meter
 from rrm_engine.backends.node import Grammar, NodeRun, PhasePlan
@@ -39,7 +42,6 @@ from rrm_engine.protocol.events import Atomic, Done, Malformed, ParsedEvent
 from rrm_engine.protocol.parser import EventParser, visible
 from rrm_engine.protocol.style import Style
 
-Emit = Callable[[dict[str, Any]], None]
 PREVIEW = 200  # characters of the prompt kept in a row
 
 
@@ -60,14 +62,14 @@ class Runtime:
 class JobRun:
     """Drives one job. The engine's loop calls ``on_token`` for each new token of its sequences."""
 
-    def __init__(self, runtime: Runtime, job: Job, index: int, emit: Emit | None, *, texts: bool = False) -> None:
+    def __init__(self, runtime: Runtime, job: Job, index: int, events: Events, *, texts: bool = False) -> None:
         self.runtime = runtime
         self.job = job
         self.index = index
         self.result: JobResult | None = None
         self.peak_blocks = 0
         self.nodes: dict[str, NodeRun] = {}
-        self._emit_to = emit
+        self._tell = events
         self._texts = texts
         self._meter = Meter(monotonic())
         self._joiner = Joiner(runtime.engine, runtime.chat, runtime.join)
@@ -79,11 +81,34 @@ class JobRun:
         self._boundary: int | None = None  # end of the event being handled, in its node's text
         self._prompt = ""
         self._events = 0
+        self._traceback: str | None = None
         self.machine: GraphMachine | None = None
         if job.mode == "rrm":
             self.machine = GraphMachine(job.task, runtime.limits, child_context=runtime.child_context)
 
     def start(self) -> None:
+        """Begin. Whatever goes wrong here or in ``on_token`` is the end of this job and of no other."""
+        with self._own_errors():
+            self._start_root()
+
+    def on_token(self, sampled: Sampled) -> None:
+        """One of the job's sequences has a new token. Nothing more is done with it once the job is over."""
+        with self._own_errors():
+            if self.result is None:
+                self._take(sampled)
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """An error in the block fails the job, unless it is one of the caller's callback."""
+        try:
+            yield
+        except Exception as error:
+            if error is self._tell.error:
+                raise
+            self.fail(error, str(error) if isinstance(error, RrmError) else f"{type(error).__name__}: {error}")
+
+    def _start_root(self) -> None:
+        _refuse_surrogates(self.job.task)
         self._emit("job", "root", t=self._meter.started_at, mode=self.job.mode, task=self.job.task)
         with self.runtime.engine.ranges("graph", (f"{self.job.key}:root",)):
             if self.machine is not None:
@@ -91,7 +116,9 @@ class JobRun:
             else:
                 self._carry_out([Start("root", Phase.DIRECT, self.job.task)])
 
-    def on_token(self, sampled: Sampled) -> None:
+    def _take(self, sampled: Sampled) -> None:
+        if sampled.error is not None:
+            raise sampled.error
         if self._shadows.on_token(sampled):
             return
         node = self._by_key[sampled.sequence.key]
@@ -124,6 +151,23 @@ class JobRun:
         for sequence in self.runtime.engine.sequences:
             if sequence.key.rpartition(":")[0] == self.job.key:
                 self.runtime.engine.finish(sequence)
+
+    def fail(self, error: Exception, reason: str) -> None:
+        """End the job with an error; the traceback of one that is a bug goes into the result."""
+        if self.result is not None:
+            return
+        if not isinstance(error, RrmError):
+            self._traceback = "".join(traceback.format_exception(error))
+        try:
+            self.cancel(reason)
+        except Exception as second:
+            if second is self._tell.error:
+                raise
+        if self.result is None:  # the job's own books are broken: it cannot even be cancelled as others are
+            self.release()
+            latency = monotonic() - self._meter.started_at
+            self.result = JobResult(self.job, Status.FAILED, "", latency, error=reason, traceback=self._traceback)
+            self._emit("finish", "root", status=Status.FAILED, answer="", events=self._events + 1)
 
     def cancel(self, reason: str) -> None:
         """End the job wherever it is; its blocks are free when this returns."""
@@ -359,6 +403,7 @@ class JobRun:
             prompt_preview=self.job.task[:PREVIEW],
             repairs=dict(self._repairs),
             error=self._error(command),
+            traceback=self._traceback,
         )
         ended = self._meter.started_at + self.result.latency_s
         about = {"status": command.status, "answer": command.answer, "events": self._events + 1}
@@ -400,12 +445,12 @@ class JobRun:
 
     def _emit(self, event: str, node: str, **fields: Any) -> None:
         self._events += 1
-        if self._emit_to is None:
+        if not self._tell.wanted:
             return
         engine, run = self.runtime.engine, self.nodes.get(node)
         if event != "text":  # one a token, and counting takes time
             fields |= {"pinned": engine.pinned_blocks, "offloaded": engine.offloaded_blocks}
-        self._emit_to(
+        self._tell(
             {
                 "t": monotonic(),
                 "job": self.job.key,
@@ -417,6 +462,16 @@ class JobRun:
                 **fields,
             }
         )
+
+
+def _refuse_surrogates(task: str) -> None:
+    """Half of a UTF-16 pair is no text; whoever reads JSON or file names may have one in a str all the same."""
+    try:
+        task.encode()
+    except UnicodeEncodeError as error:
+        raise RrmError(
+            f"the task is no text: its character {error.start + 1}, {task[error.start]!a}, is half of a surrogate pair"
+        ) from None
 
 
 def _queued_s(ready: tuple[float, int], admitted: tuple[float, int]) -> float:

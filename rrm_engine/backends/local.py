@@ -1,15 +1,17 @@
 """The in-process backend: one model, one engine, many jobs; this is what the Python API and the bench use."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Lock
 from time import monotonic
 from typing import Any, cast
 
 import torch
 
-from rrm_engine.backends.job import Emit, JobRun, Runtime
+from rrm_engine.backends.events import Emit, Events
+from rrm_engine.backends.job import JobRun, Runtime
 from rrm_engine.backends.join import Join
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.backends.settings import phase_plans, resolve
@@ -22,6 +24,7 @@ from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.replicas import AnyEngine, Replicas
 from rrm_engine.engine.rotary import find_rotary
 from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Limits
 from rrm_engine.kv.cache import KVCache, bytes_per_block
 from rrm_engine.kv.memory import is_out_of_memory, refuse_out_of_memory
@@ -42,7 +45,8 @@ def _ignore(_: Any) -> None:
 class Solver:
     """A loaded model that solves tasks, directly or recursively, in one continuous batch.
 
-    ``resolved`` is the config with every default filled in. One thread at a time may use a Solver.
+    ``resolved`` is the config with every default filled in. A Solver does one thing at a time: while a ``run`` or a
+    ``stream`` is not at its end and not closed, another one is refused, whichever thread asks for it.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class Solver:
         """``tasks`` are the texts to expect: the longest of them decides how long a sequence may get. ``replicas``
         are the copies to run on, ``model`` the first of them, if there are several.
 
-        Raises ValueError, with the numbers and the flag to change, if the settings cannot work.
+        Raises RrmError, with the numbers and the flag to change, if the settings cannot work.
         """
         name = config.prompt_style
         style = load_style(default_style(model.model_type, model.name) if name == "auto" else name)
@@ -79,6 +83,8 @@ class Solver:
             join=Join(cast(Any, config.join), config.boundary_tokens, config.splice_report),
         )
         self._started = 0
+        self._busy = Lock()
+        self._closed = False
         self._recent: deque[tuple[float, int]] = deque()
 
     @classmethod
@@ -87,9 +93,13 @@ class Solver:
     ) -> "Solver":
         """Load the config's model and make it ready. Before, ``announce`` is told what will lie on which device.
 
-        Raises ValueError (UnsupportedModel among them) with one sentence that says what to do.
+        Raises RrmError (UnsupportedModel among them) with one sentence that says what to do.
         """
         config = config or RunConfig()
+        if not isinstance(config, RunConfig):
+            raise RrmError(f"Solver.load takes a RunConfig, not {config!r}")
+        if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
+            raise RrmError("Solver.load takes the tasks to expect as a list of texts")
         flag = f"--device {config.device}" if config.devices is None else f"--devices {config.devices}"
         with refuse_out_of_memory(
             f"--model {config.model} does not fit into the memory of {flag}: free some of it, or use a smaller model, "
@@ -103,30 +113,39 @@ class Solver:
         return solver
 
     def solve(self, task: str, mode: str = "rrm", on_event: Emit | None = None) -> JobResult:
-        """Solve one task; ``mode`` is ``rrm`` or ``direct``."""
-        return next(iter(self.run([self._job(task, mode)], on_event)))
+        """Solve one task; ``mode`` is ``rrm`` or ``direct``. Otherwise as ``run``."""
+        with closing(self.run([self._job(task, mode)], on_event)) as results:
+            return next(results)
 
     def stream(self, task: str, mode: str = "rrm") -> Iterator[dict[str, Any]]:
         """Solve one task and yield its events as they happen.
 
         Besides the events of ``trace.jsonl`` there is ``{"event": "text", "node": ..., "text": ...}`` for all that
-        is written, and last ``{"event": "result", "result": JobResult}``.
+        is written, and last ``{"event": "result", "result": JobResult}``. Otherwise as ``run``.
         """
-        events: deque[dict[str, Any]] = deque()
-        for result in self._drive([self._job(task, mode)], events.append, 1, texts=True):
-            while events:
-                yield events.popleft()
-            if result is not None:
-                yield {"event": "result", "result": result}
+        job = self._job(task, mode)
+        self._refuse_unless_free()
+        return self._stream(job)
 
-    def run(self, jobs: Iterable[Job], on_event: Emit | None = None, concurrency: int = 1) -> Iterator[JobResult]:
+    def run(
+        self, jobs: Iterable[Job], on_event: Emit | None = None, concurrency: int = 1
+    ) -> Generator[JobResult, None, None]:
         """Solve jobs, ``concurrency`` at a time; yields each result when it is there.
 
-        ``on_event`` is called with every event as a JSON-ready dict. A job that fails has its error in its result.
-        Closing the generator, or an exception such as KeyboardInterrupt, cancels what runs.
+        ``on_event`` is called with every event as a JSON-ready dict. A job that fails has its error in its result, and
+        the others go on. Closing the generator, or an exception such as KeyboardInterrupt, cancels what runs; so does
+        an exception in ``on_event``, which is not called again then and comes out of the generator.
+
+        Raises RrmError, at the call, for what is no Job, two jobs with one key, a concurrency below 1, a closed solver
+        and one in use.
         """
-        drive = self._drive(jobs, on_event, concurrency)
-        return (result for result in drive if result is not None)
+        jobs = _checked(jobs)
+        if type(concurrency) is not int or concurrency < 1:
+            raise RrmError(f"concurrency must be a whole number, at least 1, not {concurrency!r}")
+        if on_event is not None and not callable(on_event):
+            raise RrmError(f"on_event must be something to call, not {on_event!r}")
+        self._refuse_unless_free()
+        return self._results(jobs, on_event, concurrency)
 
     @contextmanager
     def profile(self, directory: Path | str, steps: int = STEPS, **about: Any) -> Iterator[Profile]:
@@ -135,6 +154,7 @@ class Solver:
         Writes ``profile.json.gz`` and ``profile.txt`` into ``directory`` at the end of the block. ``about`` goes into
         the trace file. Raises ProfileError if the block has no step behind the warm-up.
         """
+        self._refuse_unless_free()
         devices = (shape.device for model in self.replicas for shape in model.shapes.values())
         profile = Profile(self.model.device, steps, devices=devices, about=about)
         self.engine.announce_to(profile)
@@ -173,37 +193,66 @@ class Solver:
         }
 
     def close(self) -> None:
-        """Nothing runs between calls, so there is nothing to stop; checks that no block was lost."""
+        """From now on nothing can be solved; checks that no block was lost. Raises RrmError while something runs."""
+        if not self._closed:
+            self._refuse_unless_free()
+        self._closed = True
         self.engine.check()
+
+    def _refuse_unless_free(self) -> None:
+        if self._closed:
+            raise RrmError("this Solver is closed: load another one")
+        if self._busy.locked():
+            raise RrmError(
+                "this Solver is in use: take all results of the run or stream that goes on, or close() that, before "
+                "the next one begins"
+            )
 
     def _job(self, task: str, mode: str) -> Job:
         return Job(f"task{self._started}", task, mode)
 
+    def _results(self, jobs: list[Job], emit: Emit | None, concurrency: int) -> Generator[JobResult, None, None]:
+        with closing(self._drive(jobs, emit, concurrency)) as drive:
+            for result in drive:
+                if result is not None:
+                    yield result
+
+    def _stream(self, job: Job) -> Iterator[dict[str, Any]]:
+        events: deque[dict[str, Any]] = deque()
+        with closing(self._drive([job], events.append, 1, texts=True)) as drive:
+            for result in drive:
+                while events:
+                    yield events.popleft()
+                if result is not None:
+                    yield {"event": "result", "result": result}
+
     def _drive(
         self, jobs: Iterable[Job], emit: Emit | None, concurrency: int, *, texts: bool = False
-    ) -> Iterator[JobResult | None]:
+    ) -> Generator[JobResult | None, None, None]:
         """The loop: start jobs while there is room, step, hand out tokens. Yields None for a step without result."""
-        pending = iter(jobs)
-        runs: list[JobRun] = []
-        try:
-            while True:
-                while len(runs) < concurrency and (job := next(pending, None)) is not None:
-                    self._started += 1
-                    runs.append(JobRun(self._runtime, job, self._started, emit, texts=texts))
-                    runs[-1].start()
-                if not runs:
-                    return
-                with self.engine.ranges.step(self.engine.steps + 1):
-                    self._step(runs)
-                for run in [r for r in runs if r.result is not None]:
-                    runs.remove(run)
-                    yield run.result
-                yield None
-        finally:
-            for run in runs:  # all blocks first: writing the events of a cancellation may fail
-                run.release()
-            for run in runs:
-                run.cancel("cancelled")
+        self._refuse_unless_free()  # something else may have begun since the call
+        with self._busy:
+            pending, events = iter(jobs), Events(emit)
+            runs: list[JobRun] = []
+            try:
+                while True:
+                    while len(runs) < concurrency and (job := next(pending, None)) is not None:
+                        self._started += 1
+                        runs.append(JobRun(self._runtime, job, self._started, events, texts=texts))
+                        runs[-1].start()
+                    if not runs:
+                        return
+                    with self.engine.ranges.step(self.engine.steps + 1):
+                        self._step(runs)
+                    for run in [r for r in runs if r.result is not None]:
+                        runs.remove(run)
+                        yield run.result
+                    yield None
+            finally:
+                for run in runs:  # all blocks first: writing the events of a cancellation may fail
+                    run.release()
+                for run in runs:
+                    run.cancel("cancelled")
 
     def _step(self, runs: list[JobRun]) -> None:
         """One engine step. An error in it fails every job in flight, for their KV can no longer be trusted."""
@@ -211,7 +260,7 @@ class Solver:
             sampled = self.engine.step()
         except Exception as error:
             for run in runs:
-                run.cancel(self._failure(error, run.job))
+                run.fail(error, self._failure(error, run.job))
             return
         self._count(sum(not one.sequence.modest for one in sampled))
         used = self.engine.used_blocks - sum(run.shadow_blocks for run in runs)
@@ -242,6 +291,19 @@ class Solver:
         self._recent.append((now, tokens))
         while now - self._recent[0][0] > RATE_WINDOW_S:
             self._recent.popleft()
+
+
+def _checked(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs to run. Raises RrmError for what is none, and for two with one key: their noise would be the same."""
+    if not isinstance(jobs, Iterable):
+        raise RrmError(f"run takes Jobs, in a list for example, not {jobs!r}")
+    found: dict[str, Job] = {}
+    for job in jobs:
+        if not isinstance(job, Job):
+            raise RrmError(f"run takes Jobs, not {job!r}")
+        if found.setdefault(job.key, job) is not job:
+            raise RrmError(f"two jobs have the key {job.key!r}: give them different ids or samples")
+    return list(found.values())
 
 
 def _load(config: RunConfig, announce: Callable[[str], None]) -> tuple[list[LoadedModel], MemoryPlan | None]:

@@ -3,17 +3,31 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from rrm_engine.config import MODES
+from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Status
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One solve of one task. ``key`` is unique in a run and seeds the job's sampling noise."""
+    """One solve of one task. ``key`` is unique in a run and seeds the job's sampling noise.
+
+    Raises RrmError for a value of another type, a mode that there is not, and a negative sample.
+    """
 
     id: str
     task: str
     mode: str = "rrm"  # one of rrm_engine.config.MODES
     sample: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("id", "task"):
+            if not isinstance(value := getattr(self, name), str):
+                raise RrmError(f"the {name} of a Job must be a str, not {value!r}")
+        if self.mode not in MODES:
+            raise RrmError(f"the mode of a Job must be {' or '.join(MODES)}, not {self.mode!r}")
+        if type(self.sample) is not int or self.sample < 0:
+            raise RrmError(f"the sample of a Job must be a whole number, at least 0, not {self.sample!r}")
 
     @property
     def key(self) -> str:
@@ -63,3 +77,4 @@ class JobResult:
     finish_reasons: dict[str, str] = field(default_factory=dict)  # node path -> reason
     repairs: dict[str, int] = field(default_factory=dict)  # parser and graph leniencies, counted
     error: str | None = None
+    traceback: str | None = field(default=None, repr=False)  # of an error that is a bug; a row does not hold it

@@ -97,7 +97,7 @@ def longest_prompt(style: Style, chat: ChatFormat, tasks: Sequence[str]) -> int:
     longest = 0
     for task in sorted(tasks, key=len, reverse=True)[:8] or [""]:
         for kind, mode in (("direct", "direct"), ("graph", "recursive")):
-            user = style.user(kind, task=task, max_width=8, depth_left=1)
+            user = style.user(kind, task=task, given=(), max_width=8, depth_left=1)
             longest = max(longest, len(chat.opening(style.system(mode), user)))
     return longest
 

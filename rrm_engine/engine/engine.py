@@ -23,11 +23,15 @@ from rrm_engine.kv.transfer import Readback
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A sequence's new token, as it was sampled. With ``stop`` the sequence is paused: finish or resume it."""
+    """A sequence's new token, as it was sampled. With ``stop`` the sequence is paused: finish or resume it.
+
+    ``error`` is what its grammar raised when it was told of the token, with ``Stop.ERROR``: others are not concerned.
+    """
 
     sequence: Sequence
     token: int
     stop: Stop | None
+    error: Exception | None = None
 
 
 @dataclass(slots=True)
@@ -201,10 +205,10 @@ class Engine:
         self.scheduler.wait(sequence)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
-        """Make a paused sequence forget its tokens behind ``length``."""
+        """Make a paused sequence forget its tokens behind ``length``, and the spans that were to be attached there."""
         dropped = len(sequence.tokens) - length
         del sequence.tokens[length:]
-        sequence.splices = [(at, span) for at, span in sequence.splices if at + len(span) < length]
+        sequence.drop_splices(length)
         sequence.spliced = [(start, min(stop, length)) for start, stop in sequence.spliced if start < length]
         sequence.table.truncate(min(length, sequence.table.stored))
         if dropped:
@@ -351,10 +355,10 @@ class Engine:
         sequence.unrun_samples = 0 if sequence.flights else 1
         sequence.counters.decoded += 1
         sequence.budget -= 1
-        stop = None
-        if sequence.matcher is not None:
-            sequence.matcher.accept(token)
-        if token in self.eos_ids:
+        stop, error = None, _told(sequence, token)
+        if error is not None:
+            stop = Stop.ERROR
+        elif token in self.eos_ids:
             stop = Stop.EOS
         elif sequence.budget <= 0:
             stop = Stop.LENGTH
@@ -362,7 +366,7 @@ class Engine:
             stop = Stop.CONTEXT
         if stop is not None:
             self.scheduler.pause(sequence)
-        return Sampled(sequence, token, stop)
+        return Sampled(sequence, token, stop, error)
 
     def _check_room(self, key: str, length: int) -> None:
         if length < 1:
@@ -372,6 +376,16 @@ class Engine:
                 f"{key} has {length} tokens and a sequence may have {self.max_sequence_tokens}: "
                 f"raise --max-sequence-tokens (and --kv-blocks), or shorten the task or the budgets"
             )
+
+
+def _told(sequence: Sequence, token: int) -> Exception | None:
+    """Tell the sequence's grammar of a token; what that raises."""
+    try:
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token)
+    except Exception as error:
+        return error
+    return None
 
 
 def _placed(sequence: Sequence, tokens: list[int], splices: SequenceOf[tuple[int, Span]]) -> list[tuple[int, Span]]:

@@ -31,7 +31,7 @@ class SamplingParams:
 
 def noise_key(seed: int, name: str) -> int:
     """The signed 64-bit key of all noise of the sequence ``name`` in a run with ``seed``."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

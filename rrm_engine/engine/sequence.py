@@ -27,6 +27,7 @@ class Stop(Enum):
     EOS = "eos"
     LENGTH = "length"  # the budget given at submit or resume is spent
     CONTEXT = "context"  # the sequence is as long as a sequence may be
+    ERROR = "error"  # its grammar failed
 
 
 class Matcher(Protocol):
@@ -133,6 +134,11 @@ class Sequence:
         self.spliced.append((position, position + len(span)))
         self.counters.spliced += len(span)
         self.let_go(span)
+
+    def drop_splices(self, length: int) -> None:
+        """Give back the spans that would not end before the token ``length - 1``, whose logits are needed."""
+        while self.splices and self.splices[-1][0] + len(self.splices[-1][1]) >= length:
+            self.let_go(self.splices.pop()[1])
 
     def let_go(self, span: Span) -> None:
         span.release()

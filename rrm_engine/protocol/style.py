@@ -11,15 +11,15 @@ A packaged style lies in ``styles/``; a user's own is loaded by its path and has
     [system]             direct, recursive
     [user]               direct, graph, solver, resume, solve, fork
 
-What the templates may use: ``task``, ``given`` (objects with ``id``, ``answer`` and ``final``, the answer's
-last ``FINAL: ...`` or else the whole answer), ``conclusions`` (the same, with ``ok``), ``notes``, ``rule``,
-``id`` (of the child that forks), ``max_width``, ``depth_left`` (levels of children the node may still have
-below it; 0: it must solve its task itself). A system template may use none of them: every node of a recursive
-run has the same system text, so that its KV blocks are shared.
+What a user template may use is what ``VARIABLES`` says for its kind: ``task``, ``given`` (objects with ``id``,
+``answer`` and ``final``, the answer's last ``FINAL: ...`` or else the whole answer; none: []), ``conclusions`` (the
+same, with ``ok``), ``notes``, ``rule``, ``id`` (of the child that forks), ``max_width``, ``depth_left`` (levels of
+children the node may still have below it; 0: it must solve its task itself). A system template may use none of them:
+every node of a recursive run has the same system text, so that its KV blocks are shared.
 """
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -36,7 +36,20 @@ from rrm_engine.protocol.final import extract_final
 PHASES: Final = ("direct", "graph", "solver", "continuation")
 BUDGETS: Final = ("direct", "planner", "solver", "continuation")
 SYSTEM: Final = ("direct", "recursive")
-USER: Final = ("direct", "graph", "solver", "resume", "solve", "fork")
+_START: Final = ("task", "given", "max_width", "depth_left")
+_RESUME: Final = ("task", "conclusions", "notes", "rule")
+# What the user template of each kind is given, no more and no less.
+VARIABLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "direct": _START,
+        "graph": _START,
+        "solver": _START,
+        "resume": _RESUME,
+        "solve": _RESUME,
+        "fork": ("task", "given", "id", "depth_left"),
+    }
+)
+USER: Final = tuple(VARIABLES)
 SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -59,17 +72,21 @@ class _Part:
     ok: bool
 
 
-_SAMPLE: Final[Mapping[str, Any]] = MappingProxyType(
+# Much of everything, and as little as there can be: a template is rendered with both when it is loaded.
+_FULL: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "task": "task",
-        "given": (_Part("a", "FINAL: 1", "1", True),),
-        "conclusions": (_Part("a", "FINAL: 1", "1", True), _Part("b", "", "", False)),
-        "notes": ("note",),
+        "given": [_Part("a", "FINAL: 1", "1", True)],
+        "conclusions": [_Part("a", "FINAL: 1", "1", True), _Part("b", "", "", False)],
+        "notes": ["note"],
         "rule": "rule",
         "id": "a",
         "max_width": 8,
-        "depth_left": 1,
+        "depth_left": 2,
     }
+)
+_BARE: Final[Mapping[str, Any]] = MappingProxyType(
+    {**_FULL, "given": [], "conclusions": [], "notes": [], "rule": "", "max_width": 1, "depth_left": 0}
 )
 
 
@@ -100,27 +117,18 @@ class Style:
         """
         return self._render("system", mode, {})
 
-    def user(
-        self,
-        kind: str,
-        *,
-        given: Iterable[Answered] = (),
-        conclusions: Iterable[Answered] = (),
-        notes: Iterable[str] = (),
-        rule: str = "",
-        **values: Any,
-    ) -> str:
+    def user(self, kind: str, **values: Any) -> str:
         """The user turn of ``kind``: direct, graph, solver, resume, solve or fork.
 
-        ``values`` are task, id, max_width and depth_left, as far as the template uses them. Raises RrmError
-        for another kind, and when the template uses a value that was not given.
+        ``values`` are those that ``VARIABLES`` names for it; given and conclusions are iterables of Answered. Raises
+        ValueError for another kind and other values, RrmError where the template cannot be rendered with them.
         """
-        values.update(
-            given=[_part(one) for one in given],
-            conclusions=[_part(one) for one in conclusions],
-            notes=list(notes),
-            rule=rule,
-        )
+        names = VARIABLES.get(kind)
+        if names is not None and values.keys() != set(names):
+            raise ValueError(f"a style's user text {kind} takes {', '.join(names)}, not {', '.join(values)}")
+        for name in ("given", "conclusions"):
+            if name in values:
+                values[name] = [_part(one) for one in values[name]]
         return self._render("user", kind, values)
 
     def _render(self, table: str, key: str, values: Mapping[str, Any]) -> str:
@@ -130,7 +138,7 @@ class Style:
             raise ValueError(f"a style has no {table} text {key!r}, only {known}")
         try:
             return template.render(values).strip()
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template can raise whatever its expressions do
             raise RrmError(f"prompt style {self.name}, {table}.{key}: {error}") from error
 
 
@@ -212,7 +220,7 @@ class _Loader:
             thinking=MappingProxyType(self.table("thinking", PHASES, bool)),
             budgets=MappingProxyType(budgets),
             _sampling={key: self.settings(key, sampling.get(key, {})) for key in ("thinking", "plain")},
-            _templates=self.templates("system", SYSTEM, {}) | self.templates("user", USER, _SAMPLE),
+            _templates=self.templates("system", dict.fromkeys(SYSTEM, ())) | self.templates("user", VARIABLES),
         )
 
     def complaint(self, what: str) -> RrmError:
@@ -251,17 +259,21 @@ class _Loader:
                 raise self.complaint(f"sampling.{key}.{name} must be a number, at least 0")
         return MappingProxyType(table)
 
-    def templates(self, table: str, keys: tuple[str, ...], sample: Mapping[str, Any]) -> dict[str, jinja2.Template]:
-        """Compiled templates, each rendered once: a misspelt variable is found here and not in mid-run."""
+    def templates(self, table: str, variables: Mapping[str, tuple[str, ...]]) -> dict[str, jinja2.Template]:
+        """Compiled templates by key, each rendered with what it gets: what is wrong is found here, not in mid-run."""
         compiled = {}
-        for key, source in self.table(table, keys, str).items():
+        for key, source in self.table(table, tuple(variables), str).items():
+            names = variables[key]
             try:
-                unknown = meta.find_undeclared_variables(self.jinja.parse(source)) - set(sample)
-                if unknown:
-                    names = ", ".join(sample) or "nothing"
-                    raise self.complaint(f"{table}.{key} uses {', '.join(sorted(unknown))}; it may use {names}")
-                compiled[f"{table}.{key}"] = self.jinja.from_string(source)
-                compiled[f"{table}.{key}"].render(sample)
-            except (jinja2.TemplateError, TypeError) as error:
+                used = meta.find_undeclared_variables(self.jinja.parse(source))
+                if unknown := used - set(names) - self.jinja.globals.keys():
+                    known = ", ".join(names) or "nothing"
+                    raise self.complaint(f"{table}.{key} uses {', '.join(sorted(unknown))}; it may use {known}")
+                template = compiled[f"{table}.{key}"] = self.jinja.from_string(source)
+                for sample in (_FULL, _BARE):
+                    template.render({name: sample[name] for name in names})
+            except RrmError:
+                raise
+            except Exception as error:  # a template can raise whatever its expressions do
                 raise self.complaint(f"{table}.{key}: {error}") from error
         return compiled
