@@ -38,6 +38,7 @@ from rrm_engine.graph.types import (
 )
 from rrm_engine.graph.types import Stop as StopNode
 from rrm_engine.protocol.chat import ChatFormat
+from rrm_engine.protocol.detokenize import Detokenizer
 from rrm_engine.protocol.events import Atomic, Done, Malformed, ParsedEvent
 from rrm_engine.protocol.parser import EventParser, visible
 from rrm_engine.protocol.style import Style
@@ -132,7 +133,7 @@ class JobRun:
             self._emit("readmitted", node.path, queued_s=began - node.last[0], ran_s=now - began)
         node.last = (now, self.runtime.engine.launched)
         token = None if sampled.stop is Stop.EOS else sampled.token
-        piece = node.wrote(token, self.runtime.tokenizer)
+        piece = node.wrote(token, last=sampled.stop is not None)
         if self._texts and piece:
             self._emit("text", node.path, text=piece)
         turn = node.turn
@@ -298,7 +299,8 @@ class JobRun:
             self._no_room(command.node, error)
             return
         parser = EventParser(self._opens_thinking(plan)) if self.machine and command.phase is not Phase.DIRECT else None
-        node = NodeRun(command.node, sequence, command.phase, parser, first=len(tokens))
+        detokenizer = Detokenizer(runtime.tokenizer)
+        node = NodeRun(command.node, sequence, command.phase, parser, detokenizer, first=len(tokens))
         self.nodes[node.path] = self._by_key[key] = node
         self._meter.start(node.path, monotonic(), after)
         node.ready = (monotonic(), runtime.engine.launched)
@@ -330,7 +332,7 @@ class JobRun:
             return
         if splices:
             self._shadows.follow(node.path, node.sequence)
-        node.enter(command.phase, EventParser(self._opens_thinking(plan)))
+        node.enter(command.phase, EventParser(self._opens_thinking(plan)), Detokenizer(runtime.tokenizer))
         after = [f"{node.path}.{c.id}" for c in command.conclusions]
         self._meter.resume(node.path, monotonic(), after)
         node.ready = (monotonic(), runtime.engine.launched)
@@ -420,7 +422,7 @@ class JobRun:
     def _split(self, node: NodeRun) -> tuple[int, list[int]]:
         """Where in the node's tokens the event just read ends."""
         assert self._boundary is not None
-        return node.split(self._boundary, self.runtime.tokenizer)
+        return node.split(self._boundary, self.runtime.chat.encode)
 
     def _grammar(self, plan: PhasePlan, path: str) -> Grammar | None:
         """What ``plan.matcher`` takes for a node's next phase; it may split only where the machine would accept it."""

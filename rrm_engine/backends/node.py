@@ -5,12 +5,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerFast
-
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Matcher, Sequence
 from rrm_engine.graph.types import Phase
+from rrm_engine.protocol.detokenize import Detokenizer
+from rrm_engine.protocol.encode import Content, TextEncoder
 from rrm_engine.protocol.parser import EventParser
 
 Grammar = tuple[int, bool]  # children the node has had, whether it may split
@@ -48,10 +47,10 @@ class NodeRun:
     sequence: Sequence
     phase: Phase
     parser: EventParser | None
+    detokenizer: Detokenizer
     running: bool = True
     turn: int = 0
     first: int = 0  # index in the sequence of the phase's first sampled token
-    stream: DecodeStream = field(default_factory=DecodeStream)
     pieces: list[str] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     events: list[tuple[int, int]] = field(default_factory=list)  # where they stand in the text
@@ -62,18 +61,23 @@ class NodeRun:
     ready: tuple[float, int] = (0.0, 0)  # when the phase was handed to the engine: time, and steps launched by then
     last: tuple[float, int] = (0.0, 0)  # the same of its last token
 
-    def wrote(self, token: int | None, tokenizer: PreTrainedTokenizerFast) -> str:
-        """Note one more token of the phase, None for an end of sequence; the text that came with it."""
-        piece = "" if token is None else self.stream.step(tokenizer.backend_tokenizer, token) or ""
+    def wrote(self, token: int | None, last: bool) -> str:
+        """Note one more token of the phase, None for an end of sequence; the text that is certain with it.
+
+        Behind the ``last`` token nothing is held back any more.
+        """
+        piece = "" if token is None else self.detokenizer.step(token)
+        if last:
+            piece += self.detokenizer.end()
         self.pieces.append(piece)
         self.ends.append((self.ends[-1] if self.ends else 0) + len(piece))
         return piece
 
-    def enter(self, phase: Phase, parser: EventParser) -> None:
+    def enter(self, phase: Phase, parser: EventParser, detokenizer: Detokenizer) -> None:
         """Begin another phase behind the tokens the sequence has now."""
         self.phase, self.parser, self.running, self.turn = phase, parser, True, self.turn + 1
         self.first = len(self.sequence.tokens)
-        self.stream, self.pieces, self.ends, self.events, self.cut = DecodeStream(), [], [], [], []
+        self.detokenizer, self.pieces, self.ends, self.events, self.cut = detokenizer, [], [], [], []
 
     def text(self, end: int | None = None) -> str:
         """What it wrote in this phase up to ``end``, without its events."""
@@ -84,16 +88,17 @@ class NodeRun:
             last = stop
         return "".join([*parts, whole[last:]])
 
-    def split(self, boundary: int, tokenizer: PreTrainedTokenizerFast) -> tuple[int, list[int]]:
+    def split(self, boundary: int, encode: TextEncoder) -> tuple[int, list[int]]:
         """(tokens, rest): the sequence's tokens up to ``boundary`` in the text, where an event ends, and the kept
         part of a token cut in two there.
 
-        White space behind an event stays with it: only a token that begins something else is cut.
+        White space behind an event stays with it: only a token that begins something else is cut. Tokens whose text
+        came together, as bytes of one character do, are cut as one.
         """
         last = bisect_left(self.ends, boundary)
-        keep = self.first + last + 1
         text = "".join(self.pieces)
         if not text[boundary : self.ends[last]].strip():
-            return keep, []
+            return self.first + last + 1, []
         begin = self.ends[last - 1] if last else 0
-        return keep - 1, tokenizer.encode(text[begin:boundary], add_special_tokens=False)
+        whole = bisect_left(self.ends, begin) + 1 if begin else 0
+        return self.first + whole, encode([Content(text[begin:boundary])], behind=True)

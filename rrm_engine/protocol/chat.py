@@ -12,6 +12,7 @@ from typing import Any, Final
 import jinja2
 
 from rrm_engine.errors import RrmError
+from rrm_engine.protocol.encode import TextEncoder
 from rrm_engine.protocol.parser import THINK_CLOSE, THINK_OPEN
 
 _SWITCHES: Final = ("enable_thinking", "thinking")
@@ -36,6 +37,7 @@ class ChatFormat:
         own = tokenizer.eos_token_id
         self.eos_ids: frozenset[int] = frozenset(eos_ids) | ({own} if own is not None else set())
         self.plain: bool = not tokenizer.chat_template
+        self.encode = TextEncoder(tokenizer, "" if self.plain else tokenizer.get_chat_template())
         self._check()
 
     def opening(self, system: str, user: str, thinking: bool = False) -> list[int]:
