@@ -4,8 +4,9 @@ import json
 import re
 import zlib
 
+from rrm_engine.protocol.escapes import QUOTES
 from rrm_engine.protocol.events import Atomic, Await, Child, Done, Event
-from rrm_engine.protocol.repair import QUOTES, Bare, Unreadable, Value
+from rrm_engine.protocol.repair import Bare, Unreadable, Value
 
 MAX_ID_CHARS = 40
 

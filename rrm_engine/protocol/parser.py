@@ -8,9 +8,10 @@ import re
 from collections import Counter
 from typing import Final
 
+from rrm_engine.protocol.escapes import QUOTES
 from rrm_engine.protocol.events import Atomic, Await, Done, Event, Malformed, ParsedEvent
 from rrm_engine.protocol.fields import to_event
-from rrm_engine.protocol.repair import MAX_CHARS, QUOTES, ObjectScanner, Scan, Unreadable, read_object
+from rrm_engine.protocol.repair import MAX_CHARS, ObjectScanner, Scan, Unreadable, read_object
 
 THINK_OPEN: Final = "<think>"
 THINK_CLOSE: Final = "</think>"

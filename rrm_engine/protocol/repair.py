@@ -10,9 +10,10 @@ Valid JSON is never read differently for that, and ``'what's left'`` or ``"the "
 import re
 from enum import Enum
 
+from rrm_engine.protocol.escapes import QUOTES, unescape
+
 MAX_CHARS = 16_384
 MAX_DEPTH = 16
-QUOTES = "\"'“”„‘’"  # noqa: RUF001
 
 _CLOSERS = {'"': '"', "'": "'", **dict.fromkeys("“”„", '“”"'), **dict.fromkeys("‘’", "‘’'")}  # noqa: RUF001
 _IN_STRING = {quote: re.compile(f"[{closers}\\\\:]") for quote, closers in _CLOSERS.items()}
@@ -21,14 +22,6 @@ _NOT_SPACE = re.compile(r"\S")
 _LOOK_BACK = 140
 _TYPE_BEHIND = re.compile(rf"\{{\s{{0,64}}([{QUOTES}])type[{QUOTES}]\s{{0,64}}\Z")
 _LINE_START = re.compile(r"\n[\s\-*>`.)\d]*\Z")
-
-_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[\s\S]|\Z)")
-_SIMPLE_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
-# LaTeX commands that begin like a JSON escape; "\b" and "\f" before a letter never mean the escape.
-_LATEX = re.compile(
-    r"[bf][A-Za-z]|(?:t(?:imes|ext\w*|heta|an|au|o|riangle\w*|frac|ilde)"
-    r"|r(?:ight\w*|ho|floor|ceil|angle)|n(?:eq?|mid|abla|otin))(?![A-Za-z])"
-)
 
 
 class Unreadable(ValueError):
@@ -257,24 +250,7 @@ class _Reader:
             self.repairs.add("single_quotes" if quote == "'" else "smart_quotes")
         if "\n" in raw or "\r" in raw:
             self.repairs.add("newline_in_string")
-        return self.unescape(raw) if "\\" in raw else raw
-
-    def unescape(self, raw: str) -> str:
-        def replace(found: re.Match[str]) -> str:
-            code = found[1]
-            if len(code) == 5:
-                return chr(int(code[1:], 16))
-            if code in ("b", "f", "n", "r", "t") and _LATEX.match(raw, found.start(1)):
-                self.repairs.add("latex_escape")
-                return "\\" + code
-            if code in _SIMPLE_ESCAPES:
-                return _SIMPLE_ESCAPES[code]
-            self.repairs.add("bad_escape")
-            return code if code in QUOTES else "\\" + code
-
-        text = _ESCAPE.sub(replace, raw)
-        # Halves of a surrogate pair join; a half without its partner could not be tokenised.
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return unescape(raw, self.repairs) if "\\" in raw else raw
 
 
 def read_object(tokens: list[tuple[str, str]], repairs: set[str]) -> dict[str, Value]:
