@@ -23,6 +23,7 @@ from rrm_engine.models.attention import (
 from rrm_engine.models.fuse import fuse
 from rrm_engine.models.lean import lean_forward
 from rrm_engine.models.load import load_pretrained, resolve_device
+from rrm_engine.models.places import register_plain_attention
 from rrm_engine.models.spread import spread
 
 
@@ -93,6 +94,7 @@ def prepare_model(
     Raises UnsupportedModel if a packed, chunked run would not equal a plain one.
     """
     register_attention()
+    register_plain_attention()
     device = device or torch.device("cpu")
     spreads = len(set(layers)) > 1
     if spreads:
@@ -114,7 +116,7 @@ def prepare_model(
         yield transformers_forward(model, devices[-1] if spreads else None)
 
     on_device = OnOwnDevice(attend) if spreads or device.type == "cuda" else attend
-    result = probe(model, device, optimise, on_device)
+    result = probe(model, tokenizer, devices, optimise, on_device)
     if result.reason or result.forward is None:
         raise UnsupportedModel(f"{name}: {result.reason}")
     return LoadedModel(

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.transfer import hand_over, to_device
+from rrm_engine.models.places import Exchange
 
 ATTENTION_NAME = "rrm_paged"
 
@@ -35,6 +36,20 @@ class PagedForward:
     batch: PagedBatch
     attend: PagedAttention
     brought: dict[Any, Any] = field(default_factory=dict)  # to other devices than the batch's, in this step
+    exchange: Exchange | None = None  # of the check at load
+
+    def attention(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
+    ) -> torch.Tensor:
+        """A layer's attention ``[tokens, query heads, value width]``; its new KV is in the pools already."""
+        batch = self.batch_on(query.device)
+        if self.exchange is None:
+            return self.attend(query, keys, values, batch, scores)
+        query = self.exchange("queries", layer, query[None])[0]
+        for what, pool in (("keys", keys), ("values", values)):
+            slots = pool.view(-1, *pool.shape[2:])
+            slots[batch.slots] = self.exchange(what, layer, slots[batch.slots][None])[0]
+        return self.exchange("attention", layer, self.attend(query, keys, values, batch, scores)[None])[0]
 
     def batch_on(self, device: torch.device) -> PagedBatch:
         """The batch on one of the model's devices; brought there once a step."""
@@ -129,7 +144,7 @@ def paged_attention_forward(
     store_kv(value_pool, new_value, batch.slots)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scores = Scores(scale, sliding_window, softcap, s_aux)
-    out = rrm_forward.attend(query[0].transpose(0, 1), key_pool, value_pool, batch, scores)
+    out = rrm_forward.attention(module.layer_idx, query[0].transpose(0, 1), key_pool, value_pool, scores)  # type: ignore[arg-type]
     return out[None], None
 
 

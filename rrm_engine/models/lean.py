@@ -88,12 +88,14 @@ class Stage:
         normed = torch.empty_like(residual)
         query = residual.new_empty(len(residual), self.layers[0].heads, self.layers[0].shape.key_width)
         gated = residual.new_empty(len(residual), self.layers[0].down.in_features)
+        if paged.exchange is not None:
+            residual.copy_(paged.exchange("inputs", self.layers[0].index, residual[None])[0])
         kernels.norm(residual, self.norms[0].weight, self.norms[0].eps, normed)
         for layer, norm in zip_longest(self.layers, self.norms[1:]):
             keys, values = paged.cache.pools(layer.index, layer.shape)
             qkv = layer.qkv(normed)
             kernels.rope_store(qkv, layer.norms, layer.norm_eps, self.tables, positions, slots, query, keys, values)
-            mixed = paged.attend(query, keys, values, paged.batch, layer.scores)
+            mixed = paged.attention(layer.index, query, keys, values, layer.scores)
             kernels.add_norm(
                 layer.output(mixed.flatten(1)), residual, layer.mlp_norm.weight, layer.mlp_norm.eps, normed
             )
@@ -102,6 +104,9 @@ class Stage:
                 residual += layer.down(gated)
             else:
                 kernels.add_norm(layer.down(gated), residual, norm.weight, norm.eps, normed)
+                if paged.exchange is not None:
+                    residual.copy_(paged.exchange("inputs", layer.index + 1, residual[None])[0])
+                    kernels.norm(residual, norm.weight, norm.eps, normed)
         return normed
 
 

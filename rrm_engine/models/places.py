@@ -1,0 +1,90 @@
+"""Places in a forward pass where the check at load sees values, and says with which ones the pass goes on.
+
+They are each layer's ``inputs`` (the hidden states; those of the layer behind the last one are its outputs), and of
+its attention the ``queries``, ``keys`` and ``values``, rotated and normed, and the result, ``attention``.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+PLAIN_ATTENTION = "rrm_plain"  # transformers' eager attention, with these places in it
+
+
+class Exchange(Protocol):
+    """Is given what was found at a place, ``[copies, tokens, ...]``, and returns what to go on with, of that shape.
+
+    A packed run has one copy, and its tokens in the order of the step.
+    """
+
+    def __call__(self, what: str, layer: int, found: torch.Tensor) -> torch.Tensor: ...
+
+
+@contextmanager
+def layer_inputs(layers: nn.ModuleList, exchange: Exchange) -> Iterator[None]:
+    """Exchange the inputs of a transformers model's ``layers``, and the outputs of the last one, in this context."""
+
+    def swap(index: int, hidden: torch.Tensor) -> torch.Tensor:  # [..., copies, tokens, width]
+        found = hidden.movedim((-3, -2), (0, 1))
+        return exchange("inputs", index, found).movedim((0, 1), (-3, -2))
+
+    def before(index: int, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if args:
+            return (swap(index, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": swap(index, kwargs["hidden_states"])}
+
+    def behind(output: Any) -> Any:
+        if isinstance(output, tuple):
+            return swap(len(layers), output[0]), *output[1:]
+        return swap(len(layers), output)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: before(i, args, kwargs), with_kwargs=True)
+        for i, layer in enumerate(layers)
+    ]
+    handles.append(layers[-1].register_forward_hook(lambda _, __, output: behind(output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def plain_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    rrm_exchange: Exchange,
+    **options: Any,
+) -> tuple[torch.Tensor, Any]:
+    """The eager attention of the module's own file, between exchanges of its new tokens' values.
+
+    Query ``[copies, query heads, tokens, width]``, key and value ``[copies, kv heads, past + tokens, width]``.
+    """
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    tokens = query.shape[2]
+
+    def swap(what: str, new: torch.Tensor) -> torch.Tensor:
+        return rrm_exchange(what, layer, new.transpose(1, 2)).transpose(1, 2)
+
+    query = swap("queries", query)
+    past = key.shape[2] - tokens
+    key = torch.cat([key[:, :, :past], swap("keys", key[:, :, past:])], dim=2)
+    value = torch.cat([value[:, :, :past], swap("values", value[:, :, past:])], dim=2)
+    eager = sys.modules[type(module).__module__].eager_attention_forward  # what transformers itself looks up there
+    out, weights = eager(module, query, key, value, *args, **options)
+    return rrm_exchange("attention", layer, out), weights
+
+
+def register_plain_attention() -> None:
+    """Make ``attn_implementation="rrm_plain"`` known to transformers; repeating it is harmless."""
+    AttentionInterface.register(PLAIN_ATTENTION, plain_attention)
+    AttentionMaskInterface.register(PLAIN_ATTENTION, eager_mask)
