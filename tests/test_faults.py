@@ -31,6 +31,7 @@ from forked_bench import (
     limit_files,
     limit_memory,
     mount_small_disk,
+    overlook_limits,
     skip_torn_lines,
     write_in_pieces,
     write_rows_before_events,
@@ -248,8 +249,8 @@ def test_a_pool_larger_than_memory_is_refused_with_the_numbers(folder: Path) -> 
     bench = Bench(folder, "--kv-blocks", "100000000", "--out", "large")
     assert bench.wait() == 2
     (sentence,) = bench.err.splitlines()
-    assert sentence.startswith("error: --kv-blocks 100000000 takes 4,577.64 GiB of KV and ")
-    assert "GiB are free on cpu: lower --kv-blocks, to " in sentence
+    assert sentence.startswith("error: 100,000,000 KV blocks take 4,577.6 GiB and ")
+    assert "GiB are free on cpu: --kv-blocks may be " in sentence
     assert not (folder / "large").exists()
 
 
@@ -259,8 +260,13 @@ def test_a_pool_that_cannot_be_allocated_is_refused(folder: Path) -> None:
     limit, argv = partial(limit_memory, 100 << 20), ("--kv-blocks", "20000", "--out", "limited memory")
     bench = Bench(folder, *argv, prepare=[limit])
     assert bench.wait() == 2
-    assert bench.err == "error: --kv-blocks 20000 takes 0.92 GiB of KV, more than cpu gives: lower --kv-blocks\n"
-    broken = Bench(folder, *argv, prepare=[limit, let_allocations_fail])  # negative control
+    assert bench.err.startswith("error: 20,000 KV blocks take 937.5 MiB and ")
+    assert " MiB are free on cpu: --kv-blocks may be " in bench.err
+    surprised = Bench(folder, *argv, prepare=[limit, overlook_limits])
+    assert surprised.wait() == 2
+    reason = "20,000 KV blocks take 937.5 MiB, more than cpu gives: give a smaller number as --kv-blocks"
+    assert surprised.err == f"error: {reason}\n"
+    broken = Bench(folder, *argv, prepare=[limit, overlook_limits, let_allocations_fail])  # negative control
     assert broken.wait() == 1 and "Traceback" in broken.err
     assert not (folder / "limited memory").exists()
 

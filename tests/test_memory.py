@@ -1,5 +1,8 @@
 """How much memory there is for KV: what is free, and what the container that one runs in has left of its limit."""
 
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -97,12 +100,42 @@ def test_the_default_of_kv_blocks_fits_into_the_container(system: System, lab: L
     group(system.root, V2, limit=100 * MIB, used=80 * MIB, cache=0)
     assert lab.solver(kv_blocks=None).resolved.kv_blocks == 768
     group(system.root, V2, limit=81 * MIB, used=80 * MIB, cache=0)
-    with pytest.raises(ValueError, match=r"GiB of KV and 0\.00 GiB are free for it on cpu: lower the phases"):
+    with pytest.raises(ValueError, match=r"needs 400\.0 KiB of KV and 307\.2 KiB are free for it on cpu: lower"):
         lab.solver(kv_blocks=None)
-    with pytest.raises(ValueError, match=r"--kv-blocks 400 .* lower --kv-blocks, to 128 at most"):
+    with pytest.raises(
+        ValueError, match=r"400 KV blocks take 3\.1 MiB and 1\.0 MiB are free on cpu: --kv-blocks may be 128"
+    ):
         lab.solver(kv_blocks=400)
 
 
 def test_here() -> None:
     """Whatever this machine is: what it says can be read."""
     assert 0 <= free_memory(CPU) <= psutil.virtual_memory().total
+
+
+def test_the_limits_of_the_process_count(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = psutil.Process().memory_info()
+    limits = {resource.RLIMIT_AS: used.vms + 50 * MIB, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], resource.RLIM_INFINITY))
+    assert 40 * MIB < free_memory(CPU) <= 60 * MIB  # other threads may allocate meanwhile
+    limits[resource.RLIMIT_DATA] = used.data + 5 * MIB
+    assert 0 <= free_memory(CPU) <= 15 * MIB
+    limits[resource.RLIMIT_AS] = 1
+    assert free_memory(CPU) == 0
+
+
+def test_the_default_of_kv_blocks_fits_under_ulimit() -> None:
+    """Nobody gave --kv-blocks: the pool is as large as the process may get, whatever the machine has."""
+    script = (
+        "import psutil, resource\n"
+        "from rrm_engine import RunConfig, Solver\n"
+        "from rrm_engine.models.load import load_pretrained\n"
+        "import rrm_engine.backends.local\n"
+        "limit = psutil.Process().memory_info().vms + (200 << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "blocks = Solver.load(RunConfig()).resolved.kv_blocks\n"
+        "print(blocks)\n"
+        "assert 128 <= blocks < 2000, blocks\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

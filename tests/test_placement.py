@@ -275,7 +275,7 @@ def test_auto_takes_one_device_only_if_the_model_fits_there(monkeypatch: pytest.
     both = plan_memory(skeleton, [CPU, CPU], "replicate")
     assert both.room == plan_memory(skeleton, [CPU], "single").room // 2
     monkeypatch.setattr("rrm_engine.kv.memory.free_memory", lambda device: 1 << 20)
-    with pytest.raises(ValueError, match=r"--placement replicate does not fit.*--devices"):
+    with pytest.raises(ValueError, match=r"the model does not fit, memory plan, replicate.*--devices"):
         plan_memory(skeleton, [CPU, CPU], "replicate")
 
 

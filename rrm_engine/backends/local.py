@@ -27,9 +27,9 @@ from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Limits
 from rrm_engine.kv.cache import KVCache, bytes_per_block
-from rrm_engine.kv.memory import is_out_of_memory, refuse_out_of_memory
+from rrm_engine.kv.memory import in_units, is_out_of_memory, refuse_out_of_memory
 from rrm_engine.kv.pool import BlockPool
-from rrm_engine.models.load import load_skeleton
+from rrm_engine.models.load import load_skeleton, too_large
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
 from rrm_engine.trace.profile import STEPS, Profile
@@ -100,11 +100,7 @@ class Solver:
             raise RrmError(f"Solver.load takes a RunConfig, not {config!r}")
         if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
             raise RrmError("Solver.load takes the tasks to expect as a list of texts")
-        flag = f"--device {config.device}" if config.devices is None else f"--devices {config.devices}"
-        with refuse_out_of_memory(
-            f"--model {config.model} does not fit into the memory of {flag}: free some of it, or use a smaller model, "
-            f"a smaller --dtype or another --device"
-        ):
+        with refuse_out_of_memory(too_large(config.model, config.devices or config.device)):
             models, plan = _load(config, announce)
         if models[0].device.type == "cpu" and models[0].parameters < ONE_THREAD_PARAMETERS:
             torch.set_num_threads(1)  # products this small lose more to meeting than they gain from sharing
@@ -347,8 +343,8 @@ def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> E
 
 
 def _allocate(blocks: int, block_size: int, model: LoadedModel) -> KVCache:
-    size = blocks * bytes_per_block(model.shapes, block_size) / 2**30
+    size = in_units(blocks * bytes_per_block(model.shapes, block_size))
     with refuse_out_of_memory(
-        f"--kv-blocks {blocks} takes {size:,.2f} GiB of KV, more than {model.device} gives: lower --kv-blocks"
+        f"{blocks:,} KV blocks take {size}, more than {model.device} gives: give a smaller number as --kv-blocks"
     ):
         return KVCache(blocks, block_size, model.shapes)

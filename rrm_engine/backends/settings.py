@@ -14,7 +14,7 @@ from rrm_engine.engine.sequence import Matcher
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Limits, Phase
 from rrm_engine.kv.cache import bytes_per_block_on_devices
-from rrm_engine.kv.memory import free_memory, kv_room
+from rrm_engine.kv.memory import free_memory, in_units, kv_room
 from rrm_engine.models.attention import block_multiple
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
@@ -136,8 +136,8 @@ def _blocks(config: RunConfig, sizes: Mapping[torch.device, int]) -> int:
     if room < one:
         need, free = one * sizes[fullest], kv_room(fullest)
         raise RrmError(
-            f"one sequence of {config.max_sequence_tokens} tokens needs {need / 2**30:.2f} GiB of KV and "
-            f"{free / 2**30:.2f} GiB are free for it on {fullest}: lower the phases' token budgets or "
+            f"one sequence of {config.max_sequence_tokens:,} tokens needs {in_units(need)} of KV and {in_units(free)} "
+            f"are free for it on {fullest}: lower the phases' token budgets or "
             f"--max-sequence-tokens, or use a smaller --dtype"
         )
     return min(room, one * (config.max_concurrency + 1))
@@ -159,8 +159,8 @@ def _refuse_more_than_memory(config: RunConfig, sizes: Mapping[torch.device, int
         room = free_memory(device)
         if blocks and blocks * size > room:
             raise RrmError(
-                f"{flag} {blocks} takes {blocks * size / 2**30:,.2f} GiB of KV and {room / 2**30:,.2f} GiB are free on "
-                f"{device}: lower {flag}, to {room // size} at most"
+                f"{blocks:,} KV blocks take {in_units(blocks * size)} and {in_units(room)} are free on {device}: "
+                f"{flag} may be {room // size} at most"
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from rrm_engine.errors import RrmError
-from rrm_engine.kv.memory import free_memory, kv_room
+from rrm_engine.kv.memory import free_memory, in_units, kv_room
 from rrm_engine.models.load import resolve_device
 from rrm_engine.models.spread import Places, decoder_layers, places, tied_modules
 
@@ -29,7 +29,7 @@ class Stage:
     kv_per_token: int
 
     def sentence(self) -> str:
-        size = f"{_size(self.weights)} of weights, {_size(self.kv_per_token)} of KV a token"
+        size = f"{in_units(self.weights)} of weights, {in_units(self.kv_per_token)} of KV a token"
         return f"layers {self.first} to {self.stop - 1}, {size}"
 
 
@@ -81,7 +81,7 @@ def plan_memory(skeleton: Any, devices: Sequence[torch.device], kind: str, usefu
         kind = "single" if enough else "pipeline"
     plan = _plan(skeleton, devices[:1] if kind == "single" else devices, kind)  # type: ignore[arg-type]
     if plan.room < 1:
-        raise RrmError(f"--placement {kind} does not fit, {plan.sentence()}: name more devices in --devices")
+        raise RrmError(f"the model does not fit, {plan.sentence()}: name more devices in --devices")
     return plan
 
 
@@ -158,11 +158,6 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
         return int(heads * widths * dtype.itemsize)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return int(2 * (getattr(config, "num_key_value_heads", None) or heads) * width * dtype.itemsize)
-
-
-def _size(count: int) -> str:
-    power, name = (30, "GiB") if count >> 30 else (20, "MiB") if count >> 20 else (10, "KiB")
-    return f"{count / (1 << power):.1f} {name}"
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -1,6 +1,7 @@
 """How much memory there is for KV, and how to tell that there was too little."""
 
 import errno
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from rrm_engine.errors import RrmError
 
 # What torch and the libraries under it say in a plain RuntimeError.
-SIGNS = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+SIGNS = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "Cannot allocate memory")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")  # a line per hierarchy: number:controllers:path
 # Of the second and the first version of control groups: their limit, what is used of it, and what of that is page
@@ -32,12 +33,20 @@ def kv_room(device: torch.device, weights: int = 0) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on ``device`` now; on CPU what the system can free for it included.
 
-    On CPU not more than the limits of the process's control groups leave, that is of its container.
+    On CPU not more than the limits of the process leave, and of its control groups, that is of its container.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return min([psutil.virtual_memory().available, *container_room()])
+    return min([psutil.virtual_memory().available, *container_room(), *process_room()])
+
+
+def process_room() -> list[int]:
+    """Bytes that the limits set on this process (``ulimit -v`` and ``-d``) leave."""
+    used = psutil.Process().memory_info()
+    sizes = {resource.RLIMIT_AS: used.vms, resource.RLIMIT_DATA: getattr(used, "data", 0)}
+    limits = {kind: resource.getrlimit(kind)[0] for kind in sizes}
+    return [max(0, limits[kind] - size) for kind, size in sizes.items() if limits[kind] != resource.RLIM_INFINITY]
 
 
 def container_room() -> list[int]:
@@ -68,6 +77,12 @@ def _room(group: Path, limit: str, usage: str, cache: tuple[str, ...]) -> int | 
     return None if allowed == "max" else max(0, int(allowed) - used + sum(int(stat.get(name, 0)) for name in cache))
 
 
+def in_units(count: float) -> str:
+    """A number of bytes for people."""
+    power, name = (30, "GiB") if count >= 1 << 30 else (20, "MiB") if count >= 1 << 20 else (10, "KiB")
+    return f"{count / (1 << power):,.1f} {name}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory could not be had, on whatever device."""
     if isinstance(error, OSError):
@@ -79,7 +94,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def refuse_out_of_memory(sentence: str) -> Iterator[None]:
-    """Turn an allocation that fails in the block into a ValueError that says ``sentence``."""
+    """Turn an allocation that fails in the block into an RrmError that says ``sentence``."""
     try:
         yield
     except (RuntimeError, OSError, MemoryError) as error:

@@ -41,6 +41,15 @@ def resolve_device(device: str, flag: str = "--device") -> torch.device:
     return found
 
 
+def too_large(name: str, where: str) -> str:
+    """What to say where a model's memory could not be had. ``where`` is a device, several, or ``auto``."""
+    where = "there is here" if where == "auto" else f"of {where}"
+    return (
+        f"--model {name} does not fit into the memory {where}: free some of it, or use a smaller model, a smaller "
+        f"--dtype or another --device"
+    )
+
+
 def load_pretrained(
     name: str,
     dtype: str,
@@ -60,7 +69,7 @@ def load_pretrained(
     checkpoint = find(name)
     inspect(checkpoint)
     config = _read_config(checkpoint, trust_remote_code)
-    tokenizer = _read_tokenizer(checkpoint, trust_remote_code)
+    tokenizer = _read_tokenizer(checkpoint, config, trust_remote_code)
     skeleton = _build(checkpoint, config, dtype, trust_remote_code)
     refuse_missing_rows(checkpoint, skeleton, tokenizer)
     del skeleton
@@ -90,24 +99,28 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     _quiet()
     what = "the GGUF file" if checkpoint.gguf else "config.json"
     with _about(checkpoint, f"transformers cannot use {what}"):
-        keys, _ = transformers.PreTrainedConfig.get_config_dict(checkpoint.folder, **_gguf(checkpoint))
-        known = keys.get("model_type") in CONFIG_MAPPING
-        if not known and "AutoConfig" in keys.get("auto_map", {}) and not trust_remote_code:
+        code = None if checkpoint.gguf else _own_code(checkpoint)
+        if code and not trust_remote_code:
             raise checkpoint.refusal(
-                f"it brings Python code that transformers would have to run ({keys['auto_map']['AutoConfig']}): read "
-                f"it, and give --trust-remote-code on if you trust it"
+                f"it brings Python code that transformers would have to run ({code}): read it, and give "
+                f"--trust-remote-code on if you trust it"
             )
-        config = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code and not known, **_gguf(checkpoint)
-        )
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=bool(code), **_gguf(checkpoint))
     _refuse_packed(checkpoint, config)
     return config
 
 
-def _read_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _own_code(checkpoint: Checkpoint) -> str | None:
+    """The class that a checkpoint brings for its configuration, where transformers has none of its own."""
+    keys, _ = transformers.PreTrainedConfig.get_config_dict(checkpoint.folder)
+    return None if keys.get("model_type") in CONFIG_MAPPING else keys.get("auto_map", {}).get("AutoConfig")
+
+
+def _read_tokenizer(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    known = {"config": config} if checkpoint.gguf else {}  # else the whole file is read again for it
     with _about(checkpoint, "transformers cannot use its tokenizer"):
         return AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code, **_gguf(checkpoint)
+            checkpoint.folder, trust_remote_code=trust_remote_code, **_gguf(checkpoint), **known
         )
 
 
@@ -135,6 +148,7 @@ def _read_weights(
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
+            config=config,
             dtype=wanted,
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=trust_remote_code,
