@@ -98,8 +98,20 @@ class RunConfig:
     # sampling
     temperature: float | None = setting(None, "sampling", "0 is greedy; default: the style, else the model's own")
     top_p: float | None = setting(None, "sampling", "nucleus probability")
-    top_k: int | None = setting(None, "sampling", "0 is off")
+    top_k: int | None = setting(None, "sampling", "0 is off; default: as above, else transformers' own, which is 50")
     min_p: float | None = setting(None, "sampling", "least probability relative to the likeliest token")
+    repetition_penalty: float | None = setting(
+        None,
+        "sampling",
+        "of tokens that stand in the node's transcript already, 1 is off; rests where a grammar holds",
+    )
+    generation_config: str = setting(
+        "honour",
+        "sampling",
+        "what the checkpoint's generation_config says about sampling: honour it as transformers' generate does, or "
+        "ignore all but its end-of-sequence tokens",
+        choices=("honour", "ignore"),
+    )
 
     # memory
     block_size: int = setting(16, "memory", "tokens of a KV block")
@@ -156,6 +168,7 @@ class RunConfig:
             (self.top_p is None or 0 < self.top_p <= 1, "--top-p must be in (0, 1]"),
             (self.top_k is None or self.top_k >= 0, "--top-k must not be negative"),
             (self.min_p is None or 0 <= self.min_p < 1, "--min-p must be in [0, 1)"),
+            (self.repetition_penalty is None or self.repetition_penalty > 0, "--repetition-penalty must be above 0"),
             (bool(self.modes) and set(self.modes) <= set(MODES), f"--modes takes {', '.join(MODES)}"),
         ]
         for f in fields(self):

@@ -52,6 +52,7 @@ JOBS = [Job(f"t{i}", task) for i, task in enumerate(TASKS)]
 SETTINGS: dict[str, Any] = {
     "constrain": "on",
     "temperature": 1.0,
+    "top_k": 0,
     "seed": 2,
     "max_depth": 2,
     "max_sibling_width": 3,

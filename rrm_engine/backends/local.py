@@ -14,7 +14,7 @@ from rrm_engine.backends.events import Emit, Events
 from rrm_engine.backends.job import JobRun, Runtime
 from rrm_engine.backends.join import Join
 from rrm_engine.backends.result import Job, JobResult
-from rrm_engine.backends.settings import phase_plans, resolve
+from rrm_engine.backends.settings import describe_sampling, phase_plans, resolve
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.costs import measure_swap_costs
 from rrm_engine.engine.engine import Engine
@@ -185,6 +185,7 @@ class Solver:
             "kv_bytes": size * blocks * config.block_size,
             "max_sequence_tokens": config.max_sequence_tokens,
             "prompt_style": config.prompt_style,
+            **describe_sampling(config, self._runtime.plans, model),
             **({"memory_plan": self.plan.describe()} if self.plan else {}),
         }
 

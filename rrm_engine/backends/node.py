@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from rrm_engine.engine.sampler import SamplingParams
@@ -31,7 +31,7 @@ class PhasePlan:
     def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
         """How the phase decodes, for the trace, so that its tokens can be drawn again."""
         constrained = grammar and {"children": grammar[0], "may_split": grammar[1]}
-        return {"sampling": asdict(self.sampling), "grammar": constrained}
+        return {"sampling": self.sampling.settings(), "grammar": constrained, "budget": self.budget}
 
 
 @dataclass(slots=True)

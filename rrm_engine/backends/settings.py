@@ -16,9 +16,10 @@ from rrm_engine.graph.types import Limits, Phase
 from rrm_engine.kv.cache import bytes_per_block_on_devices
 from rrm_engine.kv.memory import free_memory, in_units, kv_room
 from rrm_engine.models.attention import block_multiple
+from rrm_engine.models.generation import refuse_unusable
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
-from rrm_engine.protocol.style import Style
+from rrm_engine.protocol.style import SAMPLING, Style
 
 # The flag of each phase's token budget; the graph phase is the planner's.
 BUDGETS = {
@@ -27,6 +28,8 @@ BUDGETS = {
     Phase.SOLVER: "solver_max_tokens",
     Phase.CONTINUATION: "continuation_max_tokens",
 }
+# Settings that a phase held to a grammar does without: its events repeat keys, quotes and ids, and must.
+RESTING = ("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
 CONCLUSION_RESERVE = 256  # tokens set aside for each child's conclusion in its parent's context
 HOST = torch.device("cpu")
 
@@ -166,12 +169,19 @@ def _refuse_more_than_memory(config: RunConfig, sizes: Mapping[torch.device, int
 
 def sampling_params(config: RunConfig, style: Style, model: LoadedModel, thinking: bool) -> SamplingParams:
     """The command line's settings over the style's over the checkpoint's own."""
-    values: dict[str, Any] = {**model.generation, **style.sampling(thinking)}
-    for name in ("temperature", "top_p", "top_k", "min_p"):
+    own = model.generation.sampling if config.generation_config == "honour" else {}
+    values: dict[str, Any] = {**own, **style.sampling(thinking)}
+    for name in SAMPLING:
         if (value := getattr(config, name)) is not None:
             values[name] = value
-    values["top_k"] = int(values.get("top_k", 0))
-    return SamplingParams(**values)
+    if "top_k" in values:
+        values["top_k"] = max(int(values["top_k"]), 0)  # some write -1 for "off"
+    if values.get("repetition_penalty") == 1:
+        del values["repetition_penalty"]
+    published: Any = model.model.config
+    vocabulary = published.get_text_config().vocab_size
+    refuse_unusable(values, model.eos_ids, vocabulary, f"--model {model.name}, generation_config")
+    return SamplingParams.of(values)
 
 
 def phase_plans(config: RunConfig, style: Style, model: LoadedModel, limits: Limits) -> Mapping[Phase, PhasePlan]:
@@ -184,8 +194,22 @@ def phase_plans(config: RunConfig, style: Style, model: LoadedModel, limits: Lim
         if grammars is not None and not thinking and phase in (Phase.GRAPH, Phase.CONTINUATION):
             matcher = _matcher(grammars, phase, limits)
         sampling = sampling_params(config, style, model, thinking)
+        if matcher is not None:
+            sampling = sampling.without(*RESTING)
         plans[phase] = PhasePlan(getattr(config, flag), thinking, sampling, matcher)
     return plans
+
+
+def describe_sampling(config: RunConfig, plans: Mapping[Phase, PhasePlan], model: LoadedModel) -> dict[str, Any]:
+    """By phase all settings that its tokens are drawn with; what rests under grammars; what is not honoured at all."""
+    rests = any(plan.matcher is not None for plan in plans.values())
+    used = {name for plan in plans.values() for name in plan.sampling.settings()}
+    ignored = model.generation.ignored if config.generation_config == "honour" else ()
+    return {
+        "sampling": {str(phase): plan.sampling.settings() for phase, plan in plans.items()},
+        "rests_under_grammars": [name for name in RESTING if name in used and rests],
+        "generation_ignored": list(ignored),
+    }
 
 
 def _matcher(grammars: EventGrammars, phase: Phase, limits: Limits) -> MatcherFactory:

@@ -20,7 +20,7 @@ from rrm_engine.bench.flags import (
     show,
 )
 from rrm_engine.bench.summary import summarise
-from rrm_engine.bench.table import model_line, plural, print_closing
+from rrm_engine.bench.table import about_solver, plural, print_closing
 from rrm_engine.bench.tasks import TaskSet, load_tasks
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
@@ -84,7 +84,8 @@ def resume_run(options: Options) -> int:
         # The pool's size is read off free memory, which is never twice the same: keep the first run's.
         pinned = RunConfig(**{**asdict(config), "kv_blocks": recorded["resolved"].get("kv_blocks")})
         solver = _load(pinned, tasks, _announce(options))
-        _refuse_differences(_drift(recorded["resolved"], solver.resolved), directory.path)
+        drift = [*_drift(recorded["resolved"], solver.resolved), *_sampling_drift(recorded["solver"], solver)]
+        _refuse_differences(drift, directory.path)
         session = {"started": _now(), "command": _command(), **environment()}
         directory.write_manifest({**recorded, "resumed": [*recorded["resumed"], session]})
         return _run(solver, tasks, config, directory, options)
@@ -111,6 +112,17 @@ def _drift(recorded: dict[str, Any], resolved: RunConfig) -> list[str]:
         f"{flag(f.name)} comes out as {show(value)}, was {show(recorded[f.name])}"
         for f in fields(RunConfig)
         if f.name in recorded and show(value := getattr(resolved, f.name)) != show(recorded[f.name])
+    ]
+
+
+def _sampling_drift(recorded: dict[str, Any], solver: "Solver") -> list[str]:
+    """Phases that would be drawn otherwise than before, for the checkpoint or the style says something else now."""
+    now = solver.describe()["sampling"]
+    before = recorded.get("sampling", now)
+    return [
+        f"the {phase} phase samples with {now[phase]}, before with {before[phase]}"
+        for phase in now
+        if now[phase] != before[phase]
     ]
 
 
@@ -250,7 +262,7 @@ def _print_header(console: "Console", solver: "Solver", tasks: TaskSet, config: 
     what = f"{tasks.name}: {plural(chosen, 'task')} x {plural(config.samples, 'sample')} x {' + '.join(config.modes)}"
     console.print(
         f"rrm-engine {package_version()}   {what}: {plural(rows, 'row')}" + (f", {done} of them done" if done else ""),
-        model_line(solver.describe()),
+        *about_solver(solver.describe()),
         f"to {directory.path}",
         *filter(None, [tasks.ungraded(config.limit)]),
         sep="\n",

@@ -1,5 +1,6 @@
 """The closing table of a run and the sentences under it."""
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from rrm_engine.bench.progress import first_line
@@ -25,8 +26,14 @@ def print_closing(console: "Console", summary: Figures, rows: list[Row], concurr
         console.print(line, style="red", markup=False, highlight=False)
 
 
+def about_solver(about: Figures) -> list[str]:
+    """What a solver tells about itself: a line, and another if its checkpoint asks for more than usual sampling."""
+    line = generation_line(about)
+    return [model_line(about)] if line is None else [model_line(about), line]
+
+
 def model_line(about: Figures) -> str:
-    """What a solver tells about itself, in one line."""
+    """The model and where it runs, in one line."""
     parts = [
         f"{about['model']}",
         f"{count(about['parameters'])} parameters",
@@ -36,6 +43,23 @@ def model_line(about: Figures) -> str:
         f"KV: {about['kv_blocks']:,} blocks of {about['block_size']} tokens",
     ]
     return ", ".join(parts)
+
+
+def generation_line(about: Figures) -> str | None:
+    """The checkpoint's settings besides the usual ones: those used, and those not honoured; None if it has none."""
+    usual = ("temperature", "top_k", "top_p", "min_p")
+    used = {name: value for values in about["sampling"].values() for name, value in values.items() if name not in usual}
+    parts = []
+    for name, value in used.items():
+        rests = " (rests where a grammar holds)" if name in about["rests_under_grammars"] else ""
+        parts.append(f"{name} {cut(json.dumps(value))}{rests}")
+    if about["generation_ignored"]:
+        parts.append("not honoured: " + ", ".join(about["generation_ignored"]))
+    return f"generation_config: {', '.join(parts)}" if parts else None
+
+
+def cut(text: str, longest: int = 40) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def modes_table(modes: Figures, wide: bool) -> "Table":

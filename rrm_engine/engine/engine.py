@@ -8,6 +8,7 @@ from time import monotonic
 import torch
 
 from rrm_engine.engine.layout import Drawn
+from rrm_engine.engine.processors import Processed, Processors
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
@@ -106,6 +107,7 @@ class Engine:
         self.ranges = Ranges()
         self.plan: SchedulerOutput | None = None  # of the last step; what was running if that failed
         self._flights: deque[Flight] = deque()
+        self._processors = Processors(eos_ids)
         self._arrivals = 0
 
     def announce_to(self, ranges: Ranges) -> None:
@@ -187,6 +189,7 @@ class Engine:
             depth,
             self._arrivals,
             matcher,
+            first=len(tokens),
         )
         if fork_of is not None:
             parent, length = fork_of
@@ -199,6 +202,7 @@ class Engine:
 
     def pause(self, sequence: Sequence) -> None:
         self.scheduler.pause(sequence)
+        self._processors.forget(sequence)
 
     def wait(self, sequence: Sequence) -> None:
         """Say that a paused sequence waits for others: its KV is kept, moved or given up as the wait policy says."""
@@ -237,6 +241,7 @@ class Engine:
         sequence.budget = budget
         sequence.sampling = sampling or sequence.sampling
         sequence.matcher = matcher
+        sequence.first, sequence.rules = len(sequence.tokens), None
         self.scheduler.add(sequence)
 
     def keep(self, keeper: Sequence, source: Sequence, start: int, stop: int) -> Span:
@@ -250,6 +255,7 @@ class Engine:
 
     def finish(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
+        self._processors.forget(sequence)
 
     def step(self) -> list[Sampled]:
         """Launch what can be and collect the oldest step in flight; returns its new tokens.
@@ -323,9 +329,12 @@ class Engine:
 
     def _unread(self, plan: SchedulerOutput) -> Drawn | None:
         """The tokens that a step runs before they have been read."""
-        numbers = {work.sequence.flights[-1] for work in plan.work if work.ahead}
+        return self._tokens_of({work.sequence.flights[-1] for work in plan.work if work.ahead}, self.runner.device)
+
+    def _tokens_of(self, numbers: set[int], device: torch.device) -> Drawn | None:
+        """What has been sampled in the steps of these ``numbers``, which are in flight."""
         flights = [flight for flight in self._flights if flight.number in numbers]
-        tokens = [flight.tokens.on(self.runner.device) for flight in flights if flight.tokens is not None]
+        tokens = [flight.tokens.on(device) for flight in flights if flight.tokens is not None]
         if not tokens:
             return None
         order = (work.sequence for flight in flights for work in flight.order)  # of who is in several the last counts
@@ -341,7 +350,18 @@ class Engine:
         sequences = [work.sequence for work in flight.order]
         positions = [work.start + work.count for work in flight.order]
         with self.ranges("sample", sequences):
-            flight.tokens, flight.logits = Readback(draw(flight.logits, sequences, positions)), None
+            processed = self._processed(flight, sequences, positions)
+            flight.tokens, flight.logits = Readback(draw(flight.logits, sequences, positions, processed)), None
+
+    def _processed(self, flight: Flight, sequences: list[Sequence], positions: list[int]) -> Processed | None:
+        """The rows of a step that logits processors work on. Who does not wait for its token any more has none."""
+        rows = [row for row, s in enumerate(sequences) if s.sampling.further and flight.number in s.flights]
+        if not rows:
+            return None
+        assert flight.logits is not None
+        behind = (sequences[row] for row in rows if sequences[row].flights[0] != flight.number)
+        unread = self._tokens_of({s.flights[s.flights.index(flight.number) - 1] for s in behind}, flight.logits.device)
+        return self._processors.of(rows, sequences, positions, unread)
 
     def check(self) -> None:
         """Recount every block reference from scratch; raises AssertionError on any difference."""
@@ -365,7 +385,7 @@ class Engine:
         elif len(sequence.tokens) >= sequence.longest:
             stop = Stop.CONTEXT
         if stop is not None:
-            self.scheduler.pause(sequence)
+            self.pause(sequence)
         return Sampled(sequence, token, stop, error)
 
     def _check_room(self, key: str, length: int) -> None:

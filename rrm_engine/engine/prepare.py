@@ -21,6 +21,7 @@ from rrm_engine.models.attention import (
     transformers_forward,
 )
 from rrm_engine.models.fuse import fuse
+from rrm_engine.models.generation import Generation, read_generation
 from rrm_engine.models.lean import lean_forward
 from rrm_engine.models.load import load_pretrained, resolve_device
 from rrm_engine.models.places import register_plain_attention
@@ -47,7 +48,7 @@ class LoadedModel:
     attend: PagedAttention
     max_position: int
     eos_ids: frozenset[int]
-    generation: dict[str, Any]  # the checkpoint's own sampling settings
+    generation: Generation  # what the checkpoint says about sampling
     probe_error: float  # of the load-time check: logit difference, root mean square, relative to the logits' spread
     stages: int = 1  # of a pipeline; as many steps may be in flight
 
@@ -132,23 +133,15 @@ def prepare_model(
         attend=on_device,
         max_position=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         eos_ids=_eos_ids(model, tokenizer),
-        generation=_generation(model),
+        generation=read_generation(model),
         probe_error=result.error,
     )
 
 
 def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    ids: set[int] = set()
+    """All that the checkpoint calls an end of sequence: its generation_config, its config and its tokenizer."""
+    ids: set[int | None] = set()
     for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
         value = getattr(source, "eos_token_id", None)
-        ids.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
-    return frozenset(int(i) for i in ids)
-
-
-def _generation(model: Any) -> dict[str, Any]:
-    """Sampling settings of the checkpoint's generation_config; greedy if it does not sample."""
-    config = getattr(model, "generation_config", None)
-    if config is None or not getattr(config, "do_sample", False):
-        return {"temperature": 0.0}
-    values = {k: getattr(config, k, None) for k in ("temperature", "top_p", "top_k", "min_p")}
-    return {k: v for k, v in values.items() if v is not None}
+        ids.update(value if isinstance(value, (list, tuple)) else [value])
+    return frozenset(int(i) for i in ids if i is not None and i >= 0)

@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ import torch
 from rrm_engine.kv.transfer import integers, to_device
 
 if TYPE_CHECKING:
+    from rrm_engine.engine.processors import Processed
     from rrm_engine.engine.sequence import Matcher, Sequence
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -21,12 +23,49 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. Applied in transformers' order."""
+    """``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off. Applied in transformers' order.
+
+    ``further`` are other settings of transformers' GenerationConfig, in (name, value) pairs with tuples for lists.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    further: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "SamplingParams":
+        """From settings as JSON has them, all in one mapping."""
+        own = {name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p") if name in settings}
+        further = sorted((name, _frozen(value)) for name, value in settings.items() if name not in own)
+        return cls(**own, further=tuple(further))
+
+    def settings(self) -> dict[str, Any]:
+        """What ``of`` takes."""
+        own = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        return own | {name: _thawed(value) for name, value in self.further}
+
+    def without(self, *names: str) -> "SamplingParams":
+        """These, but for the further settings named."""
+        return replace(self, further=tuple((name, value) for name, value in self.further if name not in names))
+
+
+def _frozen(value: Any) -> Any:
+    """A JSON value that can be hashed."""
+    if isinstance(value, Mapping):
+        return _Table((name, _frozen(item)) for name, item in value.items())
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, _Table):
+        return {name: _thawed(item) for name, item in value}
+    return list(map(_thawed, value)) if isinstance(value, tuple) else value
+
+
+class _Table(tuple[tuple[str, Any], ...]):
+    """A mapping's items."""
 
 
 def noise_key(seed: int, name: str) -> int:
@@ -53,24 +92,48 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def draw(logits: torch.Tensor, sequences: Seq["Sequence"], positions: Seq[int]) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor, sequences: Seq["Sequence"], positions: Seq[int], processed: "Processed | None" = None
+) -> torch.Tensor:
     """One token for each row of ``logits`` ``[rows, vocabulary]``: int64 ``[rows]`` there; waits for no device.
 
     Row i is that of the token at ``positions[i]`` of ``sequences[i]``, whose grammar has been told all before it.
+    ``processed`` are those rows whose settings ask for more than a temperature and filters.
     """
+    scores = processed.before_grammars(logits) if processed is not None else None
     _apply_grammars(logits, [sequence.matcher for sequence in sequences])
+    if processed is not None and scores is not None:
+        logits = _put(logits.float(), processed.rows, _reconciled(logits, processed.rows, scores))
     by_params: dict[SamplingParams, list[int]] = defaultdict(list)
     for row, sequence in enumerate(sequences):
         by_params[sequence.sampling].append(row)
     keys = [s.noise_key for s in sequences]
-    if len(by_params) == 1:
-        return _draw_group(logits, sequences[0].sampling, keys, positions)
-    out = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+    out = torch.empty(len(sequences), dtype=torch.int64, device=logits.device) if len(by_params) > 1 else None
     for params, rows in by_params.items():
-        index = integers(rows, logits.device)
+        group = logits if out is None else logits.index_select(0, integers(rows, logits.device))
+        warped = processed.warped(group, rows) if processed is not None else None
         places = [keys[row] for row in rows], [positions[row] for row in rows]
-        out.index_copy_(0, index, _draw_group(logits.index_select(0, index), params, *places))
+        drawn = _draw_group(group, params, *places) if warped is None else _draw_warped(warped, params, *places)
+        if out is None:
+            return drawn
+        out.index_copy_(0, integers(rows, logits.device), drawn)
+    assert out is not None
     return out
+
+
+def _reconciled(masked: torch.Tensor, rows: Seq[int], scores: torch.Tensor) -> torch.Tensor:
+    """``scores`` of ``rows``, without what the grammars have forbidden in ``masked``; where nothing is left of a row,
+    that of ``masked`` as it is: what a grammar demands goes before what a checkpoint would rather not have.
+    """
+    masked = masked.index_select(0, integers(rows, masked.device)).float()
+    scores = scores.masked_fill(masked == float("-inf"), float("-inf"))
+    nothing = scores.amax(-1, keepdim=True) <= torch.finfo(torch.float32).min
+    return torch.where(nothing, masked, scores)
+
+
+def _put(logits: torch.Tensor, rows: Seq[int], values: torch.Tensor) -> torch.Tensor:
+    """``logits`` with ``values`` in ``rows``."""
+    return values if len(rows) == len(logits) else logits.index_copy(0, integers(rows, logits.device), values)
 
 
 def _argmax(x: torch.Tensor) -> torch.Tensor:
@@ -86,13 +149,27 @@ def _draw_group(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], po
     elif params.top_p < 1:
         scores, ids = scores.sort(descending=True)
     else:
-        ids = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+        ids = _all_ids(scores)
     if params.top_p < 1 or params.min_p > 0:
         probs = scores.softmax(-1)
         drop = probs < params.min_p * probs.amax(-1, keepdim=True)
         if params.top_p < 1:
             drop |= probs.cumsum(-1) - probs >= params.top_p
         scores = scores.masked_fill(drop, float("-inf"))
+    return _likeliest(scores, ids, keys, positions)
+
+
+def _draw_warped(scores: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
+    """One token for each row of scores that have gone through every filter."""
+    return _argmax(scores) if params.temperature == 0 else _likeliest(scores, _all_ids(scores), keys, positions)
+
+
+def _all_ids(scores: torch.Tensor) -> torch.Tensor:
+    return torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+
+
+def _likeliest(scores: torch.Tensor, ids: torch.Tensor, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
+    """Of the tokens ``ids`` the one that is ahead with its noise; all ``[rows, n]``, returns int64 ``[rows]``."""
     noise = keyed_gumbel(integers(keys, ids.device), integers(positions, ids.device), ids)
     best = (scores.double() + noise).argmax(-1, keepdim=True)
     return ids.gather(-1, best)[:, 0]

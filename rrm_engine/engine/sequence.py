@@ -4,7 +4,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ import torch
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
+
+if TYPE_CHECKING:
+    from rrm_engine.models.generation import Rules
 
 
 class State(Enum):
@@ -77,6 +80,7 @@ class Sequence:
     depth: int = 0
     arrival: int = 0
     matcher: Matcher | None = None
+    first: int = 0  # tokens in front of the phase: where the first one is that it samples there
     state: State = State.WAITING
     admitted: tuple[float, int] = (0.0, 0)  # the step that let it run last: when it began, and its number
     flights: list[int] = field(default_factory=list)  # numbers of the launched steps whose tokens it waits for
@@ -87,6 +91,7 @@ class Sequence:
     spliced: list[tuple[int, int]] = field(default_factory=list)
     modest: bool = False  # takes no blocks of others, unless it is first of all; does without the prefix cache
     forced: deque[int] = field(default_factory=deque)  # tokens to have instead of the next that are sampled
+    rules: "Rules | None" = None  # of the phase, once it has sampled; made of ``sampling``
     keep_logits: bool = False  # put the next token's logits, fp32 [vocabulary], into ``logits``
     logits: torch.Tensor | None = None
 

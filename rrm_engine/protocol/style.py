@@ -6,7 +6,7 @@ A packaged style lies in ``styles/``; a user's own is loaded by its path and has
     trained_on_events    the model writes the events without a grammar
     [thinking]           direct, graph, solver, continuation = true | false
     [budgets]            direct, planner, solver, continuation = tokens
-    [sampling.thinking]  any of temperature, top_p, top_k, min_p; may be left out, as may
+    [sampling.thinking]  any of temperature, top_p, top_k, min_p, repetition_penalty; may be left out, as may
     [sampling.plain]
     [system]             direct, recursive
     [user]               direct, graph, solver, resume, solve, fork
@@ -50,7 +50,7 @@ VARIABLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     }
 )
 USER: Final = tuple(VARIABLES)
-SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p")
+SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Answered(Protocol):

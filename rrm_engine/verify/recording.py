@@ -181,4 +181,4 @@ def _node(trace: JobTrace, node: str) -> NodeRecord | None:
 def _segment(event: Event, start: int, stop: int) -> Segment:
     grammar = event["grammar"]
     constrained = (grammar["children"], grammar["may_split"]) if grammar else None
-    return Segment(start, stop, event["phase"], SamplingParams(**event["sampling"]), constrained)
+    return Segment(start, stop, event["phase"], SamplingParams.of(event["sampling"]), constrained)

@@ -1,0 +1,196 @@
+"""Logits processors on the rows of a step: each reads its sequence's tokens where they are sampled, on the device."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+
+from rrm_engine.engine.layout import Drawn
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.sequence import Sequence
+from rrm_engine.kv.transfer import integers, to_device
+from rrm_engine.models.generation import Rules, make_rules
+
+Scores = torch.Tensor  # fp32 [rows, vocabulary]
+
+
+@dataclass(slots=True)
+class Transcripts:
+    """Sequences' tokens on one device, int64 ``[rows, capacity]``, a row each. What a step adds to all of them goes up
+    in one transfer.
+
+    Behind its tokens each row repeats its first one, so that it holds no token that the sequence has not.
+    """
+
+    _tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    _rows: dict[Sequence, int] = field(default_factory=dict)
+    _known: dict[Sequence, int] = field(default_factory=dict)  # how many tokens are in its row
+
+    def extend(self, sequences: Seq[Sequence], lengths: Seq[int], unread: Drawn | None, device: torch.device) -> None:
+        """Make rows hold the first ``lengths[i]`` tokens of ``sequences[i]``; the last of them may be ``unread``."""
+        self._make_room(sequences, max(lengths), device)
+        rows: list[int] = []
+        columns: list[int] = []
+        values: list[int] = []
+        drawn: list[int] = []
+        for sequence, length in zip(sequences, lengths, strict=True):
+            new = sequence.tokens[self._known[sequence] : length]
+            sampled = -1
+            if len(sequence.tokens) < length and self._known[sequence] < length:
+                assert unread is not None
+                new.append(sequence.forced[0] if sequence.forced else 0)
+                sampled = -1 if sequence.forced else unread.rows[sequence]
+            rows += [self._rows[sequence]] * len(new)
+            columns += range(self._known[sequence], length)
+            values += new
+            drawn += [-1] * (len(new) - 1) + [sampled] if new else []
+            self._known[sequence] = length
+        where = to_device(torch.tensor([rows, columns, values, drawn], dtype=torch.int64), device)
+        tokens = where[2]
+        if unread is not None:
+            unread.fill(tokens, where[3])
+        self._tokens.index_put_((where[0], where[1]), tokens)
+
+    def of(self, sequence: Sequence, length: int) -> torch.Tensor:
+        """Its first tokens, ``[1, length]``."""
+        row = self._rows[sequence]
+        return self._tokens[row : row + 1, :length]
+
+    def of_all(self, sequences: Seq[Sequence], longest: int) -> torch.Tensor:
+        """Rows of at least ``longest`` tokens."""
+        rows = integers([self._rows[sequence] for sequence in sequences], self._tokens.device)
+        return self._tokens[:, :longest].index_select(0, rows)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._rows.pop(sequence, None)
+        self._known.pop(sequence, None)
+
+    def _make_room(self, sequences: Seq[Sequence], longest: int, device: torch.device) -> None:
+        """Rows for all of them, wide enough; new ones hold the first token everywhere."""
+        fresh = [sequence for sequence in sequences if sequence not in self._rows]
+        height, width = self._tokens.shape
+        needed = len(self._rows) + len(fresh)
+        if needed > height or longest > width:
+            higher, wider = max(height, _power_of_two(needed, 8)), max(width, _power_of_two(longest, 256))
+            grown = torch.zeros(higher, wider, dtype=torch.int64, device=device)
+            if width:
+                grown[:height] = self._tokens[:, :1]
+                grown[:height, :width] = self._tokens
+            self._tokens = grown
+        if fresh:
+            free = sorted(set(range(len(self._tokens))) - set(self._rows.values()))[: len(fresh)]
+            self._rows |= dict(zip(fresh, free, strict=True))
+            self._known |= dict.fromkeys(fresh, 0)
+            first = integers([sequence.tokens[0] for sequence in fresh], device)
+            self._tokens.index_copy_(0, integers(free, device), first[:, None].expand(-1, self._tokens.shape[1]))
+
+
+@dataclass(slots=True)
+class Processors:
+    """Of all sequences of an engine that have any."""
+
+    eos_ids: frozenset[int]
+    transcripts: Transcripts = field(default_factory=Transcripts)
+    _shared: dict[SamplingParams, Rules | None] = field(default_factory=dict)  # None: each phase has its own
+
+    def of(
+        self, rows: Seq[int], sequences: Seq[Sequence], positions: Seq[int], unread: Drawn | None = None
+    ) -> "Processed":
+        """Those of ``rows`` of a step, each the row of the token at ``positions[row]`` of ``sequences[row]``.
+
+        ``unread`` are the tokens right before, where they are in flight.
+        """
+        return Processed(self, list(rows), sequences, positions, unread)
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has paused or ended."""
+        self.transcripts.forget(sequence)
+
+    def rules(self, sequence: Sequence, scores: Scores) -> Rules:
+        """Of its phase, for ``scores`` like these."""
+        params, device, vocabulary = sequence.sampling, scores.device, scores.shape[-1]
+        if params not in self._shared:
+            rules = make_rules(
+                params.settings(),
+                eos_ids=self.eos_ids,
+                prompt=torch.zeros(1, 1, dtype=torch.int64, device=device),
+                longest=2,
+                vocabulary=vocabulary,
+            )
+            self._shared[params] = rules if rules.together else None
+        if (shared := self._shared[params]) is not None:
+            return shared
+        if sequence.rules is None:
+            sequence.rules = make_rules(
+                params.settings(),
+                eos_ids=self.eos_ids,
+                prompt=self.transcripts.of(sequence, sequence.first).clone(),
+                longest=min(sequence.first + sequence.budget, sequence.longest),
+                vocabulary=vocabulary,
+            )
+        return sequence.rules
+
+
+@dataclass(slots=True)
+class Processed:
+    """The rows of one step that have processors."""
+
+    processors: Processors
+    rows: list[int]
+    sequences: Seq[Sequence]
+    positions: Seq[int]
+    unread: Drawn | None
+    _rules: dict[int, Rules] = field(default_factory=dict)  # by row
+
+    def before_grammars(self, logits: torch.Tensor) -> Scores:
+        """The scores of ``rows``, from logits ``[all rows, vocabulary]``, after all that goes before a grammar."""
+        sequences, lengths = [self.sequences[row] for row in self.rows], [self.positions[row] for row in self.rows]
+        self.processors.transcripts.extend(sequences, lengths, self.unread, logits.device)
+        scores = logits.index_select(0, integers(self.rows, logits.device)).float()
+        self._rules = {
+            row: self.processors.rules(sequence, scores) for row, sequence in zip(self.rows, sequences, strict=True)
+        }
+        return self._through({row: self._rules[row].before for row in self.rows}, scores)
+
+    def warped(self, scores: torch.Tensor, rows: Seq[int]) -> Scores | None:
+        """The scores of ``rows``, all under the same settings, after all that goes behind a grammar; None where there
+        is no more than a sampler does itself.
+        """
+        if not any(row in self._rules and not self._rules[row].only_filters for row in rows):
+            return None
+        return self._through({row: self._rules[row].after if row in self._rules else () for row in rows}, scores)
+
+    def _through(self, processors: dict[int, Seq], scores: torch.Tensor) -> Scores:
+        """Each row through its own, those that share them together."""
+        groups: dict[int, list[int]] = {}
+        for index, row in enumerate(processors):
+            groups.setdefault(id(processors[row]), []).append(index)
+        rows = list(processors)
+        scores = scores.float()
+        for indices in groups.values():
+            some = [rows[index] for index in indices]
+            chain = processors[some[0]]
+            if not chain:
+                continue
+            tokens = self._tokens(some)
+            if len(indices) == len(rows):
+                for processor in chain:
+                    scores = processor(tokens, scores)
+                continue
+            where = integers(indices, scores.device)
+            part = scores.index_select(0, where)
+            for processor in chain:
+                part = processor(tokens, part)
+            scores = scores.index_copy(0, where, part)
+        return scores
+
+    def _tokens(self, rows: Seq[int]) -> torch.Tensor:
+        """What processors of ``rows`` are called with."""
+        transcripts = self.processors.transcripts
+        if len(rows) == 1:
+            return transcripts.of(self.sequences[rows[0]], self.positions[rows[0]])
+        return transcripts.of_all([self.sequences[row] for row in rows], max(self.positions[row] for row in rows))
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())
