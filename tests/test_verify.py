@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from rrm_engine.bench.cli import main as bench
 from rrm_engine.engine.sampler import SamplingParams, noise_key
+from rrm_engine.models.generation import Rules, make_rules
 from rrm_engine.verify import NodeCheck, VerifyError, verify_run
 from rrm_engine.verify.cli import main
-from rrm_engine.verify.redraw import Draw, draw_all
+from rrm_engine.verify.redraw import Draw, draw_all, settings_of
 
 STYLE = """
 name = "terse"
@@ -99,6 +100,60 @@ def rewrite(run: Path, change: Callable[[Event], None]) -> None:
 
 def broken(checks: list[NodeCheck]) -> list[NodeCheck]:
     return [check for check in checks if check.verdict == "broken"]
+
+
+OWN = {  # a checkpoint's own settings, of which each is seen in a short text
+    "do_sample": True,
+    "top_k": 60,
+    "typical_p": 0.6,
+    "repetition_penalty": 1.3,
+    "min_new_tokens": 12,
+    "suppress_tokens": list(range(97, 105)),
+    "watermarking_config": {"bias": 2.0},
+}
+
+
+@pytest.fixture(scope="module")
+def opinionated(folder: Path) -> list[str]:
+    """Flags for the same model with generation settings of its own."""
+    path = Path(shutil.copytree(folder / "model", folder / "opinionated"))
+    config = json.loads((path / "generation_config.json").read_text())
+    (path / "generation_config.json").write_text(json.dumps({**config, **OWN}))
+    return ["--model", str(path)]
+
+
+def test_what_a_checkpoint_wants_is_drawn_again(record: Callable[..., Path], opinionated: list[str]) -> None:
+    run = record(*opinionated)
+    checks = verify_run(run, dtypes=["run"])
+    assert {check.verdict for check in checks} <= {"exact", "near tie"} and sum(check.drawn for check in checks) > 100
+    asked = {event["phase"]: event["sampling"] for event in events_of(run) if "sampling" in event}
+    plain = [name for name in OWN if name not in ("do_sample", "watermarking_config")]
+    assert [asked["direct"][name] for name in plain] == [OWN[name] for name in plain]
+    assert (asked["direct"]["temperature"], asked["direct"]["watermarking_config"]["bias"]) == (1.0, 2.0)
+    assert asked["graph"].keys() == asked["direct"].keys() - {"repetition_penalty"}, "it rests where a grammar holds"
+
+
+@pytest.mark.parametrize("left_out", ["RepetitionPenalty", "SuppressTokens", "Typical", "Watermark", "TopK"])
+def test_a_processor_left_out_is_noticed(
+    folder: Path, opinionated: list[str], left_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short_of_one(*args: Any, **kwargs: Any) -> Rules:
+        rules = make_rules(*args, **kwargs)
+        kept = [
+            [p for p in chain if not type(p).__name__.startswith(left_out)] for chain in (rules.before, rules.after)
+        ]
+        return Rules(*kept)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rrm_engine.engine.processors.make_rules", short_of_one)
+        paths = ["--prompt-style", str(folder / "style.toml"), "--out", str(tmp_path / "run"), "--kv-blocks", "100"]
+        flags = [*opinionated, *paths, "--modes", "direct", "--samples", "3", "--quiet"]
+        assert bench([str(folder / "tasks.jsonl"), *flags]) == 0
+    assert broken(verify_run(tmp_path / "run", dtypes=["run"])) != []
+
+
+def events_of(run: Path) -> list[Event]:
+    return [json.loads(line) for line in (run / "trace.jsonl").read_text().splitlines()]
 
 
 GREEDY = ["--temperature", "0"]
@@ -242,13 +297,13 @@ FILTERS = [
 def test_what_an_error_explains(params: SamplingParams) -> None:
     """A draw from disturbed logits is always explained by the disturbance, and its gap is no larger than that."""
     generator = torch.Generator().manual_seed(0)
-    moved, error = 0, 0.05
+    moved, error, settings = 0, 0.05, settings_of(params, 60)
     for position in range(200):
         logits = torch.randn(60, generator=generator)
         disturbed = logits + error * (2 * torch.rand(60, generator=generator) - 1)
-        draw = Draw(logits, position, params, noise_key(1, "a"))
+        draw = Draw(logits, position, settings, noise_key(1, "a"))
         (token,) = draw_all([draw])
-        (other,) = draw_all([Draw(disturbed, position, params, noise_key(1, "a"))])
+        (other,) = draw_all([Draw(disturbed, position, settings, noise_key(1, "a"))])
         assert draw.explains(token, 1e-6) and draw.explains(other, error)
         moved += other != token
         assert draw.gap(other) <= 2 * error * 1.001

@@ -41,6 +41,7 @@ def record_tiny(model: Path, out: Path, tasks: int, fail_at: int = 0, **settings
         prompt_style="embedded",
         constrain="on",
         temperature=1.0,
+        top_k=0,
         direct_max_tokens=30,
         planner_max_tokens=220,
         solver_max_tokens=40,

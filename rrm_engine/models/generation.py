@@ -18,6 +18,8 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.generation import logits_process as library
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from rrm_engine.errors import RrmError
+
 FILE = "generation_config.json"
 WARPERS = ("temperature", "top_k", "top_p", "min_p")
 # Settings that processors are made of, besides WARPERS.
@@ -118,18 +120,13 @@ class Generation:
     ignored: tuple[str, ...] = ()
 
 
-def refuse_unreadable(folder: Path) -> None:
-    """Raises ValueError, with one sentence, if ``folder`` has a generation_config.json that transformers cannot use:
+def try_file(folder: Path) -> None:
+    """Raises whatever transformers does where it cannot use the generation_config.json of ``folder``: loading a model,
     it would do without it and say nothing.
     """
     path = folder / FILE
-    try:
+    if path.is_file():
         GenerationConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be used ({first}): mend it, or move it away") from error
 
 
 def read_generation(model: Any) -> Generation:
@@ -232,7 +229,7 @@ def make_rules(
 
 
 def refuse_unusable(settings: Mapping[str, Any], eos_ids: Collection[int], vocabulary: int, source: str) -> None:
-    """Raises ValueError, with one sentence that begins with ``source``, if transformers' processors do not take
+    """Raises RrmError, with one sentence that begins with ``source``, if transformers' processors do not take
     ``settings``: they are made and called once.
     """
     prompt, scores = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, vocabulary)
@@ -242,4 +239,7 @@ def refuse_unusable(settings: Mapping[str, Any], eos_ids: Collection[int], vocab
             scores = processor(prompt, scores)
     except Exception as error:  # whatever it is, a setting is the cause: there is nothing else in it
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source}: transformers does not take these generation settings ({first})") from error
+        raise RrmError(
+            f"{source}: transformers does not take these settings ({first}): mend the checkpoint's {FILE}, override "
+            f"it, or give --generation-config ignore"
+        ) from error

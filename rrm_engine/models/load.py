@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from rrm_engine.errors import RrmError
+from rrm_engine.models import generation
 from rrm_engine.models.attention import ATTENTION_NAME, register_attention
 from rrm_engine.models.checkpoint import EMBEDDED, Checkpoint, find, inspect
 from rrm_engine.models.geometry import find_geometry, random_model
@@ -68,6 +69,8 @@ def load_pretrained(
         return random_model(geometry, dtype, device), tokenizer
     checkpoint = find(name)
     inspect(checkpoint)
+    with _about(checkpoint, f"transformers cannot use {generation.FILE}"):
+        generation.try_file(checkpoint.folder)
     config = _read_config(checkpoint, trust_remote_code)
     tokenizer = _read_tokenizer(checkpoint, config, trust_remote_code)
     skeleton = _build(checkpoint, config, dtype, trust_remote_code)

@@ -20,7 +20,7 @@ from rrm_engine.engine.probe import LARGEST
 from rrm_engine.engine.sampler import noise_key
 from rrm_engine.engine.sequence import Matcher
 from rrm_engine.verify.recording import NodeRecord, Segment
-from rrm_engine.verify.redraw import Draw, apply_grammar, draw_all
+from rrm_engine.verify.redraw import Draw, Settings, apply_grammar, draw_all, reconciled
 
 ROWS = 64  # compared at once: memory goes with it times the vocabulary
 EXACT_ERROR = 1e-4  # of the spread, for a logit in fp32; twice that between two of them
@@ -29,6 +29,7 @@ BROKEN, NEAR, EXACT, CLOSE, REPORTED = "broken", "near tie", "exact", "close", "
 SPLICED = "spliced"
 
 MatcherOf = Callable[[Segment], Matcher | None]
+SettingsOf = Callable[[NodeRecord, Segment], Settings]
 Decode = Callable[[int], str]
 
 
@@ -113,12 +114,13 @@ def check_node(
     dtype: torch.dtype,
     reference: torch.dtype,
     matcher_of: MatcherOf,
+    settings_of: SettingsOf,
     decode: Decode,
 ) -> NodeCheck:
     """Compare the logits of both paths, ``[positions, vocabulary]``, with each other and with the tokens recorded.
 
     ``dtype`` is that of the run and of ``paged``, ``reference`` that of ``plain``; ``matcher_of`` makes the grammar's
-    state at the beginning of a segment, ``decode`` the text of a token.
+    state at the beginning of a segment and ``settings_of`` its logits processors, ``decode`` the text of a token.
     """
     name = str(reference).removeprefix("torch.")
     written = len(record.positions)
@@ -127,7 +129,7 @@ def check_node(
     check.splice_kl = record.splice_kl
     key, error, row = noise_key(seed, record.key), EXACT_ERROR if exact else LARGEST[dtype], 0
     for segment in record.segments:
-        matcher = matcher_of(segment)
+        matcher, settings = matcher_of(segment), settings_of(record, segment)
         behind = record.approximate_from is not None and segment.start > record.approximate_from
         for start in range(segment.start, segment.stop, ROWS):
             part = range(start, min(start + ROWS, segment.stop))
@@ -135,10 +137,12 @@ def check_node(
             rows = slice(row, row + len(part))
             logits = plain[rows].float()
             _compare(check, logits, paged[rows].float(), tokens)
-            errors = (error * logits.std(-1)).tolist()
+            errors = (error * settings.gain * logits.std(-1)).tolist()
+            scores = settings.before_grammar(logits, part)
             if matcher is not None and not apply_grammar(logits, tokens, matcher):
                 matcher = None
-            draws = [Draw(*place, segment.sampling, key) for place in zip(logits, part, strict=True)]
+            scores = reconciled(scores, logits)
+            draws = [Draw(*place, settings, key) for place in zip(scores, part, strict=True)]
             if behind:
                 _count_spliced(check, draws, tokens)
             else:

@@ -21,7 +21,8 @@ class VerifyError(RrmError):
 class Segment:
     """Tokens ``start`` to ``stop`` of a transcript, written by the model in one phase, and how they were drawn.
 
-    ``grammar`` is (children the node had, whether it might split) where the phase was constrained.
+    ``grammar`` is (children the node had, whether it might split) where the phase was constrained; ``budget`` are the
+    tokens that the phase was allowed.
     """
 
     start: int
@@ -29,6 +30,7 @@ class Segment:
     phase: str
     sampling: SamplingParams
     grammar: tuple[int, bool] | None
+    budget: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Recording:
     block_size: int
     step_tokens: int
     max_width: int
+    max_sequence_tokens: int
     nodes: tuple[NodeRecord, ...]
     unfinished: int
 
@@ -128,6 +131,7 @@ def _manifest(path: Path) -> Recording:
             block_size=used["block_size"],
             step_tokens=used["step_tokens"],
             max_width=used["max_sibling_width"],
+            max_sequence_tokens=used["max_sequence_tokens"],
             nodes=(),
             unfinished=0,
         )
@@ -181,4 +185,5 @@ def _node(trace: JobTrace, node: str) -> NodeRecord | None:
 def _segment(event: Event, start: int, stop: int) -> Segment:
     grammar = event["grammar"]
     constrained = (grammar["children"], grammar["may_split"]) if grammar else None
-    return Segment(start, stop, event["phase"], SamplingParams.of(event["sampling"]), constrained)
+    budget = event.get("budget", stop - start)  # older versions left it out, and had no setting that asks for it
+    return Segment(start, stop, event["phase"], SamplingParams.of(event["sampling"]), constrained, budget)

@@ -1,19 +1,20 @@
-"""Drawing a recorded token again: the same grammar, filters and noise on other logits, and how near it was.
+"""Drawing a recorded token again: the same settings, grammar and noise on other logits, and how near it was.
 
-The filters are transformers' own logits warpers, not the engine's; only the definition of the noise is shared.
+Every setting is carried out by transformers' own logits processors, called as ``generate`` calls them: one sequence at
+a time, with all its tokens. Only the definition of the noise is shared with the engine.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from rrm_engine.engine.sampler import SamplingParams, keyed_gumbel
 from rrm_engine.engine.sequence import Matcher
+from rrm_engine.models.generation import Rules, make_rules
 
 NEVER = -math.inf
 BISECTIONS = 12
@@ -38,13 +39,80 @@ def apply_grammar(logits: torch.Tensor, tokens: Iterable[int], matcher: Matcher)
 
 
 @dataclass(frozen=True, slots=True)
+class Settings:
+    """How a phase's tokens are drawn: ``rules`` are the processors that transformers makes of ``params``, and
+    ``tokens`` int64 ``[1, n]`` the node's whole transcript.
+    """
+
+    params: SamplingParams
+    rules: Rules
+    tokens: torch.Tensor
+
+    @property
+    def gain(self) -> float:
+        """By how much penalties may enlarge an error of a logit."""
+        settings = self.params.settings()
+        penalties = [settings.get(name, 1.0) for name in ("repetition_penalty", "encoder_repetition_penalty")]
+        return math.prod(max(penalty, 1 / penalty) for penalty in penalties)
+
+    def before_grammar(self, logits: torch.Tensor, positions: Iterable[int]) -> torch.Tensor:
+        """Scores of logits fp32 ``[rows, vocabulary]`` for the tokens at ``positions``."""
+        return self._through(self.rules.before, logits, positions) if self.rules.before else logits
+
+    def warped(self, scores: torch.Tensor, positions: Iterable[int]) -> torch.Tensor:
+        """Scores after all that goes behind a grammar: temperature, filters, watermarks."""
+        return self._through(self.rules.after, scores, positions) if self.rules.after else scores
+
+    def _through(self, chain: Sequence[Any], scores: torch.Tensor, positions: Iterable[int]) -> torch.Tensor:
+        rows = []
+        for row, position in zip(scores[:, None], positions, strict=True):
+            for processor in chain:
+                row = processor(self.tokens[:, :position], row)
+            rows.append(row)
+        return torch.cat(rows)
+
+
+def settings_of(
+    params: SamplingParams,
+    vocabulary: int,
+    tokens: torch.Tensor | None = None,
+    first: int = 1,
+    longest: int = 2,
+    eos_ids: Collection[int] = (),
+) -> Settings:
+    """Of the phase whose first token is at ``first`` of ``tokens`` int64 ``[1, n]``; see ``make_rules``."""
+    tokens = torch.zeros(1, 1, dtype=torch.int64) if tokens is None else tokens
+    prompt = tokens[:, :first]
+    rules = make_rules(params.settings(), eos_ids=eos_ids, prompt=prompt, longest=longest, vocabulary=vocabulary)
+    return Settings(params, rules, tokens)
+
+
+def reconciled(scores: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """``scores`` without what is -inf in ``masked``, where a grammar has been; where nothing is left of a row, that of
+    ``masked``.
+    """
+    left = scores.masked_fill(masked == NEVER, NEVER)
+    nothing = left.amax(-1, keepdim=True) <= torch.finfo(left.dtype).min
+    return torch.where(nothing, masked, left)
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
-    """One draw from ``logits`` fp32 ``[vocabulary]`` with the noise of ``key`` at ``position``."""
+    """One draw from ``logits`` fp32 ``[vocabulary]``, grammar applied, with the noise of ``key`` at ``position``."""
 
     logits: torch.Tensor
     position: int
-    params: SamplingParams
+    settings: Settings
     key: int
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.settings.params
+
+    @property
+    def scores(self) -> torch.Tensor:
+        """What is compared, noise aside, fp32 ``[vocabulary]``; what cannot come out is -inf."""
+        return self.settings.warped(self.logits[None], [self.position])[0]
 
     def explains(self, token: int, error: float) -> bool:
         """Whether ``token`` could come out if every logit may be off by ``error``.
@@ -53,10 +121,14 @@ class Draw:
         come out.
         """
         if self.params.temperature == 0:
-            return float(self.logits.max() - self.logits[token]) <= 2 * error
+            return self.gap(token) <= 2 * error
         slack = 2 * error / self.params.temperature
-        scores = self.logits.double() / self.params.temperature
-        possible, certain = _filtered(scores, self.params, slack)
+        if self.settings.rules.only_filters:
+            scores = self.logits.double() / self.params.temperature
+            possible, certain = _filtered(scores, self.params, slack)
+        else:  # what is at the edge of one of the rarer filters counts as it is
+            scores = self.scores.double()
+            possible = certain = scores > NEVER
         drawn = scores + self._noise()
         ahead = drawn.masked_fill(~certain, NEVER).max() - drawn[token]
         return bool(possible[token]) and float(ahead) <= slack
@@ -67,7 +139,8 @@ class Draw:
         Infinite where none does, for the grammar rules the token out.
         """
         if self.params.temperature == 0:
-            return float(self.logits.max() - self.logits[token])
+            scores = self.scores
+            return float(scores.max() - scores[token])
         if not self.logits[token] > NEVER:
             return math.inf
         low, high = 0.0, 1e-6
@@ -87,29 +160,15 @@ class Draw:
 
 
 def draw_all(draws: Sequence[Draw]) -> list[int]:
-    """What comes out of draws that have their key and parameters in common."""
-    logits, params = torch.stack([draw.logits for draw in draws]), draws[0].params
-    if params.temperature == 0:
-        return logits.argmax(-1).tolist()
-    scores = logits
-    for warper in _warpers(params):
-        scores = warper(None, scores)
+    """What comes out of draws that have their key and settings in common."""
+    settings, at = draws[0].settings, [draw.position for draw in draws]
+    scores = settings.warped(torch.stack([draw.logits for draw in draws]), at)
+    if settings.params.temperature == 0:
+        return scores.argmax(-1).tolist()
     scores, ids = scores.topk(max(1, int(scores.isfinite().sum(-1).max())))
-    positions = torch.tensor([draw.position for draw in draws], device=ids.device)
+    positions = torch.tensor(at, device=ids.device)
     noise = keyed_gumbel(torch.full_like(positions, draws[0].key), positions, ids)
     return ids.gather(-1, (scores.double() + noise).argmax(-1, keepdim=True))[:, 0].tolist()
-
-
-def _warpers(params: SamplingParams) -> list[Any]:
-    """In the order in which ``generate`` applies them."""
-    found: list[Any] = [TemperatureLogitsWarper(params.temperature)]
-    if params.top_k > 0:
-        found.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        found.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0:
-        found.append(MinPLogitsWarper(params.min_p))
-    return found
 
 
 def _filtered(scores: torch.Tensor, params: SamplingParams, slack: float) -> tuple[torch.Tensor, torch.Tensor]:

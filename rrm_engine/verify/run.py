@@ -3,12 +3,17 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.engine.sequence import Matcher
+from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
-from rrm_engine.verify.check import MatcherOf, NodeCheck, check_node
+from rrm_engine.verify import redraw
+from rrm_engine.verify.check import MatcherOf, NodeCheck, SettingsOf, check_node
 from rrm_engine.verify.recompute import Paged, Plain
 from rrm_engine.verify.recording import NodeRecord, Recording, Segment, VerifyError, read_recording
+from rrm_engine.verify.redraw import Settings
 
 RUN = "run"  # stands for the run's own dtype
 DTYPES = (RUN, "float32")
@@ -53,14 +58,19 @@ def check_all(
     name = model or recording.model
     report(f"loading {name} into the engine, {recording.dtype}", 0)
     loaded = load_model(name, recording.dtype, device, recording.attention)
-    matcher_of = _matchers(recording, loaded)
+    matcher_of, settings_of = _matchers(recording, loaded), _settings(recording, loaded)
     for dtype in passes(recording, dtypes):
         report(f"loading {name} into plain transformers, {dtype}", 0)
-        yield from _pass(recording, loaded, Plain(name, dtype, loaded.device), matcher_of, report)
+        yield from _pass(recording, loaded, Plain(name, dtype, loaded.device), matcher_of, settings_of, report)
 
 
 def _pass(
-    recording: Recording, loaded: LoadedModel, plain: Plain, matcher_of: MatcherOf, report: Report
+    recording: Recording,
+    loaded: LoadedModel,
+    plain: Plain,
+    matcher_of: MatcherOf,
+    settings_of: SettingsOf,
+    report: Report,
 ) -> Iterator[NodeCheck]:
     """Every node against ``plain``."""
     paged = Paged(loaded, recording.block_size, recording.step_tokens)
@@ -75,6 +85,7 @@ def _pass(
             dtype=loaded.dtype,
             reference=plain.dtype,
             matcher_of=matcher_of,
+            settings_of=settings_of,
             decode=plain.text,
         )
         report(record.key, len(record.tokens))
@@ -94,6 +105,19 @@ def _matchers(recording: Recording, loaded: LoadedModel) -> MatcherOf:
         return grammars.matcher(grammar)
 
     return matcher_of
+
+
+def _settings(recording: Recording, loaded: LoadedModel) -> SettingsOf:
+    """How the engine drew a segment's tokens, processors made anew."""
+    eos_ids = ChatFormat(loaded.tokenizer, loaded.eos_ids).eos_ids
+    vocabulary = int(loaded.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+
+    def settings_of(record: NodeRecord, segment: Segment) -> Settings:
+        tokens = torch.tensor([record.tokens], device=loaded.device)
+        longest = min(segment.start + segment.budget, recording.max_sequence_tokens)
+        return redraw.settings_of(segment.sampling, vocabulary, tokens, segment.start, longest, eos_ids)
+
+    return settings_of
 
 
 def _check_vocabulary(record: NodeRecord, size: int, model: str) -> None:
