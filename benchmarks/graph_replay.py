@@ -14,7 +14,6 @@ rrm_engine/replay/__init__.py.
 import argparse
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -24,33 +23,18 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from begin import add_replay_settings, flags_first
 
-from rrm_engine.bench.environment import environment
-from rrm_engine.engine.prepare import LoadedModel, load_model
-from rrm_engine.kv.cache import bytes_per_block
 from rrm_engine.models.geometry import GEOMETRIES, PREFIX
-from rrm_engine.replay.check import ReplayMismatch
-from rrm_engine.replay.driver import Contender, Memory, Ours, blocks_needed
 from rrm_engine.replay.generate import SHAPES, generate
-from rrm_engine.replay.graph import Graph
-from rrm_engine.replay.measure import as_json, check, describe, limit_pools, measure, summarise
-from rrm_engine.replay.peers import Vllm, VllmEngine
-from rrm_engine.replay.reader import read_graphs, write_graphs
-from rrm_engine.replay.recorded import recorded_graphs
-from rrm_engine.replay.report import rich_table
-from rrm_engine.replay.split import recorded_pairs, sentence, split
 from rrm_engine.replay.variant import HELP, Variant, parse_variant
 
 PEERS = ("vllm", "vllm+fork")
-ONE_MORE = "everybody's replay of the smallest graph comes before them and does not count"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_settings(parser)
+    add_replay_settings(parser)
     parser.add_argument(
         "--model", default="embedded", help=f"as the bench's, or {PREFIX}GEOMETRY of {', '.join(GEOMETRIES)}"
     )
@@ -68,28 +52,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Those that the ablation has too."""
-    parser.add_argument("--count", type=int, default=3, metavar="N", help="graphs of a shape, or the first N of a file")
-    parser.add_argument("--seed", type=int, default=0, help="of a shape's graphs")
-    parser.add_argument("--repeats", type=int, default=5, help=f"rounds; {ONE_MORE}")
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, metavar="M", help="begin no further round that would not end by then"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--attention", default="auto", choices=("auto", "native", "triton", "varlen", "flash", "sdpa"))
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument(
-        "--step-tokens", type=int, default=None, help="token budget of a step (default: 512, on CUDA 4096)"
-    )
-    parser.add_argument("--max-concurrency", type=int, default=64, help="sequences decoding at once")
+if __name__ == "__main__":
+    flags_first(build_parser)
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rrm_engine.bench.environment import environment
+from rrm_engine.engine.prepare import LoadedModel, load_model
+from rrm_engine.kv.cache import bytes_per_block
+from rrm_engine.replay.check import ReplayMismatch
+from rrm_engine.replay.driver import Contender, Memory, Ours, blocks_needed
+from rrm_engine.replay.graph import Graph
+from rrm_engine.replay.measure import as_json, check, describe, limit_pools, measure, summarise
+from rrm_engine.replay.peers import Vllm, VllmEngine
+from rrm_engine.replay.reader import read_graphs, write_graphs
+from rrm_engine.replay.recorded import recorded_graphs
+from rrm_engine.replay.report import rich_table
+from rrm_engine.replay.split import recorded_pairs, sentence, split
 
 
 def load(name: str, args: argparse.Namespace) -> LoadedModel:
     """The model that ``--model`` names."""
-    torch.set_num_threads(args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     return load_model(name, args.dtype, args.device, args.attention)
 
 

@@ -18,20 +18,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from graph_replay import about, add_settings, compared_steps, load, load_graphs, memory_for, progress, write_result
-from rich.console import Console
-from torch import float32
+from begin import add_replay_settings, flags_first
 
-from rrm_engine.replay.driver import Ours
 from rrm_engine.replay.generate import SHAPES
-from rrm_engine.replay.measure import as_json, describe, limit_pools, measure, summarise
-from rrm_engine.replay.report import CAPTION, markdown_table, rich_table
-from rrm_engine.replay.variant import parse_variant
 
 POLICIES = "pin,offload,drop,lru,auto,pin+nocache,no-reuse,pin+fork,drop+fork,serial,serial+no-reuse,splice,transcript"
-SMALL = 20_000_000  # parameters
-PLENTY, TIGHT = "plenty", "tight"
-Result = dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,9 +34,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--policies", default=POLICIES, help="as graph_replay.py's")
     parser.add_argument("--tight", type=int, default=60, metavar="P", help="percent of pin's blocks when tight")
-    add_settings(parser)
+    add_replay_settings(parser)
     parser.set_defaults(minutes=10.0, count=None)
     return parser
+
+
+if __name__ == "__main__":
+    flags_first(build_parser, "matplotlib")
+
+from ablation_plot import plot
+from graph_replay import about, compared_steps, load, load_graphs, memory_for, progress, write_result
+from rich.console import Console
+from torch import float32
+
+from rrm_engine.replay.driver import Ours
+from rrm_engine.replay.measure import as_json, describe, limit_pools, measure, summarise
+from rrm_engine.replay.report import CAPTION, markdown_table, rich_table
+from rrm_engine.replay.variant import parse_variant
+
+SMALL = 20_000_000  # parameters
+PLENTY, TIGHT = "plenty", "tight"
+Result = dict[str, Any]
 
 
 def ablate(name: str, args: argparse.Namespace, console: Console) -> Result:
@@ -112,10 +121,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     console = Console()
-    try:
-        from ablation_plot import plot
-    except ImportError:
-        parser.error("the plot needs matplotlib: pip install 'rrm-engine[plot]'")
     try:
         results = [ablate(name, args, console) for name in args.model or ["embedded"]]
     except ValueError as error:

@@ -15,6 +15,26 @@ import sys
 import time
 from pathlib import Path
 
+from begin import flags_first
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4, help="decodes in a step")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded by each sequence")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    return parser
+
+
+if __name__ == "__main__":
+    flags_first(build_parser)
+
 import torch
 
 from rrm_engine.bench.environment import environment
@@ -62,17 +82,7 @@ class Arm:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=4, help="decodes in a step")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded by each sequence")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     model = load_model(args.model, args.dtype, args.device)
     arms = [Arm(model, stages, args.batch, args.prompt, args.tokens) for stages in (1, args.stages)]
     rounds: list[dict[int, tuple[float, float, int]]] = []

@@ -16,6 +16,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from begin import flags_first
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="17920x1536,1152x896,9728x896,896x4864", help="columns x depth")
+    parser.add_argument("--rows", default="1,4,16,32,64,512,2048")
+    parser.add_argument("--dtypes", default="bf16,fp32")
+    parser.add_argument("--variants", default="native", help="of the compiled kernels: see rrm_kernels/build.py")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="default: as many as torch takes")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    return parser
+
+
+if __name__ == "__main__":
+    flags_first(build_parser)
+
 import torch
 import torch.nn.functional as F
 from rrm_kernels.products import NativeLinear
@@ -73,16 +91,9 @@ def memory_speed(rounds: int = 7) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="17920x1536,1152x896,9728x896,896x4864", help="columns x depth")
-    parser.add_argument("--rows", default="1,4,16,32,64,512,2048")
-    parser.add_argument("--dtypes", default="bf16,fp32")
-    parser.add_argument("--variants", default="native", help="of the compiled kernels: see rrm_kernels/build.py")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = build_parser().parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     memory = memory_speed()
     print(f"memory: copy {memory['copy'] / 1e9:.1f} GB/s, read {memory['read'] / 1e9:.1f} GB/s")
     results: list[dict[str, Any]] = []
@@ -101,7 +112,7 @@ def main() -> None:
                     print(flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"command": " ".join(["python", *sys.argv]), "threads": args.threads, **environment()}
+        result = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads(), **environment()}
         result |= {"memory_bytes_per_s": memory, "rounds": args.rounds, "rows": results}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -29,6 +29,20 @@ from time import perf_counter, process_time
 from types import ModuleType
 from typing import Any
 
+from begin import flags_first
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=2, help="tasks of the packaged set in a round")
+    parser.add_argument("--minutes", type=float, default=2.0, help="rounds are begun until then, three at least")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    return parser
+
+
+if __name__ == "__main__":
+    flags_first(build_parser)
+
 from rrm_engine import RunConfig, Solver
 from rrm_engine.backends import job, local
 from rrm_engine.backends.result import Job
@@ -226,11 +240,7 @@ def range_ns() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=2, help="tasks of the packaged set in a round")
-    parser.add_argument("--minutes", type=float, default=2.0, help="rounds are begun until then, three at least")
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     tasks = load_tasks("embedded").tasks[: args.tasks]
     jobs = [Job(task.id, task.problem, "rrm") for task in tasks]
     lockstep = Lockstep([task.problem for task in tasks])

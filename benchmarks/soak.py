@@ -24,17 +24,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+from begin import flags_first
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, required=True, help="how long; 0: one life")
+    parser.add_argument("--model", default="tiny", help="tiny (random), embedded, a directory, GGUF file or hub id")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="of the first life; the next ones have the next seeds")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    return parser
+
+
+if __name__ == "__main__":
+    flags_first(build_parser)
+
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rrm_engine.bench.environment import environment
+from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel, prepare_model
 from rrm_engine.engine.replicas import AnyEngine, Replicas
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.engine.scheduler import WaitPolicy
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.host import SwapCosts
@@ -391,13 +407,7 @@ def soak(name: str, device: str, seed: int, seconds: float) -> tuple[Counter[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True, help="how long; 0: one life")
-    parser.add_argument("--model", default="tiny", help="tiny (random), embedded, a directory, GGUF file or hub id")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the first life; the next ones have the next seeds")
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     totals, seconds, error = soak(args.model, args.device, args.seed, args.minutes * 60)
     failed = error is not None and not isinstance(error, KeyboardInterrupt)
     print(report(totals, seconds))

@@ -1,11 +1,12 @@
 """Every setting of a run, once: the frozen config of the Python API and the source of the command line's flags."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rrm_engine.errors import RrmError
 
 MODES = ("direct", "rrm")
+WaitPolicy = Literal["pin", "offload", "drop", "lru", "auto"]
 
 
 def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -125,7 +126,7 @@ class RunConfig:
         "memory",
         "KV of a node that awaits: pin keeps it; offload moves it to host memory and back; drop recomputes it; lru "
         "leaves it to the prefix cache; auto pins it and, out of blocks, takes the cheaper of offload and drop",
-        choices=("pin", "offload", "drop", "lru", "auto"),
+        choices=get_args(WaitPolicy),
     )
     host_kv_blocks: int | None = setting(
         None, "memory", "room for offloaded blocks in host memory; default: as many as in the pool, if they fit"

@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned dependencies and this package; does nothing when they are already there.
+# Makes .venv with pinned packages and this one; does nothing when they are already there.
+#   scripts/setup.sh         what runs need: requirements.txt
+#   scripts/setup.sh test    that, and what tests and checks need: requirements-test.txt
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-is_usable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
-
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-        if is_usable "$candidate"; then
-            echo "$candidate"
-            return
-        fi
-    done
-    echo "setup: no Python 3.11 or newer found; install one, or name it: PYTHON=/path/to/python scripts/setup.sh" >&2
-    return 1
-}
+. scripts/python.sh
+case "${1:-run}" in
+    run) lists=(requirements.txt) ;;
+    test) lists=(requirements-test.txt requirements.txt) ;;
+    -h | --help)
+        sed -n '2,4s/^# //p' scripts/setup.sh
+        exit
+        ;;
+    *)
+        echo "setup: it takes test, or nothing: scripts/setup.sh test, not $*" >&2
+        exit 2
+        ;;
+esac
 
 fingerprint() {
-    .venv/bin/python - requirements.txt pyproject.toml <<'PYTHON'
+    .venv/bin/python - pyproject.toml "$@" <<'PYTHON'
 import hashlib, os, sys
 digest = hashlib.sha256(f"{sys.version} {os.getcwd()}".encode())  # a moved checkout needs its editable install again
 for name in sys.argv[1:]:
@@ -28,9 +29,11 @@ print(digest.hexdigest())
 PYTHON
 }
 
-stamp=.venv/.rrm-engine-stamp
+# By list of packages the file that says it was installed.
+stamp() { echo ".venv/.rrm-engine-${1%.txt}"; }
+
 if [[ -x .venv/bin/python ]] && is_usable .venv/bin/python; then
-    if [[ -f $stamp && $(<"$stamp") == "$(fingerprint)" ]]; then
+    if [[ -f $(stamp "${lists[0]}") && $(<"$(stamp "${lists[0]}")") == "$(fingerprint "${lists[@]}")" ]]; then
         exit 0
     fi
 else
@@ -40,8 +43,10 @@ else
         exit 1
     }
 fi
-rm -f "$stamp"
-echo "setup: installing into .venv (once)" >&2
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt >&2
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e . >&2
-fingerprint >"$stamp"
+rm -f .venv/.rrm-engine-*
+echo "setup: installing ${lists[0]} into .venv (once)" >&2
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile)
+"${pip[@]}" -r "${lists[0]}" >&2
+"${pip[@]}" --no-deps -e . >&2
+fingerprint "${lists[@]}" >"$(stamp "${lists[0]}")"
+fingerprint requirements.txt >"$(stamp requirements.txt)"

@@ -15,9 +15,7 @@ A run is reproducible from ``--seed`` as long as ``--hours`` does not cut it sho
 import argparse
 from pathlib import Path
 
-import torch
-from embedded.data import NODE_WEIGHTS
-from embedded.training import Settings, Trainer
+from embedded.families import NODE_WEIGHTS
 
 
 def main() -> None:
@@ -37,6 +35,11 @@ def main() -> None:
     parser.add_argument("--leaves", type=float, default=NODE_WEIGHTS["leaf"], help="share of transcripts of one leaf")
     parser.add_argument("--decay-from", type=float, default=0.35, help="share of the run at the peak learning rate")
     args = parser.parse_args()
+    try:
+        import torch
+        from embedded.training import Settings, Trainer
+    except ModuleNotFoundError as error:
+        parser.error(f"{error.name} is not installed: run scripts/setup.sh, and use .venv/bin/python")
     torch.set_num_threads(args.threads)
     settings = Settings(
         out=args.out,

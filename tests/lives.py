@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.runner import pack
 from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.engine.scheduler import SchedulerOutput, Splice, WaitPolicy, Work
+from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.host import SwapCosts
 from rrm_engine.kv.pool import BlockPool

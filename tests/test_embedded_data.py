@@ -3,23 +3,20 @@
 import json
 import random
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from embedded import families, transcripts
+from embedded.benchmark import benchmark_tasks, record
+from embedded.data import KINDS, NODE_WEIGHTS, collate, cut_batches, encode, node_weights, sample_transcript
+from embedded.evaluate import Node, final_value
+from embedded.tokenizer import build_tokenizer
+from embedded.wording import random_task
+
+from rrm_engine.protocol.style import load_style
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from embedded import families, transcripts  # noqa: E402
-from embedded.benchmark import benchmark_tasks, record  # noqa: E402
-from embedded.data import KINDS, NODE_WEIGHTS, collate, cut_batches, encode, node_weights, sample_transcript  # noqa: E402
-from embedded.evaluate import Node, final_value  # noqa: E402
-from embedded.tokenizer import build_tokenizer  # noqa: E402
-from embedded.wording import random_task  # noqa: E402
-
-from rrm_engine.protocol.style import load_style  # noqa: E402
 
 
 @pytest.fixture(scope="module")

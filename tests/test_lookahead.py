@@ -16,12 +16,12 @@ from test_wait_policies import assert_tokens_equal
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.settings import _lookahead
-from rrm_engine.config import RunConfig
+from rrm_engine.config import RunConfig, WaitPolicy
 from rrm_engine.engine.engine import Engine, Flight
 from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.replicas import Replicas
 from rrm_engine.engine.sampler import draw
-from rrm_engine.engine.scheduler import Scheduler, WaitPolicy
+from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.table import BlockTable
 

@@ -35,7 +35,7 @@ def hub_kernels() -> str:
     try:
         return version("kernels")
     except PackageNotFoundError:
-        pytest.skip("Hugging Face's package kernels is not installed: pip install -r requirements.txt")
+        pytest.skip("Hugging Face's package kernels is not installed: scripts/setup.sh test")
 
 
 def test_the_folder_is_no_package() -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from lives import Life, Memory, prompt, submitted, two_waiting_parents
 from searched import CONTROL, searched
 
-from rrm_engine.engine.scheduler import Scheduler, WaitPolicy
+from rrm_engine.config import WaitPolicy
+from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.host import SwapCosts
 from rrm_engine.kv.pool import BlockPool

@@ -8,9 +8,9 @@ from oracle import engine_for, plain_model, prepared
 from test_engine_oracle import GREEDY, Script, mistakes
 from test_engine_oracle import prompt as tokens
 
+from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.costs import measure_swap_costs
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.scheduler import WaitPolicy
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.host import HostCopy, HostSpace, SwapCosts

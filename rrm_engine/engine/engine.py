@@ -7,12 +7,13 @@ from time import monotonic
 
 import torch
 
+from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.processors import Processed, Processors
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
-from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, WaitPolicy, Work
+from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, Work
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.host import HostSpace

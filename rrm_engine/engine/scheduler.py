@@ -4,15 +4,13 @@ from bisect import insort
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
 
+from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.host import HostSpace, SwapCosts, SwapIn, SwapOut
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockCopy
-
-WaitPolicy = Literal["pin", "offload", "drop", "lru", "auto"]
 
 
 class EngineStuck(RuntimeError):

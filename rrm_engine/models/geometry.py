@@ -4,13 +4,12 @@ The numbers are those of the config.json that lies beside each model on the Hugg
 -4B, -8B, -14B and -32B, and HuggingFaceTB/SmolLM2-135M.
 """
 
-from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from typing import TYPE_CHECKING, Any
 
 from rrm_engine.errors import RrmError
-from rrm_engine.models.attention import ATTENTION_NAME, register_attention
+
+if TYPE_CHECKING:
+    import torch
 
 PREFIX = "random:"
 QWEN3: dict[str, Any] = {
@@ -67,8 +66,13 @@ def find_geometry(name: str) -> dict[str, Any] | None:
     return geometry
 
 
-def random_model(geometry: dict[str, Any], dtype: str = "auto", device: torch.device | str = "cpu") -> Any:
+def random_model(geometry: dict[str, Any], dtype: str = "auto", device: "torch.device | str" = "cpu") -> Any:
     """A causal LM with always the same random weights, made on ``device`` at once; ``dtype`` ``auto`` is bfloat16."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rrm_engine.models.attention import ATTENTION_NAME, register_attention
+
     register_attention()
     wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     config = AutoConfig.for_model(**geometry)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from rrm_engine.engine.scheduler import WaitPolicy
+from rrm_engine.config import WaitPolicy
 from rrm_engine.errors import RrmError
 from rrm_engine.replay.graph import Append, Graph
 

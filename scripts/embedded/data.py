@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from embedded.families import FAMILIES, IDS, Kind, leaf_tokens, random_leaf
+from embedded.families import FAMILIES, IDS, NODE_WEIGHTS, Kind, leaf_tokens, random_leaf
 from embedded.transcripts import (
     Transcript,
     direct_transcript,
@@ -21,7 +21,6 @@ from embedded.wording import random_task
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KIND_WEIGHTS = {"flat": 0.31, "depends": 0.34, "nested": 0.29, "atomic": 0.06}
-NODE_WEIGHTS = {"leaf": 0.06, "root": 0.34, "direct": 0.56, "group": 0.04}
 LEAF_FAMILY_WEIGHTS = {"grow": 0.4, "pair": 0.25, "mult": 0.35}
 FLAT_WIDTHS = (2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8)  # wide tasks ask for more copies over longer distances
 GIVEN_SHARE = 0.3  # leaves that start from another child's result

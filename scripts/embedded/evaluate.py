@@ -13,6 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="model folder")
+    parser.add_argument("tasks", type=Path, help="JSON lines with problem, answer, kind, family, width")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()  # --help is answered before torch is imported
+
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
@@ -227,11 +239,7 @@ def table(rows: Iterable[Row], title: str, key: Callable[[dict[str, Any]], Any])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="model folder")
-    parser.add_argument("tasks", type=Path, help="JSON lines with problem, answer, kind, family, width")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     torch.set_num_threads(args.threads)
     tasks = [json.loads(line) for line in args.tasks.read_text().splitlines()]
     rows = evaluate(Runner(args.model), tasks)

@@ -25,6 +25,7 @@ LONGEST_LEAF = 195.0  # scratchpad tokens
 IDS = "abcdefgh"  # of the parts of a task, and of the leaves of a group
 
 Kind = Literal["flat", "depends", "nested", "atomic"]
+NODE_WEIGHTS = {"leaf": 0.06, "root": 0.34, "direct": 0.56, "group": 0.04}  # shares of the transcripts to train on
 
 
 def reversed_digits(value: int) -> str:
