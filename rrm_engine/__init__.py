@@ -15,24 +15,39 @@ is refused with an ``RrmError``, in one sentence.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rrm_engine.config import RunConfig
-from rrm_engine.errors import RrmError
-
 if TYPE_CHECKING:
     from rrm_engine.backends.local import Solver
     from rrm_engine.backends.result import Job, JobResult
+    from rrm_engine.config import RunConfig
+    from rrm_engine.errors import RrmError
 
-__all__ = ["Job", "JobResult", "RrmError", "RunConfig", "Solver"]
+    __version__: str
+
+__all__ = ["Job", "JobResult", "RrmError", "RunConfig", "Solver", "__version__"]
 
 _LAZY = {
     "Solver": "rrm_engine.backends.local",
     "Job": "rrm_engine.backends.result",
     "JobResult": "rrm_engine.backends.result",
+    "RunConfig": "rrm_engine.config",
+    "RrmError": "rrm_engine.errors",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and transformers only when something that needs them is asked for."""
+    """Import what is asked for and nothing before: torch takes seconds, in which a command must hear Ctrl-C."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """Of the installed package; a checkout that is not installed has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rrm-engine")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,7 +1,6 @@
 """The run directory: nothing finished is lost or doubled, whatever ends the process and wherever."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rrm_engine.bench.run import interrupts_held, plan
+from rrm_engine.bench.run import plan
 from rrm_engine.bench.tasks import Task
 from rrm_engine.config import RunConfig
 from rrm_engine.trace.record import Row, RunDir, RunDirError, mend_tail, row_key
@@ -225,25 +224,6 @@ def test_killed_over_and_over_every_row_comes_once(tmp_path: Path) -> None:
     assert [r["id"] for r in directory.rows] == [str(number) for number in range(400)]
     directory.close()
     assert all(json.loads(line) for line in (path / "trace.jsonl").read_text().splitlines())
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_an_interrupt_waits_for_the_row() -> None:
-    def raise_interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, raise_interrupt)
-    written = []
-    try:
-        with pytest.raises(KeyboardInterrupt), interrupts_held():
-            os.kill(os.getpid(), signal.SIGINT)
-            written.append("row")
-        with interrupts_held():
-            written.append("row")
-        assert signal.getsignal(signal.SIGINT) is raise_interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert written == ["row", "row"]
 
 
 def test_modes_alternate_pair_by_pair() -> None:

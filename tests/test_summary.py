@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from rrm_engine.backends.result import Job, JobResult
-from rrm_engine.bench.run import make_row
+from rrm_engine.bench.grader import Verdict
+from rrm_engine.bench.rows import make_row
 from rrm_engine.bench.summary import mcnemar, median_interval, pairs, summarise, wilson
 from rrm_engine.bench.table import print_closing, speedup, splice_line
 from rrm_engine.graph.types import Status
@@ -28,7 +29,7 @@ def row(task: str, mode: str, *, right: bool | None = True, sample: int = 0, **m
     }
     result = JobResult(job=Job(task, "p", mode, sample), answer="FINAL: 7", **{**usual, **measured})
     expected = None if right is None else "7" if right else "8"
-    return make_row(result, expected, {}, 0)
+    return make_row(result, expected, Verdict(right if right is None else right and result.error is None), {}, 0)
 
 
 def both(task: str, sample: int = 0, **recursive: Any) -> list[Row]:

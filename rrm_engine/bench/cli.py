@@ -4,7 +4,7 @@ import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,75 +22,96 @@ from rrm_engine.bench.flags import (
 from rrm_engine.bench.summary import summarise
 from rrm_engine.bench.table import about_solver, plural, print_closing
 from rrm_engine.bench.tasks import TaskSet, load_tasks
+from rrm_engine.command import (
+    FAILED,
+    OK,
+    bug,
+    check_interrupt,
+    guarded,
+    interrupted_code,
+    interrupts,
+    say,
+    traceback_of,
+    was_interrupted,
+)
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
-from rrm_engine.trace.command import close_output, say
-from rrm_engine.trace.profile_reader import PROFILE, SUMMARY
-from rrm_engine.trace.record import RunDir, RunDirError
+from rrm_engine.trace.profile_reader import PROFILE, SUMMARY, ProfileError
+from rrm_engine.trace.record import ERRORS, RunDir, RunDirError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from rrm_engine.backends.local import Solver
 
-OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 FORMAT = 1  # of the run directory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench; returns the exit code."""
-    try:
-        options = parse(argv)
-        return resume_run(options) if options.resume else new_run(options)
-    except RrmError as error:
-        say(f"error: {error}")
-        return REFUSED
-    except KeyboardInterrupt:
-        say("Interrupted before the first row.")
-        return INTERRUPTED
-    except BrokenPipeError:
-        close_output()
-        return FAILED
+    return guarded(lambda: _bench(parse(argv)))
+
+
+def _bench(options: Options) -> int:
+    return resume_run(options) if options.resume else new_run(options)
 
 
 def new_run(options: Options) -> int:
     """A run from its first row."""
-    config = options.config()
-    tasks = load_tasks(options.tasks or DEFAULT_TASKS)
-    directory = RunDir.create(options.out or _default_directory(config, tasks))
     try:
-        solver = _load(config, tasks, _announce(options))
-        directory.write_manifest(_manifest(config, tasks, solver))
-        return _run(solver, tasks, config, directory, options)
+        config = options.config()
+        tasks = load_tasks(options.tasks or DEFAULT_TASKS)
+        with closing_unless_begun(RunDir.create(options.out or _default_directory(config, tasks))) as directory:
+            solver = _load(config, tasks, _announce(options))
+            directory.write_manifest(_manifest(config, tasks, solver))
+            return _run(solver, tasks, config, directory, options)
+    except KeyboardInterrupt:
+        say("Interrupted before the first row.")
+        return interrupted_code()
+
+
+@contextlib.contextmanager
+def closing_unless_begun(directory: RunDir) -> Iterator[RunDir]:
+    """Close the directory at the end, and remove it if its run never began."""
+    try:
+        yield directory
     finally:
+        interrupts().ignored = True
         directory.discard()
 
 
 def resume_run(options: Options) -> int:
     """The rows of a recorded run that are missing."""
     assert options.resume is not None
-    directory = RunDir.resume(options.resume)
-    try:
-        recorded = directory.manifest
-        config = _recorded_config(recorded, directory.path)
-        tasks = load_tasks(options.tasks or recorded["tasks"]["source"])
-        _refuse_differences(differences(options.given, tasks, recorded), directory.path)
-        if options.profile and (directory.path / PROFILE).exists():
-            raise RrmError(f"{directory.path} holds a profile already: move its {PROFILE} away, or leave --profile out")
-        if directory.cut:
-            say("Cut a half-written row off rows.jsonl; it runs again.")
-        if not _missing(tasks, config, directory):
-            return _close(directory, config, options.quiet)
-        # The pool's size is read off free memory, which is never twice the same: keep the first run's.
-        pinned = RunConfig(**{**asdict(config), "kv_blocks": recorded["resolved"].get("kv_blocks")})
-        solver = _load(pinned, tasks, _announce(options))
-        drift = [*_drift(recorded["resolved"], solver.resolved), *_sampling_drift(recorded["solver"], solver)]
-        _refuse_differences(drift, directory.path)
-        session = {"started": _now(), "command": _command(), **environment()}
-        directory.write_manifest({**recorded, "resumed": [*recorded["resumed"], session]})
-        return _run(solver, tasks, config, directory, options)
-    finally:
-        directory.close()
+    with contextlib.closing(RunDir.resume(options.resume)) as directory:
+        try:
+            return _resume(directory, options)
+        except KeyboardInterrupt:
+            rows, path = len(directory.rows), shlex.quote(str(directory.path))
+            say(f"Interrupted before another row; {plural(rows, 'row')} in {directory.path} are done.")
+            say(f"Go on with: {PROGRAM} --resume {path}")
+            return interrupted_code()
+
+
+def _resume(directory: RunDir, options: Options) -> int:
+    recorded = directory.manifest
+    config = _recorded_config(recorded, directory.path)
+    tasks = load_tasks(options.tasks or recorded["tasks"]["source"])
+    _refuse_differences(differences(options.given, tasks, recorded), directory.path)
+    if options.profile and (directory.path / PROFILE).exists():
+        raise RrmError(f"{directory.path} holds a profile already: move its {PROFILE} away, or leave --profile out")
+    if directory.cut:
+        say("Cut a half-written row off rows.jsonl; it runs again.")
+    if not _missing(tasks, config, directory):
+        return _close(directory, config, options.quiet)
+    # The pool's size is read off free memory, which is never twice the same: keep the first run's.
+    pinned = RunConfig(**{**asdict(config), "kv_blocks": recorded["resolved"].get("kv_blocks")})
+    solver = _load(pinned, tasks, _announce(options))
+    drift = [*_drift(recorded["resolved"], solver.resolved), *_sampling_drift(recorded["solver"], solver)]
+    _refuse_differences(drift, directory.path)
+    session = {"started": _now(), "command": _command(), **environment()}
+    directory.write_manifest({**recorded, "resumed": [*recorded["resumed"], session]})
+    return _run(solver, tasks, config, directory, options)
 
 
 def differences(given: dict[str, Any], tasks: TaskSet, recorded: dict[str, Any]) -> list[str]:
@@ -144,22 +165,18 @@ def _recorded_config(recorded: dict[str, Any], path: Path) -> RunConfig:
 
 
 def _load(config: RunConfig, tasks: TaskSet, announce: Callable[[str], None]) -> "Solver":
-    """The solver, every foreseen complaint turned into a refusal."""
-    try:
-        from rrm_engine.backends.local import Solver
+    """The solver for the chosen tasks."""
+    from rrm_engine.backends.local import Solver
 
-        return Solver.load(config, [task.problem for task in tasks.tasks[: config.limit]], announce)
-    except MemoryError as error:
-        raise RrmError(str(error) or "There is not enough memory for this model") from None
-    except (ValueError, OSError) as error:
-        raise RrmError(str(error)) from None
+    solver = Solver.load(config, [task.problem for task in tasks.tasks[: config.limit]], announce)
+    check_interrupt()
+    return solver
 
 
 def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir, options: Options) -> int:
     """The missing rows, then the closing table, however it ended."""
     from rrm_engine.bench.progress import make_display
     from rrm_engine.bench.run import execute
-    from rrm_engine.trace.profile import ProfileError
 
     console, quiet = _console(stderr=True), options.quiet
     if not quiet:
@@ -170,38 +187,34 @@ def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir,
             execute(solver, jobs, tasks.tasks[: config.limit], directory, make_display(console, quiet))
             if options.profile and not quiet:
                 say("Writing the profile ...")
-    except ProfileError as error:
+        solver.close()
+    except (Exception, KeyboardInterrupt) as error:
+        interrupts().ignored = True
+        return _broken_off(error, tasks, config, directory, quiet)
+    interrupts().ignored = True  # what is left takes no time
+    return _close(directory, config, quiet)
+
+
+def _broken_off(error: BaseException, tasks: TaskSet, config: RunConfig, directory: RunDir, quiet: bool) -> int:
+    """Say why a run ended early, and close it; the exit code."""
+    interrupted = was_interrupted(error)
+    if isinstance(error, RrmError):
         say(f"error: {error}")
-        _close(directory, config, quiet, broken=error if _missing(tasks, config, directory) else None)
-        return INTERRUPTED if _is_interrupt(error) else FAILED
-    except RunDirError as error:
-        say(f"error: {error}")
-        _close(directory, config, quiet, broken=error)
+    elif not interrupted:
+        directory.log_error("the run", traceback_of(error))
+        say(f"error: {bug(error)}; its traceback is in {directory.path / ERRORS}")
+    whole = isinstance(error, ProfileError) and not _missing(tasks, config, directory)
+    _close(directory, config, quiet, broken=None if whole else error)
+    if isinstance(error, RunDirError):
         with contextlib.suppress(RunDirError):  # it has been said
             directory.close()
-        return FAILED
-    except BaseException as error:
-        _close(directory, config, quiet, broken=error)
-        if _is_interrupt(error):
-            return INTERRUPTED
-        raise
-    solver.close()
-    return _close(directory, config, quiet)
+    return interrupted_code() if interrupted else FAILED
 
 
 def _profiled(solver: "Solver", directory: RunDir, options: Options) -> contextlib.AbstractContextManager[Any]:
     if options.profile is None:
         return contextlib.nullcontext()
     return solver.profile(directory.path, options.profile, session=directory.session)
-
-
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Whether Ctrl-C began it: cleaning up after an interrupted step may itself have failed."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__context__
-    return False
 
 
 def _missing(tasks: TaskSet, config: RunConfig, directory: RunDir) -> list[Any]:
@@ -221,7 +234,7 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseExcept
     console = _console()
     print_closing(console, summary, directory.rows, config.task_concurrency)
     files = ["run.json", "rows.jsonl", "trace.jsonl", "summary.json"]
-    files += [name for name in (PROFILE, SUMMARY) if (directory.path / name).exists()]
+    files += [name for name in (PROFILE, SUMMARY, ERRORS) if (directory.path / name).exists()]
     path, lines = shlex.quote(str(directory.path)), [f"Written to {directory.path}: {', '.join(files)}"]
     if any(row["mode"] == "rrm" for row in directory.rows):
         lines.append(f"Where the time went: python -m rrm_engine.trace {path} (--plot FILE: as a picture)")

@@ -1,7 +1,6 @@
 """``python -m rrm_engine.trace``."""
 
-import sys
+from rrm_engine.command import run
 
-from rrm_engine.trace.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    run("rrm_engine.trace.cli")

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.command import OK, guarded, say
 from rrm_engine.trace.attribution import PARTS, RECURSIVE, Attribution, as_json, attribute, is_attributed, medians
-from rrm_engine.trace.command import close_output, make_parser, say, write_json
+from rrm_engine.trace.command import make_parser, write_json
 from rrm_engine.trace.profile_reader import PROFILE, STEP, RecordedProfile, read_profile
 from rrm_engine.trace.reader import SHOWN_KEYS, RunTrace, TraceError, read_run
 
 PROGRAM = "python -m rrm_engine.trace"
-OK, INCOMPLETE, REFUSED = 0, 1, 2
+INCOMPLETE = 1
 DESCRIPTION = """\
 Show where the time of a recorded run went, or export it for ui.perfetto.dev.
 
@@ -28,28 +29,24 @@ exit code: 0 done, 1 done but for jobs whose trace is incomplete, 2 refused"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    options = _parser().parse_args(argv)
-    try:
-        run = read_run(options.run, options.jobs)
-        if options.plot:
-            _plot(run, options.plot)
-        if options.perfetto:
-            _export(run, options.perfetto, _profile(options.run))
-        else:
-            run.incomplete = {key: why for key, why in run.incomplete.items() if mode_of(key) == RECURSIVE}
-        found = [attribute(trace) for trace in run.jobs if is_attributed(trace)]
-        if options.json:
-            write_json(options.json, _document(found, run))
-        if not options.perfetto:
-            _show(found)
-        _say_incomplete(run)
-        return INCOMPLETE if run.incomplete else OK
-    except TraceError as error:
-        say(f"error: {error}")
-        return REFUSED
-    except BrokenPipeError:
-        close_output()
-        return INCOMPLETE
+    return guarded(lambda: _trace(_parser().parse_args(argv)))
+
+
+def _trace(options: argparse.Namespace) -> int:
+    run = read_run(options.run, options.jobs)
+    if options.plot:
+        _plot(run, options.plot)
+    if options.perfetto:
+        _export(run, options.perfetto, _profile(options.run))
+    else:
+        run.incomplete = {key: why for key, why in run.incomplete.items() if mode_of(key) == RECURSIVE}
+    found = [attribute(trace) for trace in run.jobs if is_attributed(trace)]
+    if options.json:
+        write_json(options.json, _document(found, run))
+    if not options.perfetto:
+        _show(found)
+    _say_incomplete(run)
+    return INCOMPLETE if run.incomplete else OK
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,18 +21,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from rrm_engine.engine.ranges import HasSequence, Ranges
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence
-from rrm_engine.errors import RrmError
 from rrm_engine.kv.transfer import wait_for
 from rrm_engine.trace.kernel_names import named_kernels
-from rrm_engine.trace.profile_reader import ENTRY, PROFILE, RANGE, STEP, SUMMARY, from_chrome, range_table
+from rrm_engine.trace.profile_reader import ENTRY, PROFILE, RANGE, STEP, SUMMARY, ProfileError, from_chrome, range_table
 
 STEPS, WARM_UP = 200, 10  # steps recorded, and left out before
 OPERATORS = 25  # lines of the table of operators
 PREFILL, DECODE = "prefill", "decode"
-
-
-class ProfileError(RrmError):
-    """There is no profile to write, or no way to; the message is one sentence for the user."""
 
 
 class Profile(Ranges):

@@ -9,12 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.errors import RrmError
+
 PROFILE, SUMMARY = "profile.json.gz", "profile.txt"
 ENTRY = "rrm_engine"  # ours at the top level of the Chrome trace
 RANGE, ON_DEVICE = "user_annotation", "gpu_user_annotation"  # torch's categories
 TORCH_ARGS = {"External id", "Record function id", "Ev Idx"}
 STEP = "step"
 SHOWN_JOBS = 6
+
+
+class ProfileError(RrmError):
+    """There is no profile to write, or no way to; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """The run directory: run.json, rows.jsonl, trace.jsonl and summary.json.
 
-A row is on the disk before the next one is awaited: rows.jsonl is written by one ``write`` and one ``fsync`` a row.
-What a killed process left half-written is cut when the directory is opened again. Events are buffered, and flushed
-before every row, so that no row lacks any of its events; an event belongs to a row if job and session agree, for a
-job that was interrupted runs again.
+A row is on the disk as soon as it is there: rows.jsonl is written by one ``write`` and one ``fsync`` a row. What a
+killed process left half-written is cut when the directory is opened again. Events are buffered, and flushed before
+every row, so that no row lacks any of its events; an event belongs to a row if job and session agree, for a job that
+was interrupted runs again.
 """
 
 import contextlib
@@ -11,13 +11,18 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, TextIO
 
 from rrm_engine.errors import RrmError
 
 Row = dict[str, Any]
 FILES = ("rows.jsonl", "trace.jsonl", "run.json.tmp")  # that are there before the run.json is
+ERRORS = "errors.log"  # tracebacks, if there are any
+# Half of a surrogate pair, which no encoding has, is written as JSON's escape of it.
+ESCAPED = "backslashreplace"
 TRACE_BUFFER = 1 << 20
 TAIL_READ = 1 << 16
 
@@ -35,7 +40,7 @@ class RunDir:
     """An open run directory, locked against a second process.
 
     ``rows`` are those on disk, ``session`` counts the openings (0: the run's first), ``cut`` the half-written lines
-    that opening it removed.
+    that opening it removed. One thread may add rows while another writes events.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,6 +52,7 @@ class RunDir:
         self._made = False
         self._rows_fd = -1
         self._trace: TextIO | None = None
+        self._trace_lock = Lock()
 
     @classmethod
     def create(cls, path: Path) -> "RunDir":
@@ -92,9 +98,9 @@ class RunDir:
 
     def add(self, row: Row) -> None:
         """Append a row, and do not return before it is on the disk."""
-        data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        data = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors=ESCAPED)
         if self._trace is not None:
-            with _saying(f"{self.path / 'trace.jsonl'} cannot be written"):
+            with _saying(f"{self.path / 'trace.jsonl'} cannot be written"), self._trace_lock:
                 self._trace.flush()
         with _saying(f"{self.path / 'rows.jsonl'} cannot be written"):
             size = os.fstat(self._rows_fd).st_size
@@ -112,9 +118,14 @@ class RunDir:
     def event(self, event: dict[str, Any]) -> None:
         """Append an event to trace.jsonl, some time before or with the next row."""
         if self._trace is not None:
-            with _saying(f"{self.path / 'trace.jsonl'} cannot be written"):
-                line = json.dumps({**event, "session": self.session}, ensure_ascii=False)
+            line = json.dumps({**event, "session": self.session}, ensure_ascii=False)
+            with _saying(f"{self.path / 'trace.jsonl'} cannot be written"), self._trace_lock:
                 self._trace.write(line + "\n")
+
+    def log_error(self, about: str, text: str) -> None:
+        """Append a traceback to errors.log; a disk that is full costs no more than that."""
+        with contextlib.suppress(OSError), (self.path / ERRORS).open("a", encoding="utf-8", errors=ESCAPED) as file:
+            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {about}\n{text.rstrip()}\n\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json as a whole."""
@@ -147,7 +158,9 @@ class RunDir:
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
             self._rows_fd = os.open(self.path / "rows.jsonl", flags, 0o644)
             self._lock()
-            self._trace = (self.path / "trace.jsonl").open("a", encoding="utf-8", buffering=TRACE_BUFFER)
+            self._trace = (self.path / "trace.jsonl").open(
+                "a", encoding="utf-8", errors=ESCAPED, buffering=TRACE_BUFFER
+            )
 
     def _lock(self) -> None:
         """Two processes on one directory would double rows. The lock goes with the process."""
@@ -176,7 +189,7 @@ class RunDir:
         draft = path.with_suffix(".json.tmp")
         with _saying(f"{path} cannot be written"):
             try:
-                with draft.open("w", encoding="utf-8") as file:
+                with draft.open("w", encoding="utf-8", errors=ESCAPED) as file:
                     json.dump(value, file, ensure_ascii=False, indent=2)
                     file.write("\n")
                     file.flush()

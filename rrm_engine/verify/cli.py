@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrm_engine.trace.command import close_output, make_parser, names, say, write_json
-from rrm_engine.trace.reader import TraceError
+from rrm_engine.command import OK, guarded
+from rrm_engine.errors import RrmError
+from rrm_engine.trace.command import make_parser, names, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from rrm_engine.verify.recording import Recording
 
 PROGRAM = "python -m rrm_engine.verify"
-KEPT, BROKEN, REFUSED, INTERRUPTED = 0, 1, 2, 130
+BROKEN = 1
 DTYPES = ("run", "float32", "bfloat16", "float16")
 DESCRIPTION = """\
 Check a recorded run against plain transformers.
@@ -36,15 +37,7 @@ exit code: 0 all promises kept, 1 a promise broken, 2 refused"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    options = build_parser().parse_args(argv)
-    try:
-        return _verify(options)
-    except KeyboardInterrupt:
-        say("Interrupted.")
-        return INTERRUPTED
-    except BrokenPipeError:
-        close_output()
-        return BROKEN
+    return guarded(lambda: _verify(build_parser().parse_args(argv)))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,25 +65,19 @@ def _verify(options: argparse.Namespace) -> int:
     from rrm_engine.verify.recording import read_recording
     from rrm_engine.verify.report import print_report
 
+    recording = read_recording(options.run, options.nodes, options.jobs, options.limit)
     try:
-        recording = read_recording(options.run, options.nodes, options.jobs, options.limit)
         checks = _checks(recording, options)
-    except (ValueError, OSError, MemoryError) as error:  # all that loading a model is known to raise
-        say(f"error: {str(error) or 'there is not enough memory for this model'}")
-        return REFUSED
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        say(f"error: {options.device} has not enough memory for the model twice and a transcript: try --device cpu")
-        return REFUSED
+        raise RrmError(
+            f"{options.device} has not enough memory for the model twice and a transcript: try --device cpu"
+        ) from None
     print_report(_console(), recording, checks)
     if options.json:
-        try:
-            write_json(options.json, _document(recording, checks))
-        except TraceError as error:
-            say(f"error: {error}")
-            return REFUSED
-    return BROKEN if any(check.verdict == "broken" for check in checks) else KEPT
+        write_json(options.json, _document(recording, checks))
+    return BROKEN if any(check.verdict == "broken" for check in checks) else OK
 
 
 def _checks(recording: "Recording", options: argparse.Namespace) -> "list[NodeCheck]":
