@@ -10,6 +10,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -102,7 +103,6 @@ def _run(
 def limit_files(size: int) -> None:
     """No file may grow over ``size`` bytes: writing more fails as on a full disk."""
     import resource
-    import signal
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -138,15 +138,31 @@ def copy_out(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
 
 
-def write_in_pieces(pause: float) -> None:
-    """Every write takes a few bytes at a time, as a file system may: a kill then falls into the middle of lines."""
-    write = os.write
+def die_writing(row: int, cut: int | None) -> None:
+    """SIGKILL while the ``row``-th row is written, with ``data[:cut]`` of it on the disk."""
+    write, count = os.write, 0
 
-    def piece(descriptor: int, data: bytes) -> int:
-        time.sleep(pause)
-        return write(descriptor, data[:97])
+    def torn(descriptor: int, data: bytes) -> int:
+        nonlocal count
+        count += 1
+        if count == row:
+            write(descriptor, data[:cut])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(descriptor, data)
 
-    os.write = piece  # type: ignore[assignment]
+    os.write = torn  # type: ignore[assignment]
+
+
+def die_in_step(number: int) -> None:
+    """SIGKILL before the tokens of the engine's step ``number`` are read."""
+    collect = Engine.collect
+
+    def last(self: Engine) -> Any:
+        if self.steps + 1 == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return collect(self)
+
+    Engine.collect = last  # type: ignore[method-assign]
 
 
 def fail_forward(number: int, memory: bool) -> None:

@@ -118,10 +118,8 @@ def test_interrupt_and_resume(run: tuple[Path, str, str], tmp_path: Path) -> Non
     process = start("--limit", "3", "--out", "cut short", cwd=tmp_path)
     wait_for_rows(process, tmp_path / "cut short", 1)
     process.send_signal(signal.SIGINT)
-    began = time.monotonic()
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert time.monotonic() - began < 20
     assert "Traceback" not in err
     before = (tmp_path / "cut short/rows.jsonl").read_bytes()
     assert 1 <= before.count(b"\n") < 6 and before.endswith(b"\n")

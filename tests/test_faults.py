@@ -6,13 +6,11 @@ out of disk or really out of memory. What must come out is what an undisturbed r
 
 import errno
 import json
-import random
 import re
 import shlex
 import shutil
-import subprocess
+import signal
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +23,8 @@ from forked_bench import (
     Bench,
     accept_torn_lines,
     copy_out,
+    die_in_step,
+    die_writing,
     fail_forward,
     leave_torn_lines,
     let_allocations_fail,
@@ -33,7 +33,6 @@ from forked_bench import (
     mount_small_disk,
     overlook_limits,
     skip_torn_lines,
-    write_in_pieces,
     write_rows_before_events,
 )
 
@@ -110,44 +109,32 @@ def finish(directory: Path, expected: Contents, *prepare: Callable[[], None]) ->
 # killed
 
 
-class Victim(Bench):
-    """A bench that writes slowly, a few bytes at a time."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args, "--quiet", prepare=[partial(write_in_pieces, 0.002)])
-
-
-def kill_somewhere(victim: Victim, rows: Path, chance: random.Random) -> None:
-    """At a random moment, or when a row is half written."""
-    if chance.random() < 0.3:
-        time.sleep(chance.uniform(0, 2))
-    else:
-        length = rows.stat().st_size + chance.randint(1, 2500)
-        while not victim.ended and (rows.stat().st_size < length or rows.read_bytes().endswith(b"\n")):
-            time.sleep(0.001)
-    victim.kill()
+# What is on the disk of the row that is being written: nothing, its beginning, all but its line break, all of it.
+KILLS = [
+    partial(die_writing, 1, 200),
+    partial(die_writing, 1, 0),
+    partial(die_writing, 1, 1),
+    partial(die_in_step, 5),
+    partial(die_writing, 2, -1),
+    partial(die_writing, 1, -40),
+    partial(die_in_step, 60),
+    partial(die_writing, 2, None),
+    partial(die_writing, 1, 1000),
+]
 
 
 def test_killed_over_and_over(folder: Path, whole: Path) -> None:
     expected, directory = contents(whole), folder / "killed"
-    rows = directory / "rows.jsonl"
-    command = [sys.executable, "-m", "rrm_engine.bench", *RUN, "killed", "--quiet"]
-    first = subprocess.Popen(command, cwd=folder)
-    while not rows.exists() or not rows.read_bytes():
-        assert first.poll() is None
-        time.sleep(0.005)
-    first.kill()
-    first.wait()
-    chance, kept, torn, said = random.Random(4), b"", 0, 0
-    for _ in range(8):
-        half = not rows.read_bytes().endswith(b"\n")
+    start, kept, cut = [*RUN, "killed"], b"", False
+    for kill in KILLS:
+        bench = Bench(folder, *start, "--quiet", prepare=[kill])
+        assert bench.wait() == -signal.SIGKILL, bench.err
+        assert ("Cut a half-written row" in bench.err) is cut
         assert finished(directory).startswith(kept), "a finished row was lost"
-        kept = finished(directory)
-        victim = Victim(folder, "--resume", "killed")
-        kill_somewhere(victim, rows, chance)
-        said += "Cut a half-written row" in victim.err
-        torn += half
-    assert torn >= 2 and said >= 1, "no kill hit a line, so nothing was tested"
+        kept, start = finished(directory), ["--resume", "killed"]
+        torn = (directory / "rows.jsonl").read_bytes()[len(kept) :]
+        cut = bool(torn) and not torn.endswith(b"}")
+    assert 2 < kept.count(b"\n") < ROWS
     finish(directory, expected)
 
 

@@ -71,13 +71,13 @@ def test_an_error_is_recorded_and_the_other_sections_run(
 def test_a_section_that_takes_too_long_is_stopped(suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(lab: Any, rows: list[Any]) -> None:
         rows.append({"before": 1})
-        time.sleep(30)
+        time.sleep(600)
 
     monkeypatch.setattr(suite.decode, "run", slow)
     began = time.monotonic()
     arguments = ["--tiny", "--device", "cpu", "--only", "decode", "--limit", "2", "--out", str(tmp_path)]
     assert suite.main(arguments) == 1
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 300
     section = json.loads((tmp_path / "result.json").read_text())["sections"]["decode"]
     assert section["rows"] == [{"before": 1}]
     assert section["error"].startswith("not finished in")

@@ -412,18 +412,19 @@ def test_nothing_expected_is_not_graded() -> None:
 )  # fmt: skip
 def test_formulas_that_would_never_end(formula: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "SECONDS", 1.0)
-    began = time.monotonic()
+    began = time.process_time()
     assert grade(f"FINAL: {formula}", "5") is False
     assert grade(f"FINAL: {formula}", "x+1") is False
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_slow_verdict_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     product = r"\cdot ".join(rf"\sin({i}x)" for i in range(2, 20))
     monkeypatch.setattr(grading, "SECONDS", 0.3)
-    began = time.monotonic()
+    began, computed = time.monotonic(), time.process_time()
     assert grade(f"FINAL: {product}", r"\pi x") is False
-    assert 0.2 < time.monotonic() - began < 2.5
+    assert time.monotonic() - began > 0.2
+    assert time.process_time() - computed < 2.5
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert grade(r"\boxed{\frac{6}{8}}", "3/4") is True
 
