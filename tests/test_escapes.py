@@ -2,6 +2,7 @@ r"""JSON strings with LaTeX in them: commands stay, real escapes stay, however t
 
 import json
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -77,3 +78,10 @@ def test_escaped_commands_are_plain_json(names: list[str]) -> None:
     repairs: set[str] = set()
     assert unescape(json.dumps(text)[1:-1], repairs) == text
     assert not repairs
+
+
+@pytest.mark.parametrize("unit", ["\\nu ", "$\\nu", "\\\\", "\\", "x\\ne 3", "\\(", "\\frac"])
+def test_time_is_linear(unit: str) -> None:
+    begin = time.process_time()
+    unescape(unit * (16_000 // len(unit)), set())
+    assert time.process_time() - begin < 1

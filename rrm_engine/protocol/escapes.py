@@ -5,6 +5,7 @@ command could also be a line break and a word ("or\nless", "\nu = 3"), by what s
 """
 
 import re
+from bisect import bisect_left
 
 QUOTES = "\"'“”„‘’"  # noqa: RUF001
 
@@ -25,19 +26,22 @@ _COMMAND = re.compile(rf"[bf][A-Za-z]|(?:{_COMMANDS})(?![A-Za-z])")  # no text h
 _AMBIGUOUS = re.compile(r"(ne|ni|nu)(?![A-Za-z])|n(?:exists|less|mid|parallel|sim)(?![A-Za-z])")
 _RAW = re.compile(r"(?<!\\)(?:\\\\)*\\(?:[bf][A-Za-z]|[ac-eg-mo-qsv-zA-Z]|u(?![0-9a-fA-F]{4})[a-z])")  # no JSON
 _ESCAPED = re.compile(r"(?<!\\)(?:\\\\)+(?:[A-Za-z]{2}|\\\\)")
-_LINE_BREAK = re.compile(r"(?<!\\)(?:\\\\)*\\n\Z")
-_ASSIGNED = re.compile(r"\s*[=:]")
+_FORMULA_SIGN = re.compile(r"(?<!\\)\\+[()\[\]$]|\$\$?")
+_LOOK_BACK = 80
+_ASSIGNED = re.compile(r"\s{0,9}[=:]")
 
 
 def unescape(raw: str, repairs: set[str]) -> str:
     """The text that ``raw``, what stands between the quotes, spells. Adds to ``repairs``."""
-    is_raw = _RAW.search(raw) is not None and _ESCAPED.search(raw) is None
+    escaped = _ESCAPED.search(raw) is not None
+    formulas = _formulas(raw)
+    is_raw = not escaped and _RAW.search(raw) is not None
 
     def replace(found: re.Match[str]) -> str:
         code = found[1]
         if len(code) == 5:
             return chr(int(code[1:], 16))
-        if code in ("b", "f", "n", "r", "t") and _is_latex(raw, found.start()):
+        if code in ("b", "f", "n", "r", "t") and _is_latex(raw, found.start(), escaped, formulas):
             repairs.add("latex_escape")
             return "\\" + code
         if code == "\\" and is_raw:  # a line break of LaTeX
@@ -53,22 +57,37 @@ def unescape(raw: str, repairs: set[str]) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _is_latex(raw: str, at: int) -> bool:
-    """Whether the backslash at ``at``, before one of b, f, n, r and t, begins a command."""
+def _is_latex(raw: str, at: int, escaped: bool, formulas: list[tuple[int, bool]]) -> bool:
+    """Whether the backslash at ``at``, before one of b, f, n, r and t, begins a command.
+
+    ``escaped``: commands elsewhere in the string are; ``formulas``: where a formula begins (True) or ends.
+    """
     if _COMMAND.match(raw, at + 1):
         return True
     command = _AMBIGUOUS.match(raw, at + 1)
     if command is None:
         return False
-    before = raw[:at]
-    if before.count("$") % 2 or any(before.rfind(f"\\{o}") > before.rfind(f"\\{c}") for o, c in ("()", "[]")):
-        return True  # in a formula
-    if not before.strip() or _ESCAPED.search(raw):
-        return not before.strip()  # who escapes elsewhere means the line break
-    if _LINE_BREAK.search(before):
-        return False
+    edge = bisect_left(formulas, (at,))
+    if edge and formulas[edge - 1][1]:
+        return True
+    before = raw[max(0, at - _LOOK_BACK) : at]
+    if not before or before.isspace():
+        return True
+    if escaped or (before.endswith("\\n") and not before.endswith("\\\\n")):
+        return False  # who escapes elsewhere means the line break
     last = before.rstrip()[-1]
     if last.isalnum() or last in "}'":
         alone = command[1] is not None and not _ASSIGNED.match(raw, command.end())
         return before[-1].isspace() or alone
     return last in "=+-*/^_({[<>&|~"
+
+
+def _formulas(raw: str) -> list[tuple[int, bool]]:
+    edges, inside = [], False
+    for sign in _FORMULA_SIGN.finditer(raw):
+        if sign[0][0] == "$":
+            inside = not inside
+        elif sign[0][-1] != "$":  # "\\$" is money
+            inside = sign[0][-1] in "(["
+        edges.append((sign.start(), inside))
+    return edges
