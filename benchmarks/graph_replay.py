@@ -25,6 +25,7 @@ from typing import Any
 
 from begin import add_replay_settings, flags_first
 
+from rrm_engine.legible import legible
 from rrm_engine.models.geometry import GEOMETRIES, PREFIX
 from rrm_engine.replay.generate import SHAPES, generate
 from rrm_engine.replay.variant import HELP, Variant, parse_variant
@@ -231,9 +232,10 @@ def split_recorded(args: argparse.Namespace, memory: Memory, graphs: Sequence[Gr
         splits = split(memory, graphs, args.repeats, done)
     for one in splits:
         console.print(
-            f"{one.task:24} {one.speedup:5.2f}x = {one.parallelism:5.2f}x parallel * {one.reuse:4.2f}x reuse * "
-            f"{one.tokens:4.2f}x tokens",
+            f"{legible(one.task, 24):24} {one.speedup:5.2f}x = {one.parallelism:5.2f}x parallel * "
+            f"{one.reuse:4.2f}x reuse * {one.tokens:4.2f}x tokens",
             highlight=False,
+            markup=False,
         )
     console.print(sentence(splits))
     if args.json:

@@ -15,6 +15,7 @@ from time import monotonic
 from typing import Any, NoReturn
 
 from rrm_engine.errors import RrmError
+from rrm_engine.legible import spelled
 
 OK, FAILED, REFUSED, SIGNALLED = 0, 1, 2, 128  # SIGNALLED + the signal's number, as a shell does: Ctrl-C is 130
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -149,7 +150,7 @@ def _keep(text: str) -> str:
 
 
 def say(text: str, end: str = "\n") -> None:
-    print(text, file=sys.stderr, end=end, flush=True)
+    print(spelled(text), file=sys.stderr, end=end, flush=True)
 
 
 def close_output() -> None:

@@ -1,15 +1,19 @@
 """Compiling the CPU kernels: C++ without dependencies, built by the machine's own compiler on first use.
 
-That takes a few seconds. The library is kept in the user's cache directory under a name made of its sources, flags and
-processor. The sources are the same for every processor: their vectors are as wide as the compiler's flags allow. The
-environment variable ``RRM_CPU_KERNELS`` names another variant than the one made for this processor.
+That takes a few seconds. The library is kept in the user's cache directory, or a temporary one where there is none,
+under a name made of its sources, flags and processor. The sources are the same for every processor: their vectors are
+as wide as the compiler's flags allow. The environment variable ``RRM_CPU_KERNELS`` names another variant than the one
+made for this processor.
 """
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -65,8 +69,8 @@ def _load(variant: str) -> ctypes.CDLL:
     if compiler is None:
         raise NativeUnavailable("no C++ compiler found (install g++, or name one in CXX)")
     key = hashlib.sha256(repr((sources, flags, compiler, _processor(), sys.platform)).encode()).hexdigest()[:16]
-    library = _cache_folder() / f"kernels-{key}.so"
     try:
+        library = _place_of(f"kernels-{key}.so")
         if not library.exists():
             _compile(compiler, flags, sources, library)
         return ctypes.CDLL(str(library))
@@ -77,7 +81,6 @@ def _load(variant: str) -> ctypes.CDLL:
 
 def _compile(compiler: str, flags: tuple[str, ...], sources: dict[str, str], library: Path) -> None:
     """Build beside the target and rename, so that two processes never see half a file."""
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         for name, text in sources.items():
             Path(folder, name).write_text(text)
@@ -90,9 +93,47 @@ def _compile(compiler: str, flags: tuple[str, ...], sources: dict[str, str], lib
         built.replace(library)
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "rrm_engine"
+def _place_of(name: str) -> Path:
+    """Where the library ``name`` is, or can be written: in the user's cache, else in a folder of temporary files."""
+    for folder in _cache_folders():
+        if (folder / name).exists() or _is_writable(folder):
+            return folder / name
+    folder = _temporary_folder()
+    if not (folder / name).exists():
+        logging.getLogger(__name__).warning(
+            "The CPU kernels are compiled into %s, for there is no cache directory that can be written: "
+            "name one in XDG_CACHE_HOME to keep them",
+            folder,
+        )
+    return folder / name
+
+
+def _cache_folders() -> list[Path]:
+    found = [Path(base)] if (base := os.environ.get("XDG_CACHE_HOME")) else []
+    with contextlib.suppress(RuntimeError):  # neither HOME nor an entry in the list of users, as in containers
+        found.append(Path.home() / ".cache")
+    return [folder / "rrm_engine" for folder in found]
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _temporary_folder() -> Path:
+    """One for this user alone: what lies in it is loaded and run."""
+    if not hasattr(os, "getuid"):
+        return Path(tempfile.mkdtemp(prefix="rrm_engine-"))
+    folder = Path(tempfile.gettempdir(), f"rrm_engine-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="rrm_engine-"))  # somebody else's
 
 
 def _processor() -> str:

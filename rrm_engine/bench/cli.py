@@ -36,6 +36,7 @@ from rrm_engine.command import (
 )
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
+from rrm_engine.legible import spelled
 from rrm_engine.trace.profile_reader import PROFILE, SUMMARY, ProfileError
 from rrm_engine.trace.record import ERRORS, RunDir, RunDirError
 
@@ -240,7 +241,7 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseExcept
         lines.append(f"Where the time went: python -m rrm_engine.trace {path} (--plot FILE: as a picture)")
     if broken:
         lines.append(f"Go on with: {PROGRAM} --resume {path}{' --quiet' if quiet else ''}")
-    console.print(*lines, sep="\n", markup=False, highlight=False, soft_wrap=True)
+    console.print(*map(spelled, lines), sep="\n", markup=False, highlight=False, soft_wrap=True)
     if unwritten and not isinstance(broken, RunDirError):  # else one has been said
         say(f"error: {unwritten}")
     return FAILED if summary["errors"] or unwritten else OK
@@ -273,15 +274,13 @@ def _print_header(console: "Console", solver: "Solver", tasks: TaskSet, config: 
     chosen, done = len(tasks.tasks[: config.limit]), len(directory.rows)
     rows = chosen * config.samples * len(config.modes)
     what = f"{tasks.name}: {plural(chosen, 'task')} x {plural(config.samples, 'sample')} x {' + '.join(config.modes)}"
-    console.print(
+    lines = [
         f"rrm-engine {package_version()}   {what}: {plural(rows, 'row')}" + (f", {done} of them done" if done else ""),
         *about_solver(solver.describe()),
         f"to {directory.path}",
         *filter(None, [tasks.ungraded(config.limit)]),
-        sep="\n",
-        markup=False,
-        highlight=False,
-    )
+    ]
+    console.print(*map(spelled, lines), sep="\n", markup=False, highlight=False)
 
 
 def _default_directory(config: RunConfig, tasks: TaskSet) -> Path:

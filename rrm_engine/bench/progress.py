@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rrm_engine.legible import legible, legible_key
 from rrm_engine.trace.record import Row, row_key
 
 if TYPE_CHECKING:
@@ -196,13 +197,12 @@ def describe_row(row: Row) -> str:
     """A finished row in one line."""
     verdict = {True: "correct", False: "wrong", None: "not graded"}[row["correct"]]
     text = (
-        f"{row_key(row)}: {row['status']}, {verdict}, {row['latency_s']:.2f} s, "
+        f"{legible_key(row_key(row))}: {row['status']}, {verdict}, {row['latency_s']:.2f} s, "
         f"{row['total_tokens']:,} tokens, critical path {row['critical_path_tokens']:,}"
     )
-    return text if row["error"] is None else f"{row_key(row)}: error: {first_line(row['error'])}"
+    return text if row["error"] is None else f"{legible_key(row_key(row))}: error: {first_line(row['error'])}"
 
 
 def first_line(text: str) -> str:
     """The first line of an error, cut to a readable length; rows.jsonl has all of it."""
-    line = (text.splitlines() or [""])[0]
-    return line if len(line) <= ERROR_LENGTH else line[: ERROR_LENGTH - 3] + "..."
+    return legible((text.splitlines() or [""])[0], ERROR_LENGTH)

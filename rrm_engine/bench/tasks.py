@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.bench.readers import SUFFIXES, Fields, Record, TaskError, read_file, read_jsonl
+from rrm_engine.legible import legible, legible_key
 from rrm_engine.protocol.final import extract_final
 
 ID_FIELD = "id"
@@ -47,7 +48,7 @@ class TaskSet:
         without = [task.id for task in chosen if task.expected is None]
         if not without:
             return ""
-        some = ", ".join(f"{name:.40}" for name in without[:3]) + (" ..." if len(without) > 3 else "")
+        some = ", ".join(legible(name, 40) for name in without[:3]) + (" ..." if len(without) > 3 else "")
         return f"{len(without):,} of {len(chosen):,} tasks have no answer, or NaN for one, and are not graded: {some}"
 
     @property
@@ -68,7 +69,7 @@ def load_tasks(spec: str) -> TaskSet:
     path = _path(spec)
     if path is None:
         raise TaskError(
-            f"There is no task set or file named {spec!r}; pass one of {', '.join([*packaged, *HUB_SETS])}, "
+            f"There is no task set or file named '{legible(spec)}'; pass one of {', '.join([*packaged, *HUB_SETS])}, "
             f"or a file that ends in {', '.join(SUFFIXES)}"
         )
     if path.is_dir():
@@ -99,7 +100,7 @@ def build_tasks(records: Iterable[Record], source: str) -> tuple[Task, ...]:
         task = _task(record, source)
         if task.id in tasks:
             raise TaskError(
-                f"{source}: the id {task.id!r} stands at {places[task.id]} and at {record.place}; "
+                f"{source}: the id '{legible_key(task.id)}' stands at {places[task.id]} and at {record.place}; "
                 "give every task its own id, or leave the ids out"
             )
         tasks[task.id] = task

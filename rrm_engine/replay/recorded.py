@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
+from rrm_engine.legible import legible_key
 from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, Step
 from rrm_engine.replay.reader import GraphError, contains
 from rrm_engine.trace.checks import check_samples, check_whole
@@ -38,7 +39,9 @@ def recorded_graphs(directory: Path) -> list[Graph]:
             check_samples(trace)
             graph = _graph(trace, forks)
         except Incomplete as error:
-            raise GraphError(f"--from {directory}: the trace of {key} cannot be replayed: {error}") from None
+            raise GraphError(
+                f"--from {directory}: the trace of {legible_key(key)} cannot be replayed: {error}"
+            ) from None
         if graph is not None:
             graphs.append(graph)
     if not graphs:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rrm_engine.legible import legible
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -47,8 +49,11 @@ def rich_table(summary: Sequence[dict[str, Any]], title: str, wide: bool) -> "Ta
     """The table for a terminal; the less important columns only where there is room."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    table = Table(
+        title=Text(legible(title)), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True
+    )
     table.title_justify = table.caption_justify = "left"
     shown = [i for i, name in enumerate(HEADER) if wide or name not in ONLY_WIDE]
     for i in shown:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.command import OK, guarded, say
+from rrm_engine.legible import legible, spelled
 from rrm_engine.trace.attribution import PARTS, RECURSIVE, Attribution, as_json, attribute, is_attributed, medians
 from rrm_engine.trace.command import make_parser, write_json
 from rrm_engine.trace.profile_reader import PROFILE, STEP, RecordedProfile, read_profile
@@ -75,7 +76,7 @@ def _export(run: RunTrace, path: Path, profile: RecordedProfile | None) -> None:
     if profile:
         steps = [outer for outer in ranges_of(profile, run.jobs) if outer.name == STEP]
         what += f", profiled steps {len(steps):,}"
-    print(f"Written to {path}: {what}; open it at https://ui.perfetto.dev")
+    print(f"Written to {spelled(str(path))}: {what}; open it at https://ui.perfetto.dev")
 
 
 def _plot(run: RunTrace, path: Path) -> None:
@@ -83,7 +84,7 @@ def _plot(run: RunTrace, path: Path) -> None:
 
     drawn = plot(run.jobs, path)
     left = sum(map(is_attributed, run.jobs)) - drawn
-    print(f"Written to {path}: {drawn} recursive rows" + (f"; {left:,} more, see --jobs" if left else ""))
+    print(f"Written to {spelled(str(path))}: {drawn} recursive rows" + (f"; {left:,} more, see --jobs" if left else ""))
 
 
 def _show(found: Sequence[Attribution]) -> None:
@@ -111,6 +112,6 @@ def mode_of(key: str) -> str:
 def _say_incomplete(run: RunTrace) -> None:
     reasons = list(run.incomplete.items())
     for key, reason in reasons[:SHOWN_KEYS]:
-        say(f"left out: {key}: {reason}")
+        say(f"left out: {legible(key)}: {reason}")
     if len(reasons) > SHOWN_KEYS:
         say(f"left out: {len(reasons) - SHOWN_KEYS:,} more with an incomplete trace")

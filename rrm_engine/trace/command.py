@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.trace.reader import TraceError
+from rrm_engine.trace.record import ESCAPED
 
 
 def make_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -36,6 +37,6 @@ def names(text: str) -> list[str]:
 def write_json(path: Path, document: Any) -> None:
     """Write what a command found. Raises TraceError if that cannot be done."""
     try:
-        path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors=ESCAPED)
     except OSError as error:
         raise TraceError(f"{path} cannot be written: {error.strerror or error}") from None

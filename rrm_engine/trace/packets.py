@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rrm_engine.trace.record import ESCAPED
+
 Notes = Mapping[str, Any] | None
 SEQUENCE = 1  # everything is written by one writer
 
@@ -120,7 +122,7 @@ class Packets:
 def _annotate(note: Any, name: str, value: Any) -> None:
     """A value of JSON as a debug annotation."""
     if name:
-        note.name = name
+        note.name = _whole(name)
     if isinstance(value, bool):
         note.bool_value = value
     elif isinstance(value, int):
@@ -134,4 +136,9 @@ def _annotate(note: Any, name: str, value: Any) -> None:
         for inner in value:
             _annotate(note.array_values.add(), "", inner)
     else:
-        note.string_value = "" if value is None else str(value)
+        note.string_value = "" if value is None else _whole(str(value))
+
+
+def _whole(text: str) -> str:
+    """``text`` without halves of surrogate pairs, which protobuf refuses."""
+    return text.encode(errors=ESCAPED).decode()

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.legible import legible
 from rrm_engine.trace.packets import Packets
 from rrm_engine.trace.profile_reader import Range, RecordedProfile
 from rrm_engine.trace.reader import TraceError
@@ -135,7 +136,7 @@ class _Job:
         self.packets = packets
         self.trace = trace
         self.shift = shift
-        self.tracks = {"": packets.process(trace.key)}
+        self.tracks = {"": packets.process(legible(trace.key))}
         self.leaving: dict[int, list[int]] = defaultdict(list)  # event -> flows that begin there
         self.arriving: dict[int, list[int]] = defaultdict(list)  # begin of a stretch -> flows that end there
 
@@ -143,7 +144,7 @@ class _Job:
         self._tie()
         for rank, path in enumerate(self.trace.nodes):
             parent, _, name = path.rpartition(".")
-            self.tracks[path] = self.packets.track(name, self.tracks[parent], rank)
+            self.tracks[path] = self.packets.track(legible(name), self.tracks[parent], rank)
             waits = dict(self.trace.waits(path))
             for stretch in self.trace.nodes[path]:
                 if stretch.phase != NO_ROOM:
@@ -197,10 +198,10 @@ class _Job:
         if name not in INSTANTS:
             return
         track, t = self.tracks[event["node"]], self._t(index) + self.shift
-        title = f"child {event['id']}" if name == "child" else name
+        title = f"child {legible(event['id'])}" if name == "child" else name
         self.packets.instant(t, track, title, "event", _annotations(event), leaving=self.leaving[index])
         for repair in event.get("repairs", ()):
-            self.packets.instant(t, track, f"repair {repair}", "repair")
+            self.packets.instant(t, track, f"repair {legible(repair)}", "repair")
 
     def _slice(
         self, path: str, name: str, category: str, start: float, end: float, arriving: Sequence[int] = ()

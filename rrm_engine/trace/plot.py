@@ -1,9 +1,11 @@
 """A run as a picture: each recursive row's nodes over time, one below the other, and above them the direct solve."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.legible import legible_key
 from rrm_engine.trace.attribution import attribute, is_attributed
 from rrm_engine.trace.reader import TraceError
 from rrm_engine.trace.record import row_key
@@ -23,7 +25,8 @@ def plot(jobs: Sequence[JobTrace], path: Path) -> int:
     """
     figure = draw(jobs)
     try:
-        figure.savefig(path, dpi=150)
+        with warnings.catch_warnings(action="ignore"):  # of letters that its font lacks
+            figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise TraceError(f"--plot {path}: {getattr(error, 'strerror', None) or error}") from None
     return len(figure.axes)
@@ -71,13 +74,14 @@ class _Row:
         for hop in attribute(self.trace).hops:
             below = self.lines[hop.node] + BAR / 2 + 0.06
             self.axes.plot([hop.ready_s, hop.until_s], [below, below], color="black", linewidth=1.5)
-        title = f"{self.trace.key}: {self.trace.row['latency_s']:.2f} s"
+        title = f"{legible_key(self.trace.key)}: {self.trace.row['latency_s']:.2f} s"
         if self.direct is not None:
             names.insert(0, DIRECT)
             self._node(self.direct, ROOT, 0, float(self.direct.events[0]["t"]))
             title += f", directly {self.direct.row['latency_s']:.2f} s"
-        self.axes.set_title(title, fontsize=9, loc="left")
-        self.axes.set_yticks(range(len(names)), names, fontsize=7, family="monospace")
+        self.axes.set_title(title, fontsize=9, loc="left", parse_math=False)
+        names = list(map(legible_key, names))
+        self.axes.set_yticks(range(len(names)), names, fontsize=7, family="monospace", parse_math=False)
         self.axes.set_ylim(len(names) - 0.4, -0.6)
         self.axes.set_xlim(left=0)
         self.axes.tick_params(labelsize=7, length=2)

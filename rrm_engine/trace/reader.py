@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.errors import RrmError
+from rrm_engine.legible import legible, legible_key
 from rrm_engine.trace.checks import build
 from rrm_engine.trace.record import row_key
 from rrm_engine.trace.timeline import Event, Incomplete, JobTrace
@@ -90,5 +91,5 @@ def chosen_jobs(known: Iterable[str], wanted: Collection[str]) -> set[str]:
 def refuse_unknown(flag: str, wanted: str, what: str, known: bool, there: Collection[str]) -> None:
     """Raise TraceError, with some of the names there are, if a name given to ``flag`` is not known."""
     if not known:
-        some = ", ".join(list(there)[:SHOWN_KEYS]) + (" ..." if len(there) > SHOWN_KEYS else "")
-        raise TraceError(f"{flag} {wanted}: there is no such {what}; there are {some or 'none'}")
+        some = ", ".join(map(legible_key, list(there)[:SHOWN_KEYS])) + (" ..." if len(there) > SHOWN_KEYS else "")
+        raise TraceError(f"{flag} {legible(wanted)}: there is no such {what}; there are {some or 'none'}")

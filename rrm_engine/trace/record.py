@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any, BinaryIO, TextIO
 
 from rrm_engine.errors import RrmError
+from rrm_engine.legible import legible_key
 
 Row = dict[str, Any]
 FILES = ("rows.jsonl", "trace.jsonl", "run.json.tmp")  # that are there before the run.json is
@@ -263,7 +264,9 @@ def _check_unique(rows: list[Row], path: Path) -> None:
     for number, row in enumerate(rows, start=1):
         first = seen.setdefault(row_key(row), number)
         if first != number:
-            raise RunDirError(f"{path}: lines {first} and {number} are both {row_key(row)}; remove one of them")
+            raise RunDirError(
+                f"{path}: lines {first} and {number} are both {legible_key(row_key(row))}; remove one of them"
+            )
 
 
 @contextlib.contextmanager

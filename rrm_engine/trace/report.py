@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rrm_engine.legible import legible
 from rrm_engine.trace.attribution import PARTS, Attribution, medians
 
 if TYPE_CHECKING:
@@ -27,16 +28,19 @@ def attribution_table(found: Sequence[Attribution], wide: bool) -> "Table":
     """Seconds of every part, a line a row, then the medians of seconds and of shares."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
+    width = 44 if wide else 18
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, show_footer=False)
-    table.add_column("row", overflow="ellipsis", no_wrap=True, max_width=44 if wide else 18)
+    table.add_column("row", overflow="ellipsis", no_wrap=True, max_width=width)
     columns = ["latency", *PARTS, *(["path tokens", "longest"] if wide else [])]
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     shown = found[:SHOWN_ROWS]
     for a in shown:
         tokens = [f"{a.path_tokens:,}", f"{a.critical_path_tokens:,}"] if wide else []
-        table.add_row(a.key.removesuffix("/rrm/0"), *_seconds([a.latency_s, *a.parts.values()]), *tokens)
+        label = Text(legible(a.key.removesuffix("/rrm/0"), width))
+        table.add_row(label, *_seconds([a.latency_s, *a.parts.values()]), *tokens)
     if len(found) > len(shown):
         table.add_row(f"... and {len(found) - len(shown):,} more")
     table.add_section()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.errors import RrmError
+from rrm_engine.legible import legible_key
 from rrm_engine.trace.checks import check_samples, check_whole
 from rrm_engine.trace.reader import TraceError, chosen_jobs, json_lines, refuse_unknown
 from rrm_engine.trace.record import Row, row_key
@@ -152,7 +153,7 @@ def _job(path: Path, key: str, row: Row, events: list[Event]) -> Iterator[NodeRe
         check_samples(trace)
     except Incomplete as error:
         raise VerifyError(
-            f"the trace of {key} in {path / 'trace.jsonl'} is not whole: {error}; --jobs can leave it out"
+            f"the trace of {legible_key(key)} in {path / 'trace.jsonl'} is not whole: {error}; --jobs can leave it out"
         ) from None
     for node in trace.nodes:
         record = _node(trace, node)
@@ -171,12 +172,14 @@ def _node(trace: JobTrace, node: str) -> NodeRecord | None:
         segments = tuple(_segment(e, *span) for e, span in zip(begins, over["sampled"], strict=True))
     except (KeyError, TypeError) as error:
         raise VerifyError(
-            f"the trace of {trace.key} does not say how {node} was sampled ({error}): another version recorded it, "
-            f"so record the run again"
+            f"the trace of {legible_key(trace.key)} does not say how {node} was sampled ({error}): another version "
+            f"recorded it, so record the run again"
         ) from None
     edges = [edge for segment in segments for edge in (segment.start, segment.stop)]
     if edges[0] < 1 or edges != sorted(edges) or edges[-1] != len(tokens):
-        raise VerifyError(f"the trace of {trace.key} contradicts itself: {node} has {len(tokens)} tokens, not {edges}")
+        raise VerifyError(
+            f"the trace of {legible_key(trace.key)} contradicts itself: {node} has {len(tokens)} tokens, not {edges}"
+        )
     attached = min((start for start, _ in over.get("spliced", ())), default=None)
     measured = tuple(report["kl_mean"] for report in over.get("splice_report", ()))
     return NodeRecord(trace.key, node, tokens, segments, attached, measured)

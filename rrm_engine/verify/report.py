@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rrm_engine.legible import legible, legible_key
 from rrm_engine.verify.check import BROKEN, CLOSE, EXACT, NEAR, REPORTED, SPLICED, NodeCheck
 from rrm_engine.verify.recording import Recording
 
@@ -37,6 +38,7 @@ def table(checks: Sequence[NodeCheck], wide: bool) -> "Table":
     """A line per node and dtype, under its job's; the less important columns only where there is room."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     found.add_column("node", overflow="fold")
@@ -49,7 +51,7 @@ def table(checks: Sequence[NodeCheck], wide: bool) -> "Table":
     for check in checks:
         if check.job != job:
             job = check.job
-            found.add_row(job, style="bold")
+            found.add_row(Text(legible_key(job)), style="bold")
         found.add_row(*_cells(check, wide))
     found.caption = (
         f"tokens: written by the model; equal: drawn again from plain logits{'; likeliest: their argmax' * wide}\n"
@@ -60,7 +62,9 @@ def table(checks: Sequence[NodeCheck], wide: bool) -> "Table":
 
 
 def _cells(check: NodeCheck, wide: bool) -> list[str]:
-    cells = [f"  {check.node}", SHORT.get(check.reference, check.reference), f"{check.written:,}"]
+    from rich.markup import escape
+
+    cells = [f"  {escape(legible(check.node))}", SHORT.get(check.reference, check.reference), f"{check.written:,}"]
     cells.append(_share(check.agree, check.written))
     if wide:
         cells.append(_share(check.greedy_agree, check.written))
@@ -73,7 +77,7 @@ def _cells(check: NodeCheck, wide: bool) -> list[str]:
 def detail(check: NodeCheck) -> str:
     """Where a node diverges and by how much."""
     verdict = ", ".join([check.verdict, *check.reasons])
-    line = f"{check.key} ({SHORT.get(check.reference, check.reference)}): {verdict}"
+    line = f"{legible(check.key)} ({SHORT.get(check.reference, check.reference)}): {verdict}"
     if (at := check.divergence) is None:
         return f"{line}."
     near = f"near tie: up to {at.near:.2g}"
@@ -115,7 +119,7 @@ def _promise(recording: Recording, checks: Sequence[NodeCheck]) -> str:
         broken = next(check for check in checks if check.verdict == BROKEN)
         return (
             f"Broken: {verdicts[BROKEN]:,} of {nodes} recorded in {recording.dtype} are not what plain transformers "
-            f"gives; the first is {broken.key}.{_hint(checks)}"
+            f"gives; the first is {legible(broken.key)}.{_hint(checks)}"
         )
     if recording.dtype not in ("float32", "float64"):
         return (

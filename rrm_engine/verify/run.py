@@ -7,6 +7,7 @@ import torch
 
 from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.engine.sequence import Matcher
+from rrm_engine.legible import legible_key
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.verify import redraw
@@ -75,7 +76,7 @@ def _pass(
     """Every node against ``plain``."""
     paged = Paged(loaded, recording.block_size, recording.step_tokens)
     for record in recording.nodes:
-        report(record.key, 0)
+        report(legible_key(record.key), 0)
         _check_vocabulary(record, plain.vocabulary, loaded.name)
         yield check_node(
             record,
@@ -88,7 +89,7 @@ def _pass(
             settings_of=settings_of,
             decode=plain.text,
         )
-        report(record.key, len(record.tokens))
+        report(legible_key(record.key), len(record.tokens))
 
 
 def _matchers(recording: Recording, loaded: LoadedModel) -> MatcherOf:
@@ -124,6 +125,6 @@ def _check_vocabulary(record: NodeRecord, size: int, model: str) -> None:
     for position, token in enumerate(record.tokens):
         if not 0 <= token < size:
             raise VerifyError(
-                f"{record.key} has token {token} at position {position}, and the vocabulary of {model} ends at "
-                f"{size - 1}: the run was recorded with another model, or its trace was changed"
+                f"{legible_key(record.key)} has token {token} at position {position}, and the vocabulary of {model} "
+                f"ends at {size - 1}: the run was recorded with another model, or its trace was changed"
             )
