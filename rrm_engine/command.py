@@ -94,7 +94,7 @@ def run(module: str, kept: bool = False) -> NoReturn:
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is handler:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if handler.first is not None:
-        code = interrupted_code()
+        code = SIGNALLED + handler.first
     lost = [stream.loss() for stream in (out, err)]
     if lost[0] and not kept:
         code = code or FAILED

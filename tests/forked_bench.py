@@ -5,6 +5,7 @@ module ``rrm_engine.bench`` as ``python -m`` does, and can be killed, limited or
 """
 
 import ctypes
+import importlib
 import multiprocessing as mp
 import os
 import re
@@ -245,3 +246,64 @@ def _load_those(read_torn: Callable[[bytes, Row], Row | None]) -> Callable[[RunD
                 self.rows.append(row)
 
     return load
+
+
+def hear_interrupts() -> None:
+    """A runner in the background ignores SIGINT and hands that down; a user's terminal does not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def signal_itself(where: str, number: int, times: int = 1, swallow: bool = False) -> None:
+    """At the first call of ``module:function`` the process is sent a signal; a library may swallow what it raises."""
+
+    def signalled() -> None:
+        for _ in range(times):
+            try:
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt:
+                if not swallow:
+                    raise
+
+    _before(where, signalled)
+
+
+def raise_at(where: str) -> None:
+    """The first call of ``module:function`` fails with an error that nobody foresaw."""
+
+    def raising() -> None:
+        raise ValueError("shapes")
+
+    _before(where, raising)
+
+
+def _before(where: str, act: Callable[[], None]) -> None:
+    """Do ``act`` before the first call of ``module:function``."""
+    module, _, path = where.partition(":")
+    owner: Any = importlib.import_module(module)
+    *owners, name = path.split(".")
+    for one in owners:
+        owner = getattr(owner, one)
+    original, done = getattr(owner, name), False
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        if not done:
+            done = True
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, first)
+
+
+def replace_stream(number: int, path: str | None) -> None:
+    """The standard stream ``number`` is ``path``; None: it is closed."""
+    os.close(number)
+    if path is not None:
+        assert os.open(path, os.O_WRONLY) == number
+
+
+def lose_reader(number: int) -> None:
+    """Nobody reads what goes to the standard stream ``number``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, number)

@@ -6,11 +6,14 @@ out of disk or really out of memory. What must come out is what an undisturbed r
 
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -26,12 +29,17 @@ from forked_bench import (
     die_in_step,
     die_writing,
     fail_forward,
+    hear_interrupts,
     leave_torn_lines,
     let_allocations_fail,
     limit_files,
     limit_memory,
+    lose_reader,
     mount_small_disk,
     overlook_limits,
+    raise_at,
+    replace_stream,
+    signal_itself,
     skip_torn_lines,
     write_rows_before_events,
 )
@@ -305,3 +313,115 @@ def test_a_forward_that_fails_costs_its_row_only(memory: bool, folder: Path, who
     others, expected = contents(directory), contents(whole)
     del others[job], expected[job]
     assert others == expected
+
+
+# told to end
+
+COLD = [sys.executable, "-m", "rrm_engine.bench"]
+BROKEN_OFF = r"Go on with: python -m rrm_engine\.bench --resume ('?)[\w -]+\1( --quiet)?\n"
+
+
+@pytest.mark.parametrize("after", [0.4, 1.5])
+def test_an_interrupt_while_everything_is_imported(after: float, folder: Path) -> None:
+    """A process of its own from the first moment on, as a user's is."""
+    process = subprocess.Popen(
+        [*COLD, *RUN, "never"], cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    )
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] in ("Interrupted.", "Interrupted before the first row.")
+    assert "Traceback" not in err and not (folder / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "code"), [(signal.SIGINT, 3, 130), (signal.SIGTERM, 1, 143), (signal.SIGHUP, 2, 129)]
+)
+def test_a_signal_between_rows(number: int, times: int, code: int, folder: Path, whole: Path) -> None:
+    directory = folder / f"signal {number}"
+    bench = Bench(folder, *RUN, directory.name, prepare=[hear_interrupts])
+    rows = directory / "rows.jsonl"
+    while not bench.ended and not (rows.exists() and b"\n" in rows.read_bytes()):
+        time.sleep(0.002)
+    for _ in range(times):
+        os.kill(bench.process.pid or 0, number)
+        time.sleep(0.03)
+    assert bench.wait() == code
+    assert "Traceback" not in bench.err and "error" not in bench.err
+    assert re.search(BROKEN_OFF, bench.out), bench.out
+    assert 0 < len(lines_of(rows)) < ROWS
+    finish(directory, contents(whole))
+
+
+LOAD = "rrm_engine.backends.local:Solver.load"
+
+
+@pytest.mark.parametrize("swallow", [False, True])
+def test_an_interrupt_while_loading(swallow: bool, folder: Path, torn: Path) -> None:
+    at_load = [hear_interrupts, partial(signal_itself, LOAD, signal.SIGINT, 1, swallow)]
+    bench = Bench(folder, *RUN, "not begun", prepare=at_load)
+    assert bench.wait() == 130
+    assert bench.err.endswith("Interrupted before the first row.\n") and bench.out == ""
+    assert not (folder / "not begun").exists()
+    bench = Bench(torn.parent, "--resume", torn.name, "--quiet", prepare=at_load)
+    assert bench.wait() == 130
+    assert f"Interrupted before another row; {ROWS - 1} rows in {torn.name} are done.\n" in bench.err
+    assert re.search(BROKEN_OFF, bench.err) and bench.out == ""
+    assert len(lines_of(torn / "rows.jsonl")) == ROWS - 1
+
+
+@pytest.mark.parametrize("where", ["rrm_engine.bench.cli:print_closing", "rrm_engine.bench.cli:summarise"])
+def test_interrupts_while_the_table_is_printed(where: str, folder: Path, whole: Path) -> None:
+    prepare = [hear_interrupts, partial(signal_itself, where, signal.SIGINT, 3)]
+    bench = Bench(folder, "--resume", "whole", prepare=prepare)
+    assert bench.wait() == 130
+    assert bench.err == "" and "Headline" in bench.out and "Written to whole" in bench.out
+    assert "Go on with" not in bench.out
+
+
+# nobody hears what it says
+
+LOST: dict[str, tuple[Callable[[], None], str]] = {
+    "a full stdout": (partial(replace_stream, 1, "/dev/full"), "standard output cannot be written: No space left on"),
+    "a closed stdout": (partial(replace_stream, 1, None), "standard output cannot be written: Bad file descriptor"),
+    "a stdout without a reader": (partial(lose_reader, 1), ""),
+    "a full stderr": (partial(replace_stream, 2, "/dev/full"), ""),
+    "a closed stderr": (partial(replace_stream, 2, None), ""),
+    "a stderr without a reader": (partial(lose_reader, 2), ""),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("name", LOST)
+def test_output_that_is_lost_costs_no_row(name: str, folder: Path, torn: Path, whole: Path) -> None:
+    lose, sentence = LOST[name]
+    bench = Bench(torn.parent, "--resume", torn.name, prepare=[lose])
+    assert bench.wait() == 0
+    assert contents(torn) == contents(whole)
+    assert (torn / "summary.json").exists()
+    assert "Traceback" not in bench.err
+    if "stdout" in name:
+        said = [line for line in bench.err.splitlines() if line.startswith("error: ")]
+        assert len(said) == bool(sentence) and sentence in "".join(said)
+    else:
+        assert "Headline" in bench.out
+
+
+def test_a_bug_is_said_in_one_sentence_and_its_traceback_is_kept(folder: Path, whole: Path) -> None:
+    """As where torch raises a ValueError: it is no complaint about what the user has asked for."""
+    bug = partial(raise_at, "rrm_engine.backends.local:Solver.load")
+    bench = Bench(folder, *RUN, "bug", prepare=[bug])
+    assert bench.wait() == 1
+    found = re.fullmatch(r"error: ValueError: shapes \(a bug\); its traceback is in (\S+)\n", bench.err)
+    assert found, bench.err
+    assert "in raising" in Path(found[1]).read_text()
+    Path(found[1]).unlink()
+    assert not (folder / "bug").exists()
+    bug = partial(raise_at, "rrm_engine.bench.rows:RowWriter.put")
+    bench = Bench(folder, *RUN, "bug", prepare=[bug])
+    assert bench.wait() == 1
+    assert "error: ValueError: shapes (a bug); its traceback is in bug/errors.log\n" in bench.err
+    assert "in raising" in (folder / "bug/errors.log").read_text()
+    assert re.search(BROKEN_OFF, bench.out) and "errors.log" in bench.out
+    finish(folder / "bug", contents(whole))
