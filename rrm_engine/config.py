@@ -1,11 +1,20 @@
 """Every setting of a run, once: the frozen config of the Python API and the source of the command line's flags."""
 
+import math
+import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from rrm_engine.errors import RrmError
 
 MODES = ("direct", "rrm")
+TYPES = {
+    tuple[str, ...]: "names",
+    bool: "on or off (True or False)",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+}
 WaitPolicy = Literal["pin", "offload", "drop", "lru", "auto"]
 
 
@@ -18,7 +27,8 @@ def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
 class RunConfig:
     """Settings of a run. ``None`` means "decided from the model or the prompt style at load".
 
-    Raises RrmError, naming the flag, when a value is out of range.
+    Raises RrmError, naming the flag, when a value is out of range or of another type. A path will do for a text, and a
+    list for a tuple.
     """
 
     # model
@@ -147,6 +157,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
         checks = [
             (
                 self.device == "auto" or self.devices is None,
@@ -171,6 +183,7 @@ class RunConfig:
             (self.min_p is None or 0 <= self.min_p < 1, "--min-p must be in [0, 1)"),
             (self.repetition_penalty is None or self.repetition_penalty > 0, "--repetition-penalty must be above 0"),
             (bool(self.modes) and set(self.modes) <= set(MODES), f"--modes takes {', '.join(MODES)}"),
+            (len(set(self.modes)) == len(self.modes), f"--modes {','.join(self.modes)} names a mode twice"),
         ]
         for f in fields(self):
             value = getattr(self, f.name)
@@ -182,3 +195,24 @@ class RunConfig:
         for ok, message in checks:
             if not ok:
                 raise RrmError(message)
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as its field's type wants it. Raises RrmError, naming the flag, for one of another type."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, os.PathLike) and str in kinds:
+        value = os.fspath(value)
+    if isinstance(value, list) and hint == tuple[str, ...]:
+        value = tuple(value)
+    if hint == tuple[str, ...]:
+        good = isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+    elif float in kinds:
+        good = (type(value) is not bool and isinstance(value, int | float) and math.isfinite(value)) or (
+            value is None and type(None) in kinds
+        )
+    else:
+        good = type(value) in kinds
+    if not good:
+        what = next(words for kind, words in TYPES.items() if kind in kinds or hint == kind)
+        raise RrmError(f"--{name.replace('_', '-')} takes {what}, not {value!r}")
+    return value

@@ -1,14 +1,18 @@
 """The command line: every setting is a flag, wrong values get one sentence, nothing heavy is imported early."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rrm_engine import RrmError, Solver
 from rrm_engine.bench import cli
 from rrm_engine.bench.flags import flag, parse, show
 from rrm_engine.bench.tasks import Task, TaskSet
@@ -155,3 +159,61 @@ def test_resume_names_every_difference() -> None:
         "--temperature is 0.0, was default",
         "the tasks of /t.jsonl are not those of the recorded t",
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": "a"}, "--seed takes a whole number, not 'a'"),
+        ({"seed": True}, "--seed takes a whole number, not True"),
+        ({"seed": None}, "--seed takes a whole number, not None"),
+        ({"seed": 1.0}, "--seed takes a whole number, not 1.0"),
+        ({"limit": "3"}, "--limit takes a whole number"),
+        ({"temperature": math.nan}, "--temperature takes a number, not nan"),
+        ({"temperature": math.inf}, "--temperature takes a number, not inf"),
+        ({"top_p": "0.9"}, "--top-p takes a number"),
+        ({"min_p": False}, "--min-p takes a number, not False"),
+        ({"prefix_cache": 1}, "--prefix-cache takes on or off (True or False), not 1"),
+        ({"direct_thinking": "on"}, "--direct-thinking takes on or off"),
+        ({"model": None}, "--model takes a text, not None"),
+        ({"model": b"x"}, "--model takes a text"),
+        ({"dtype": ["auto"]}, "--dtype takes a text"),
+        ({"modes": "direct"}, "--modes takes names, not 'direct'"),
+        ({"modes": {"direct"}}, "--modes takes names"),
+        ({"modes": [1]}, "--modes takes names"),
+        ({"modes": ("rrm", "rrm")}, "--modes rrm,rrm names a mode twice"),
+        ({"modes": []}, "--modes takes direct, rrm"),
+    ],
+)
+def test_settings_of_another_type(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RrmError, match=re.escape(message)):
+        RunConfig(**settings)
+
+
+def test_what_will_do_for_a_setting() -> None:
+    config = RunConfig(model=Path("some/dir"), prompt_style=Path("x.toml"), modes=["rrm"], temperature=1)  # type: ignore[arg-type]
+    assert (config.model, config.prompt_style, config.modes) == ("some/dir", "x.toml", ("rrm",))
+    assert RunConfig(**asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_sequence_tokens": 1}, "--max-sequence-tokens 1: the longest prompt has {longest} tokens"),
+        (
+            {"max_sequence_tokens": "longest"},
+            "--max-sequence-tokens {longest}: the longest prompt has {longest} tokens",
+        ),
+        ({"devices": ","}, "--devices ,: a name is missing beside a comma"),
+        ({"devices": "cpu,,cpu"}, "--devices cpu,,cpu: a name is missing"),
+        ({"devices": ""}, "--devices : a name is missing"),
+    ],
+)
+def test_refused_at_the_start_with_the_numbers(settings: dict[str, Any], message: str, solver: Solver) -> None:
+    tasks = ["\ud800", "short", "Work modulo 1000. " * 9]
+    solved = solver.solve(tasks[2], "direct")
+    longest = solved.forward_prefilled + solved.reused
+    if settings.get("max_sequence_tokens") == "longest":
+        settings = {"max_sequence_tokens": longest}
+    with pytest.raises(RrmError, match=re.escape(message.format(longest=longest))):
+        Solver.load(RunConfig(modes=("direct",), **settings), tasks)

@@ -1,6 +1,7 @@
 """From what the user left open to what a run uses: budgets, sampling, lengths, memory."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +69,7 @@ def resolve(
     values["lookahead"] = _lookahead(config, model)
     values["step_tokens"] = config.step_tokens or (4096 if model.device.type == "cuda" else 512)
     config = replace(config, **values)
-    longest = longest_prompt(style, chat, tasks)
+    longest = longest_prompt(config, style, chat, tasks)
     config = replace(config, max_sequence_tokens=_sequence_tokens(config, model, longest))
     sizes = bytes_per_block_on_devices([m.shapes for m in replicas or [model]], config.block_size)
     config = replace(config, kv_blocks=config.kv_blocks or _blocks(config, sizes))
@@ -95,13 +96,20 @@ def _lookahead(config: RunConfig, model: LoadedModel) -> str:
     return config.lookahead
 
 
-def longest_prompt(style: Style, chat: ChatFormat, tasks: Sequence[str]) -> int:
-    """Tokens of the longest root prompt; the longest tasks by characters are tried."""
+def longest_prompt(config: RunConfig, style: Style, chat: ChatFormat, tasks: Sequence[str]) -> int:
+    """Tokens of the longest root prompt; the longest tasks in bytes are tried.
+
+    A task that no prompt can be made of does not count: its rows will say so.
+    """
+    values = {"given": (), "max_width": config.max_sibling_width, "depth_left": config.max_depth}
+    root = "graph" if config.max_depth > 0 else "solver"
+    kinds = [("direct", "direct"), (root, "recursive")] if "rrm" in config.modes else [("direct", "direct")]
     longest = 0
-    for task in sorted(tasks, key=len, reverse=True)[:8] or [""]:
-        for kind, mode in (("direct", "direct"), ("graph", "recursive")):
-            user = style.user(kind, task=task, given=(), max_width=8, depth_left=1)
-            longest = max(longest, len(chat.opening(style.system(mode), user)))
+    for task in sorted(tasks, key=lambda task: len(task.encode(errors="replace")), reverse=True)[:16] or [""]:
+        for kind, mode in kinds:
+            with suppress(Exception):
+                user = style.user(kind, task=task, **values)
+                longest = max(longest, len(chat.opening(style.system(mode), user)))
     return longest
 
 
@@ -112,19 +120,29 @@ def _sequence_tokens(config: RunConfig, model: LoadedModel, prompt: int) -> int:
             raise RrmError(
                 f"--max-sequence-tokens {config.max_sequence_tokens}: {model.name} knows {model.max_position} positions"
             )
+        if prompt >= config.max_sequence_tokens:
+            raise RrmError(
+                f"--max-sequence-tokens {config.max_sequence_tokens}: the longest prompt has {prompt} tokens, and an "
+                f"answer needs room behind it; the phases' token budgets ask for {_budgets(config)} more"
+            )
         return config.max_sequence_tokens
-    budget = {phase: getattr(config, flag) for phase, flag in BUDGETS.items()}
-    answer = max(budget[Phase.SOLVER], budget[Phase.CONTINUATION])  # a child's whole one
-    conclusion = answer if config.join == "transcript" else CONCLUSION_RESERVE
-    resume = budget[Phase.CONTINUATION] + config.max_sibling_width * conclusion
-    recursive = budget[Phase.GRAPH] + max(budget[Phase.SOLVER], Limits().max_awaits * resume)
-    needed = prompt + max(budget[Phase.DIRECT], recursive if "rrm" in config.modes else 0)
+    needed = prompt + _budgets(config)
     if prompt + 1 >= model.max_position:
         raise RrmError(
             f"the longest prompt has {prompt} tokens and {model.name} knows {model.max_position} positions: "
             f"shorten the tasks or use a model with a longer context"
         )
     return min(needed, model.max_position)
+
+
+def _budgets(config: RunConfig) -> int:
+    """Tokens that may come behind a prompt, with those of the conclusions that come back."""
+    budget = {phase: getattr(config, flag) for phase, flag in BUDGETS.items()}
+    answer = max(budget[Phase.SOLVER], budget[Phase.CONTINUATION])  # a child's whole one
+    conclusion = answer if config.join == "transcript" else CONCLUSION_RESERVE
+    resume = budget[Phase.CONTINUATION] + config.max_sibling_width * conclusion
+    recursive = budget[Phase.GRAPH] + max(budget[Phase.SOLVER], Limits().max_awaits * resume)
+    return max(budget[Phase.DIRECT], recursive if "rrm" in config.modes else 0)
 
 
 def _blocks(config: RunConfig, sizes: Mapping[torch.device, int]) -> int:

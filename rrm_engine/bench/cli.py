@@ -189,10 +189,10 @@ def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir,
             if options.profile and not quiet:
                 say("Writing the profile ...")
         solver.close()
+        interrupts().ignored = True
     except (Exception, KeyboardInterrupt) as error:
         interrupts().ignored = True
         return _broken_off(error, tasks, config, directory, quiet)
-    interrupts().ignored = True  # what is left takes no time
     return _close(directory, config, quiet)
 
 
@@ -225,7 +225,8 @@ def _missing(tasks: TaskSet, config: RunConfig, directory: RunDir) -> list[Any]:
 
 
 def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseException | None = None) -> int:
-    """summary.json, the table, where everything lies and, if the run broke off, how to go on."""
+    """summary.json, the table, where everything lies and, if the run broke off, how to go on. Takes no time."""
+    interrupts().ignored = True
     summary = summarise(directory.rows)
     unwritten = None
     try:

@@ -175,8 +175,7 @@ def _on_off(text: str) -> bool:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    return tuple(dict.fromkeys(names))
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _number(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:

@@ -66,7 +66,10 @@ class MemoryPlan:
 
 def parse_devices(names: str) -> tuple[torch.device, ...]:
     """``cuda:0,cuda:1``; a device may be named several times. Raises RrmError for one that cannot be used."""
-    return tuple(resolve_device(name.strip(), "--devices") for name in names.split(","))
+    found = [name.strip() for name in names.split(",")]
+    if not all(found):
+        raise RrmError(f"--devices {names}: a name is missing beside a comma; it takes names as in cuda:0,cuda:1")
+    return tuple(resolve_device(name, "--devices") for name in found)
 
 
 def plan_memory(skeleton: Any, devices: Sequence[torch.device], kind: str, useful: int | None = None) -> MemoryPlan:
