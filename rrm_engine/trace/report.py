@@ -1,6 +1,7 @@
 """The attribution of a run as a table."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from rrm_engine.legible import legible
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 40
 WIDE = 100
+LEAST_NAME, MOST_NAME = 12, 44
 
 
 def print_attribution(console: "Console", found: Sequence[Attribution]) -> None:
@@ -19,34 +21,43 @@ def print_attribution(console: "Console", found: Sequence[Attribution]) -> None:
     if not found:
         console.print("No recursive row has run to its end with a complete trace: nothing to attribute.")
         return
-    console.print(attribution_table(found, wide=console.width >= WIDE))
+    console.print(attribution_table(found, console.width))
     for line in sentences(found):
         console.print(line, markup=False, highlight=False)
 
 
-def attribution_table(found: Sequence[Attribution], wide: bool) -> "Table":
-    """Seconds of every part, a line a row, then the medians of seconds and of shares."""
+def attribution_table(found: Sequence[Attribution], width: int) -> "Table":
+    """Seconds of every part, a line a row, then the medians of seconds and of shares.
+
+    Of ``width`` columns the numbers take what they need, names of rows what is left.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    width = 44 if wide else 18
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, show_footer=False)
-    table.add_column("row", overflow="ellipsis", no_wrap=True, max_width=width)
-    columns = ["latency", *PARTS, *(["path tokens", "longest"] if wide else [])]
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    wide = width >= WIDE
+    header = ["latency", *PARTS, *(["path tokens", "longest"] if wide else [])]
     shown = found[:SHOWN_ROWS]
+    rows = []
     for a in shown:
         tokens = [f"{a.path_tokens:,}", f"{a.critical_path_tokens:,}"] if wide else []
-        label = Text(legible(a.key.removesuffix("/rrm/0"), width))
-        table.add_row(label, *_seconds([a.latency_s, *a.parts.values()]), *tokens)
+        rows.append([*_seconds([a.latency_s, *a.parts.values()]), *tokens])
+    middle: dict[str, Any] = medians(found)
+    shares = ["", *(f"{100 * share:.1f} %" for share in middle["shares"].values())]
+    ends = {"median": _seconds([middle["latency_s"], *middle["parts"].values()]), "median share": shares}
+    needed = [max(map(len, cells)) for cells in zip_longest(header, *rows, *ends.values(), fillvalue="")]
+    left = max(LEAST_NAME, min(MOST_NAME, width - sum(needed) - 2 * len(needed) - 3))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, show_footer=False)
+    table.add_column("row", overflow="ellipsis", no_wrap=True, max_width=left)
+    for name, least in zip(header, needed, strict=True):
+        table.add_column(name, justify="right", no_wrap=True, min_width=least)
+    for a, cells in zip(shown, rows, strict=True):
+        table.add_row(Text(legible(a.key.removesuffix("/rrm/0"), left)), *cells)
     if len(found) > len(shown):
         table.add_row(f"... and {len(found) - len(shown):,} more")
     table.add_section()
-    middle: dict[str, Any] = medians(found)
-    table.add_row("median", *_seconds([middle["latency_s"], *middle["parts"].values()]))
-    table.add_row("median share", "", *(f"{100 * share:.1f} %" for share in middle["shares"].values()))
+    for name, cells in ends.items():
+        table.add_row(name, *cells)
     return table
 
 
