@@ -81,14 +81,14 @@ def test_commands_that_read_a_run(
 
     names = HOSTILE[first : first + 4]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "140")
     run = run_of(names, calm, tmp_path)
     assert main([str(run), "--plot", "a.svg", "--json", "a.json"]) == 0
     assert main([str(run), "--perfetto", "a.pftrace"]) == 0
     assert main([str(run), "--jobs", "nobody"]) == 2
     said = capsys.readouterr()
     assert harmless(said.out) and harmless(said.err)
-    assert max(cell_len(line) for line in said.out.splitlines()) <= 100
+    assert max(cell_len(line) for line in said.out.splitlines()) <= 140
     drawing = xml.dom.minidom.parse("a.svg").documentElement
     assert drawing is not None and float(drawing.getAttribute("width").removesuffix("pt")) < 1000
     parsed = pb2.Trace()
@@ -97,7 +97,7 @@ def test_commands_that_read_a_run(
     assert all(harmless(one) and len(one) <= 120 for one in processes)
     assert "longest" in said.out and "0.\u2026" not in said.out  # numbers are whole beside names of any length
     for name in names:
-        assert legible(name)[:14] in said.out
+        assert legible(name)[:20] in said.out
         assert any(one.startswith(legible(name)[:20]) and one.endswith("/rrm/0") for one in processes)
 
 
