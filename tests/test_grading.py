@@ -425,7 +425,7 @@ def test_a_slow_verdict_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grade(f"FINAL: {product}", r"\pi x") is False
     assert time.monotonic() - began > 0.2
     assert time.process_time() - computed < 2.5
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     assert grade(r"\boxed{\frac{6}{8}}", "3/4") is True
 
 

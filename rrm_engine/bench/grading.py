@@ -26,7 +26,7 @@ from typing import Any
 from rrm_engine.bench.notation import same_text, to_latex, units_of, without_unit, words_of
 from rrm_engine.protocol.final import extract_answer, extract_final, strip_markup
 
-SECONDS = 3.0  # for one verdict of math-verify
+SECONDS = 3.0  # of CPU time for one verdict of math-verify, so that a busy machine changes none
 MAX_FORMULA = 1000  # characters; longer texts are cut from the left
 MAX_ANSWER = 20_000  # of a text without a final answer, likewise
 TOLERANCE = 1e-5  # relative, between two numbers one of which is rounded: 0.33333 is 1/3
@@ -214,13 +214,14 @@ def _at_most(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise OutOfTime
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)  # again and again: one may fall into a callback that swallows it
+    before = signal.signal(signal.SIGVTALRM, stop)
+    # Again and again: one may fall into a callback that swallows it.
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.2)
     try:
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     finally:  # the last signal may have come at the end of the block, and ended the inner clean-up
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
