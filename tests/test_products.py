@@ -44,7 +44,7 @@ def two_threads() -> Iterator[None]:
 
 
 def dtype_of(kind: Kind) -> torch.dtype:
-    return torch.float32 if kind in (Kind.FP32, Kind.FP32_BY_BF16) else torch.bfloat16
+    return torch.float32 if kind.name.startswith("FP32") else torch.bfloat16
 
 
 def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -123,7 +123,7 @@ def test_the_width_of_vectors_changes_no_bit(kind: Kind) -> None:
     native, narrow, unfused = (layer(kind, 458, 192, variant=name)[0](x) for name in VARIANTS)
     assert torch.equal(native, narrow)
     # There a product is rounded before it is added, and only that of two bf16 numbers is exact in fp32.
-    assert torch.equal(native, unfused) == (kind == Kind.BF16)
+    assert torch.equal(native, unfused) == (dtype_of(kind) == torch.bfloat16)
 
 
 def test_weights_that_bf16_holds_are_kept_in_half_the_memory_with_the_same_results() -> None:

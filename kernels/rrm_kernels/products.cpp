@@ -1,11 +1,13 @@
-// Linear layers for the few rows of a decode step: the weight is laid out once as it is read, and read once for all rows.
+// Linear layers for a decode step's few rows and a prompt's many: the weight lies as it is read, and is read for all rows.
 //
-// A weight [columns, depth] is packed into panels of 16 columns over the whole depth, a 64-byte line holding one depth in
-// fp32, two in bf16: [columns / 16][depth][16] or [columns / 16][depth / 2][16][2], padded with zeros. Every output is
-// one chain of multiply-adds in the order of depth, added up in fp32 and rounded once, however many rows, tiles and
-// threads there are: a row's result does not depend on its batch. Called through ctypes by products.py.
+// A weight [columns, depth] is packed into panels of LANES columns over the whole depth, padded with zeros, a vector
+// holding one depth in fp32, two in bf16: [columns / LANES][depth][LANES] or [columns / LANES][depth / 2][LANES][2].
+// Every output is one chain of multiply-adds in the order of depth, added up in fp32 and rounded once, however many rows,
+// tiles, parts and threads there are: a row's result does not depend on its batch. Called through ctypes by products.py.
 
 #include "common.h"
+
+#include <omp.h>
 
 #include <array>
 #include <utility>
@@ -23,57 +25,85 @@ constexpr int ROWS = 6;  // 16 registers
 constexpr int ROWS = 4;
 #endif
 constexpr int LINES = 2, TILE = LINES * LANES;  // columns done at once
+constexpr int STEP = 64 / VECTOR;               // vectors of a panel done at once: a line of the cache
 constexpr int64_t RUN = 64;                     // inputs of one row that lie side by side
-constexpr int64_t CHUNK = 20 * ROWS;            // rows a weight is read for at once
-constexpr int64_t NEXT = 8;                     // lines fetched ahead where they are near
+constexpr int64_t CHUNK = 120;                  // rows a weight is read for at once
+constexpr int64_t PART = 8192;                  // bytes of a panel that stay in the first cache for all rows
+constexpr int64_t NEAR = 384 << 10;             // bytes of inputs that stay in the second cache for all tiles
 constexpr int64_t WORTH_THREADS = 1 << 17;      // multiply-adds
 
-using Sums = Lanes[ROWS][LINES];
+struct Sums {
+    Lanes of[ROWS][LINES];
+};
 
-// The ways to multiply a line of DEPTHS depths: what x and the output hold, the weights, and the inputs made of x.
+inline Bits line(const Bits* from) {
+    Bits out;
+    std::memcpy(&out, from, sizeof out);
+    return out;
+}
+
+// The ways to multiply: what x and the output hold, and the inputs made of x. They go 64 bytes of every panel at a time,
+// DEPTHS depths in STEP vectors.
 
 struct Fp32 {
     using Value = float;
-    using Weight = float;
     using Input = float;
-    static constexpr int DEPTHS = 1;
+    static constexpr int DEPTHS = STEP;
 
     template <int N>
-    static inline void multiply(Lanes (&sums)[N][LINES], const Bits (&lines)[LINES], const Input* x) {
+    static inline void add(Lanes (&sums)[N][LINES], const Lanes (&weights)[LINES], const Input* x) {
 #pragma GCC unroll 16
         for (int row = 0; row < N; row++) {
 #pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) sums[row][i] += x[row * RUN] * (Lanes)lines[i];
+            for (int i = 0; i < LINES; i++) sums[row][i] += x[row * RUN] * weights[i];
+        }
+    }
+
+    template <int N>
+    static inline void multiply(Lanes (&sums)[N][LINES], const Bits* panel, int64_t length, const Input* x) {
+#pragma GCC unroll 4
+        for (int at = 0; at < STEP; at++) {
+            Lanes weights[LINES];
+#pragma GCC unroll 2
+            for (int i = 0; i < LINES; i++) weights[i] = (Lanes)line(panel + i * length + at);
+            add(sums, weights, x + at);
         }
     }
 };
 
 template <typename T>
-struct Halves {  // both halves of a line made fp32
+struct Halves {  // both halves of every 32 bits made fp32
     using Value = T;
-    using Weight = bf16;
     using Input = float;
-    static constexpr int DEPTHS = 2;
+    static constexpr int DEPTHS = 2 * STEP;
 
     template <int N>
-    static inline void multiply(Lanes (&sums)[N][LINES], const Bits (&lines)[LINES], const Input* x) {
-        Bits even[LINES], odd[LINES];
+    static inline void multiply(Lanes (&sums)[N][LINES], const Bits* panel, int64_t length, const Input* x) {
+#pragma GCC unroll 4
+        for (int at = 0; at < STEP; at++) {
+            Lanes even[LINES], odd[LINES];
 #pragma GCC unroll 2
-        for (int i = 0; i < LINES; i++) even[i] = lines[i] << 16, odd[i] = lines[i] & 0xffff0000u;
-        Fp32::multiply(sums, even, x);
-        Fp32::multiply(sums, odd, x + 1);
+            for (int i = 0; i < LINES; i++) {
+                const Bits both = line(panel + i * length + at);
+                even[i] = (Lanes)(both << 16), odd[i] = (Lanes)(both & 0xffff0000u);
+            }
+            Fp32::add(sums, even, x + 2 * at);
+            Fp32::add(sums, odd, x + 2 * at + 1);
+        }
     }
 };
 
 #ifdef __AVX512BF16__
 struct Dot {  // the processor's own product of pairs
     using Value = bf16;
-    using Weight = bf16;
     using Input = bf16;
-    static constexpr int DEPTHS = 2;
+    static constexpr int DEPTHS = 2 * STEP;
 
     template <int N>
-    static inline void multiply(Lanes (&sums)[N][LINES], const Bits (&lines)[LINES], const Input* x) {
+    static inline void multiply(Lanes (&sums)[N][LINES], const Bits* panel, int64_t length, const Input* x) {
+        Bits both[LINES];
+#pragma GCC unroll 2
+        for (int i = 0; i < LINES; i++) both[i] = line(panel + i * length);
 #pragma GCC unroll 16
         for (int row = 0; row < N; row++) {
             int pair;
@@ -81,41 +111,44 @@ struct Dot {  // the processor's own product of pairs
 #pragma GCC unroll 2
             for (int i = 0; i < LINES; i++) {
                 sums[row][i] = (Lanes)_mm512_dpbf16_ps((__m512)sums[row][i], (__m512bh)_mm512_set1_epi32(pair),
-                                                       (__m512bh)lines[i]);
+                                                       (__m512bh)both[i]);
             }
         }
     }
 };
 #endif
 
-// The sums of N rows and one tile of columns. x [depth / RUN][N][RUN]; `ahead`: how far behind these panels' lines the
-// next ones to be read lie.
+template <typename P>
+constexpr int64_t RUN_LINES = RUN / P::DEPTHS * STEP;  // vectors of a panel for one run of inputs
+
+// Where what will be read next lies, and how many bytes of it to fetch for 64 bytes read.
+struct Ahead {
+    const char* from;
+    int64_t pace;
+};
+
+// Adds up N rows and one tile of columns over some runs; panels are `length` vectors long. x [runs][N][RUN].
 template <typename P, int N>
-void multiply_tile(const Bits* panel, int64_t lines, int64_t ahead, const void* inputs, Sums& out) {
+void multiply_tile(const Bits* panel, int64_t length, int64_t runs, Ahead ahead, const void* inputs, bool first,
+                   Sums& all) {
     const auto* x = (const typename P::Input*)inputs;
     Lanes sums[N][LINES];
 #pragma GCC unroll 16
     for (int row = 0; row < N; row++) {
 #pragma GCC unroll 2
-        for (int i = 0; i < LINES; i++) sums[row][i] = Lanes{};
+        for (int i = 0; i < LINES; i++) sums[row][i] = first ? Lanes{} : all.of[row][i];
     }
-    for (int64_t start = 0; start < lines; start += RUN / P::DEPTHS, x += (N - 1) * RUN) {
-        const int64_t stop = std::min(lines, start + RUN / P::DEPTHS);
-        for (int64_t at = start; at < stop; at++, x += P::DEPTHS) {
-            Bits line[LINES];
+    for (int64_t run = 0; run < runs; run++, x += (N - 1) * RUN) {
+        for (int at = 0; at < RUN; at += P::DEPTHS, x += P::DEPTHS, panel += STEP, ahead.from += ahead.pace) {
 #pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) {
-                const Bits* from = panel + i * lines + at;
-                std::memcpy(&line[i], from, sizeof line[i]);
-                __builtin_prefetch(from + ahead, 0, 3);
-            }
-            P::multiply(sums, line, x);
+            for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead.from + i * length * VECTOR, 0, 3);
+            P::multiply(sums, panel, length, x);
         }
     }
 #pragma GCC unroll 16
     for (int row = 0; row < N; row++) {
 #pragma GCC unroll 2
-        for (int i = 0; i < LINES; i++) out[row][i] = sums[row][i];
+        for (int i = 0; i < LINES; i++) all.of[row][i] = sums[row][i];
     }
 }
 
@@ -150,15 +183,17 @@ void finish(const Sums& sums, int64_t rows, const float* bias, T* out, int64_t c
         for (int64_t row = 0; row < rows; row++) {
             T* to = out + row * columns + column;
             if (count == LANES) {
-                store(sums[row][i] + add, to);
+                store(sums.of[row][i] + add, to);
             } else {
                 T values[LANES];
-                store(sums[row][i] + add, values);
+                store(sums.of[row][i] + add, values);
                 std::copy(values, values + count, to);
             }
         }
     }
 }
+
+constexpr int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
 
 struct Linear {
     const Bits* panels;
@@ -167,14 +202,23 @@ struct Linear {
     int32_t kind;
 };
 
+// A tile's panels are read once, part by part, each part for all rows. Where the inputs of all rows are too many for the
+// second cache, that is done for some of the depth after the other, and the sums of all tiles are kept in between.
 template <typename P>
 void multiply_chunk(const Linear& s, const typename P::Value* x, typename P::Value* out, int64_t rows) {
+    using Input = typename P::Input;
     static constexpr auto multiply = tiles_by_rows<P>(std::make_integer_sequence<int, ROWS>());
-    const int64_t lines = (s.depth + P::DEPTHS - 1) / P::DEPTHS, width = (s.depth + RUN - 1) / RUN * RUN;
-    const int64_t tiles = (s.columns + TILE - 1) / TILE, blocks = (rows + ROWS - 1) / ROWS;
-    thread_local std::vector<typename P::Input> memory;
+    constexpr int64_t PART_RUNS = std::max<int64_t>(1, PART / (RUN_LINES<P> * VECTOR));
+    const int64_t runs = whole(s.depth, RUN), length = runs * RUN_LINES<P>, width = runs * RUN;
+    const int64_t tiles = whole(s.columns, TILE), blocks = whole(rows, ROWS);
+    const int64_t pass = std::max<int64_t>(1, NEAR / (rows * RUN * sizeof(Input)) / PART_RUNS) * PART_RUNS;
+    const bool once = pass >= runs;
+    thread_local std::vector<Input> memory;
+    thread_local std::vector<Sums> kept;
     memory.resize(rows * width);
-    typename P::Input* const inputs = memory.data();
+    kept.resize(blocks * (once ? omp_get_max_threads() : tiles));
+    Input* const inputs = memory.data();
+    Sums* const sums = kept.data();
 #pragma omp parallel if (rows * s.columns * s.depth > WORTH_THREADS)
     {
 #pragma omp for
@@ -182,15 +226,28 @@ void multiply_chunk(const Linear& s, const typename P::Value* x, typename P::Val
             const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
             arrange<P>(x + first * s.depth, count, s.depth, inputs + first * width);
         }
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < tiles; tile++) {
-            const Bits* panel = s.panels + tile * LINES * lines;
-            for (int64_t block = 0; block < blocks; block++) {
-                const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-                const bool last = block + 1 == blocks && tile + 1 < tiles;
-                Sums sums;
-                multiply[count - 1](panel, lines, last ? LINES * lines : NEXT, inputs + first * width, sums);
-                finish(sums, count, s.bias, out + first * s.columns, s.columns, tile * TILE);
+        for (int64_t begin = 0; begin < runs; begin += pass) {
+            const int64_t end = std::min(begin + pass, runs);
+#pragma omp for schedule(static) nowait  // each thread has the same tiles in every pass
+            for (int64_t tile = 0; tile < tiles; tile++) {
+                const Bits* panel = s.panels + tile * LINES * length;
+                Sums* const tile_sums = sums + (once ? omp_get_thread_num() : tile) * blocks;
+                for (int64_t at = begin; at < end; at += PART_RUNS) {
+                    const int64_t count = std::min(PART_RUNS, end - at), bytes = count * RUN_LINES<P> * VECTOR;
+                    const Bits* next = panel + (at + count < end ? (at + count) * RUN_LINES<P>
+                                                                 : LINES * length + begin * RUN_LINES<P>);
+                    for (int64_t block = 0; block < blocks; block++) {
+                        const int64_t row = rows * block / blocks, n = rows * (block + 1) / blocks - row;
+                        const Ahead ahead{(const char*)next + bytes * block / blocks, 64 / blocks};
+                        multiply[n - 1](panel + at * RUN_LINES<P>, length, count, ahead,
+                                        inputs + row * width + at * RUN * n, at == 0, tile_sums[block]);
+                    }
+                }
+                if (end < runs) continue;
+                for (int64_t block = 0; block < blocks; block++) {
+                    const int64_t row = rows * block / blocks, n = rows * (block + 1) / blocks - row;
+                    finish(tile_sums[block], n, s.bias, out + row * s.columns, s.columns, tile * TILE);
+                }
             }
         }
     }
@@ -205,15 +262,16 @@ bool multiply_all(const Linear& s, const void* x, void* out, int64_t rows) {
     return true;
 }
 
+// DEPTHS neighbours in depth lie side by side.
 template <typename T, int DEPTHS>
 void pack(const T* weight, T* panels, int64_t columns, int64_t depth) {
-    const int64_t lines = (depth + DEPTHS - 1) / DEPTHS, all = (columns + TILE - 1) / TILE * LINES;
+    const int64_t padded = whole(depth, RUN) * RUN, all = whole(columns, TILE) * LINES;
 #pragma omp parallel for
     for (int64_t panel = 0; panel < all; panel++) {
-        T* to = panels + panel * lines * LANES * DEPTHS;
-        for (int64_t line = 0; line < lines; line++) {
+        T* to = panels + panel * padded * LANES;
+        for (int64_t start = 0; start < padded; start += DEPTHS) {
             for (int64_t i = 0; i < LANES * DEPTHS; i++) {
-                const int64_t column = panel * LANES + i / DEPTHS, at = line * DEPTHS + i % DEPTHS;
+                const int64_t column = panel * LANES + i / DEPTHS, at = start + i % DEPTHS;
                 *to++ = column < columns && at < depth ? weight[column * depth + at] : T{};
             }
         }
@@ -238,6 +296,11 @@ extern "C" int32_t rrm_linear_kind(int is_bf16) {
 }
 
 extern "C" int64_t rrm_linear_tile() { return TILE; }
+
+// How many numbers the panels hold.
+extern "C" int64_t rrm_linear_size(int64_t columns, int64_t depth) {
+    return whole(columns, TILE) * TILE * whole(depth, RUN) * RUN;
+}
 
 extern "C" void rrm_linear_pack(int is_bf16, const void* weight, void* panels, int64_t columns, int64_t depth) {
     if (is_bf16) {

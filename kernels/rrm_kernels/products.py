@@ -52,17 +52,19 @@ class NativeLinear:
         weight = weight.detach().contiguous()
         if kind is None:
             kind = Kind(library.rrm_linear_kind(weight.dtype == torch.bfloat16))
-        if kind == Kind.FP32 and torch.equal((narrow := weight.bfloat16()).float(), weight):
-            kind, weight = Kind.FP32_BY_BF16, narrow
         if kind == Kind.NONE:
             raise NativeUnavailable("torch's own product is faster on this processor")
-        tile = library.rrm_linear_tile()
-        padding = -self.columns % tile
-        is_bf16 = weight.dtype == torch.bfloat16
-        self._panels = weight.new_empty((self.columns + padding) * (self.depth + (self.depth % 2 if is_bf16 else 0)))
-        self._bias = None if bias is None else torch.nn.functional.pad(bias.detach().float(), (0, padding))
+        if kind == Kind.FP32 and torch.equal((narrow := weight.bfloat16()).float(), weight):
+            kind, weight = Kind.FP32_BY_BF16, narrow
+        library.rrm_linear_size.restype = NUMBER
+        library.rrm_linear_size.argtypes = [NUMBER, NUMBER]
+        library.rrm_linear_pack.restype = None
         library.rrm_linear_pack.argtypes = [ctypes.c_int, POINTER, POINTER, NUMBER, NUMBER]
+        self._panels = weight.new_empty(library.rrm_linear_size(self.columns, self.depth))
+        is_bf16 = weight.dtype == torch.bfloat16
         library.rrm_linear_pack(is_bf16, weight.data_ptr(), self._panels.data_ptr(), self.columns, self.depth)
+        padding = -self.columns % library.rrm_linear_tile()
+        self._bias = None if bias is None else torch.nn.functional.pad(bias.detach().float(), (0, padding))
         bias_at = None if self._bias is None else self._bias.data_ptr()
         self._linear = _Linear(self._panels.data_ptr(), bias_at, self.columns, self.depth, kind)
         self._at = ctypes.addressof(self._linear)
