@@ -6,21 +6,16 @@ Triton kernels run on the GPU if there is one, else under Triton's interpreter; 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from searched import load_profiles
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read while triton is imported, by whoever imports it first
 
-# The same examples every time, however busy the machine is: neither luck nor load is a failure.
-UNTIMED: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("suite", derandomize=True, **UNTIMED)
-# New examples, and many: scripts/test --hypothesis-profile=search -k ends_and
-settings.register_profile("search", max_examples=100_000, **UNTIMED)
-settings.load_profile("suite")
+load_profiles()
 
 if TYPE_CHECKING:
     from emulated_cuda import Emulation

@@ -146,8 +146,19 @@ def test_reclaiming_a_scheduled_sequence_is_noticed(monkeypatch: pytest.MonkeyPa
 
 def test_skipping_the_copies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a shared tail is replaced by a block of its own, but nobody copies what it held."""
+
+    def live() -> None:
+        life = Life(20, 4, 20, prefix_cache=False)
+        parent = submitted(life.submit(prompt(6), 4))
+        life.step()
+        submitted(life.submit([*parent.tokens[:6], 1], 2, depth=1, fork_of=(parent, 6)))
+        life.end()
+        assert life.memory.copied == 1
+
+    live()
     monkeypatch.setattr(Memory, "copy", lambda self, copies: None)
-    assert_noticed("reads what is not its own")
+    with pytest.raises(AssertionError, match="reads what is not its own"):
+        live()
 
 
 def test_parents_that_keep_their_blocks_at_any_price_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
