@@ -12,6 +12,7 @@ from lab import JOBS, Lab, recorded
 from oracle import plain_model, prompt
 from rrm_kernels.staging import Staging
 from test_engine_oracle import GREEDY, crowded, live_graph, mistakes, short_graph
+from test_generation import IN_A_GRAPH, Settled
 from test_wait_policies import policy_engine, waiting_graph
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
@@ -93,6 +94,15 @@ def test_preemption_and_cancellation(cuda: Emulation, fast: None, devices: int) 
     plain = plain_model("qwen3")
     changes = {"blocks": 22, "max_sequence_tokens": 88, "lookahead": True, "stages": devices}
     assert mistakes(plain, crowded(engine_on(on_cuda(plain, devices), **changes))) == {}
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_generation_settings(cuda: Emulation, fast: None, devices: int) -> None:
+    """Logits processors read on the device what was sampled there, while the host has not read it yet."""
+    plain = plain_model("qwen3")
+    engine = engine_on(on_cuda(plain, devices), lookahead=True, stages=devices)
+    settled = Settled(engine, IN_A_GRAPH)
+    assert settled.unlike_generate(plain, live_graph(engine)) == []
 
 
 @pytest.mark.parametrize(("devices", "changes"), [(1, {}), (2, {}), (1, {"join": "splice"})])

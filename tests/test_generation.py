@@ -1,7 +1,10 @@
 """A checkpoint's generation settings: tokens are those of transformers' ``generate`` under the same ones."""
 
+import json
+from types import SimpleNamespace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from oracle import engine_for, plain_model, prepared, prompt
@@ -9,12 +12,16 @@ from test_engine_oracle import Script, crowded, live_graph
 from test_wait_policies import policy_engine, waiting_graph
 from transformers import GenerationConfig
 
+from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.engine.processors import Processors, Transcripts
 from rrm_engine.engine.replicas import AnyEngine, Replicas
-from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
 from rrm_engine.engine.scheduler import WaitPolicy
 from rrm_engine.engine.sequence import Sequence
-from rrm_engine.models.generation import HONOURED
+from rrm_engine.kv.pool import BlockPool
+from rrm_engine.kv.table import BlockTable
+from rrm_engine.models.generation import HONOURED, WARPERS, WITHOUT_EFFECT, read_generation
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
 Settings = dict[str, Any]
@@ -45,8 +52,13 @@ CASES: dict[str, tuple[Settings, list[list[int]]]] = {
     "suppressed and penalised": ({"suppress_tokens": [*range(0, 500, 2)], "repetition_penalty": 1.7}, []),
 }
 FILTERS = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}  # of sampling alone
-# Without what needs an end of sequence, for graphs here have none.
-MIXED = [{}, *(settings for name, (settings, _) in CASES.items() if name != "exponential_decay_length_penalty")]
+IN_A_GRAPH: list[Settings] = [
+    {"repetition_penalty": 2.5},
+    {"no_repeat_ngram_size": 1, "suppress_tokens": [*range(0, 500, 3)]},
+    {"repetition_penalty": 1.8, "begin_suppress_tokens": [*range(0, 500, 2)], "renormalize_logits": True},
+    {"encoder_repetition_penalty": 0.6, "sequence_bias": [[[5], 4.0], [[5, 9], 9.0], [[17], 3.0]]},
+    {"bad_words_ids": [*([i] for i in range(0, 500, 2)), *([1, i] for i in range(500))], "forced_eos_token_id": 4},
+]
 
 
 @pytest.fixture(scope="module")
@@ -141,35 +153,214 @@ def test_rows_with_settings_of_their_own_in_one_batch(tiny: LoadedModel, alone: 
 # in the life of a graph
 
 
-@pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("lookahead", [False, True])
-def test_forks_and_resumes(plain: Any, tiny: LoadedModel, lookahead: bool, stages: int) -> None:
-    """What a fork takes over and what a node had written before a resume counts like a prompt."""
-    for shift in (0, 9):
-        engine = engine_for(tiny, lookahead=lookahead, stages=stages)
-        settled = Settled(engine, MIXED[shift:] + MIXED[:shift])
-        script = live_graph(engine)
-        assert settled.unlike_generate(plain, script) == []
-        assert settled.unlike_generate(plain, script, [{}]) != []
+@pytest.fixture(scope="module")
+def told(plain: Any, tiny: LoadedModel) -> dict[str, list[int]]:
+    """The transcripts of a graph of forks and resumes whose nodes have settings, each phase as ``generate`` writes it
+    behind all that was there: what a fork takes over and what a node wrote before a resume counts like a prompt.
+    """
+    engine = engine_for(tiny)
+    settled = Settled(engine, IN_A_GRAPH)
+    script = live_graph(engine)
+    assert settled.unlike_generate(plain, script) == []
+    assert {*settled.unlike_generate(plain, script, [{}])} == {*script.done}, "a node's settings do not show"
+    return script.done
+
+
+@pytest.mark.parametrize(("lookahead", "stages"), [(True, 1), (False, 3), (True, 3)])
+def test_forks_and_resumes(tiny: LoadedModel, told: Any, lookahead: bool, stages: int) -> None:
+    engine = engine_for(tiny, lookahead=lookahead, stages=stages)
+    Settled(engine, IN_A_GRAPH)
+    assert live_graph(engine).done == told
 
 
 @pytest.mark.parametrize("policy", get_args(WaitPolicy))
 def test_every_wait_policy(plain: Any, tiny: LoadedModel, policy: WaitPolicy) -> None:
-    for blocks, lookahead in ((200, False), (30, True)):
-        engine = policy_engine(tiny, policy, blocks, max_sequence_tokens=110, lookahead=lookahead)
-        settled = Settled(engine, MIXED[1:])
-        assert settled.unlike_generate(plain, waiting_graph(engine)) == []
+    engine = policy_engine(tiny, policy, 30, max_sequence_tokens=110, lookahead=True)
+    settled = Settled(engine, IN_A_GRAPH)
+    assert settled.unlike_generate(plain, waiting_graph(engine)) == []
 
 
 @pytest.mark.parametrize(("lookahead", "stages"), [(True, 1), (False, 3), (True, 3)])
 def test_preemption_and_cancellation(plain: Any, tiny: LoadedModel, lookahead: bool, stages: int) -> None:
-    for shift in (0, 9):
-        engine = engine_for(tiny, blocks=22, max_sequence_tokens=88, lookahead=lookahead, stages=stages)
-        settled = Settled(engine, MIXED[shift:] + MIXED[:shift])
-        assert settled.unlike_generate(plain, crowded(engine)) == []
+    engine = engine_for(tiny, blocks=22, max_sequence_tokens=88, lookahead=lookahead, stages=stages)
+    settled = Settled(engine, IN_A_GRAPH)
+    assert settled.unlike_generate(plain, crowded(engine)) == []
 
 
 def test_replicas(plain: Any, tiny: LoadedModel) -> None:
     engine: Any = Replicas([engine_for(tiny, lookahead=True) for _ in range(2)])
-    settled = Settled(engine, MIXED[1:])
+    settled = Settled(engine, IN_A_GRAPH)
     assert settled.unlike_generate(plain, live_graph(engine)) == []
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_token_that_is_not_known_yet_is_noticed(
+    tiny: LoadedModel, told: Any, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: processors see a made-up token where the last one is in flight."""
+    extend = Transcripts.extend
+
+    def guessing(self: Transcripts, sequences: Any, lengths: Any, unread: Drawn | None, device: Any) -> None:
+        made_up = unread and Drawn(torch.full_like(unread.tokens, 3), unread.rows)
+        extend(self, sequences, lengths, made_up, device)
+
+    monkeypatch.setattr(Transcripts, "extend", guessing)
+    engine = engine_for(tiny, lookahead=True, stages=stages)
+    Settled(engine, IN_A_GRAPH)
+    assert live_graph(engine).done != told
+
+
+# sampling
+
+ASKED: dict[str, Settings] = {
+    "nothing but to sample": {},  # transformers has a top_k of its own
+    "top_k off": {"top_k": 0},
+    "top_h": {"top_h": 0.4, "top_k": 0},
+    "typical_p": {"typical_p": 0.5, "temperature": 1.5},
+    "epsilon_cutoff": {"epsilon_cutoff": 0.02, "top_k": 0},
+    "eta_cutoff": {"eta_cutoff": 0.05, "top_p": 0.95},
+    "as Qwen2.5 has it": {"repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    "many": {"min_p": 0.02, "top_p": 0.9, "typical_p": 0.9, "suppress_tokens": [*range(0, 500, 3)], "top_k": 0},
+}
+
+
+def asked_of(plain: Any, settings: Settings) -> SamplingParams:
+    """What a checkpoint asks for that samples with these settings."""
+    model = SimpleNamespace(generation_config=GenerationConfig(do_sample=True, **settings))
+    return SamplingParams.of(read_generation(model).sampling)
+
+
+def drawn(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """The token of each row, behind all tokens of its sequence."""
+    lengths = [len(s.tokens) for s in sequences]
+    rows = [row for row, s in enumerate(sequences) if s.sampling.further]
+    processed = Processors(frozenset(ENDS)).of(rows, sequences, lengths) if rows else None
+    return draw(logits, sequences, lengths, processed).tolist()
+
+
+def sequence(name: str, tokens: list[int], params: SamplingParams, matcher: Any = None) -> Sequence:
+    table = BlockTable(BlockPool(1, 4))
+    return Sequence(name, tokens, table, params, noise_key(0, name), BUDGET, matcher=matcher, first=len(tokens))
+
+
+@pytest.mark.parametrize("settings", ASKED.values(), ids=ASKED)
+def test_probabilities_are_those_of_generate(plain: Any, settings: Settings) -> None:
+    """Over many draws exactly the tokens that ``generate`` may give come up, about as often as they should."""
+    tokens, draws = prompt(5, 40), 1_500
+    config = GenerationConfig(do_sample=True, **settings, eos_token_id=ENDS, pad_token_id=0, max_new_tokens=1)
+    out = plain.generate(
+        torch.tensor([tokens]), generation_config=config, output_scores=True, return_dict_in_generate=True
+    )
+    probs = out.scores[0].softmax(-1)[0]
+    logits = plain(input_ids=torch.tensor([tokens])).logits[0, -1:]
+    params = asked_of(plain, settings)
+    rows = drawn(logits.repeat(draws, 1), [sequence(f"{i}", list(tokens), params) for i in range(draws)])
+    counts = torch.bincount(torch.tensor(rows), minlength=len(probs))
+    assert counts[probs == 0].sum() == 0
+    assert (counts / draws - probs).abs().max() < 0.045
+    assert (probs > 0).sum() < 500 or settings == {"top_k": 0}
+
+
+def test_a_draw_does_not_depend_on_its_neighbours(plain: Any) -> None:
+    """Rows of many settings and lengths, alone, together, and in another order."""
+    params = [asked_of(plain, settings) for settings in ASKED.values()]
+    params += [SamplingParams.of({"temperature": 0.9, **settings}) for settings, _ in CASES.values()]
+    sequences = [sequence(f"{i}", prompt(i, 3 + 5 * i % 60), params[i % len(params)]) for i in range(3 * len(params))]
+    logits = 4 * torch.randn(len(sequences), 500, generator=torch.Generator().manual_seed(3))
+    together = drawn(logits.clone(), sequences)
+    assert together == [drawn(logits[i : i + 1].clone(), [s])[0] for i, s in enumerate(sequences)]
+    assert together == drawn(logits.flip(0), sequences[::-1])[::-1]
+
+
+class Only:
+    """A grammar that allows a few tokens."""
+
+    def __init__(self, *allowed: int) -> None:
+        bits = np.zeros(512, dtype=np.uint8)
+        bits[list(allowed)] = 1
+        self.bits = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def mask(self) -> np.ndarray:
+        return self.bits
+
+    def accept(self, token: int) -> None: ...
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_nothing_is_left_the_grammar_goes_before_the_checkpoint(temperature: float) -> None:
+    """Forbidden by the settings, one token or all that a grammar allows; in a row beside others."""
+    logits = torch.randn(4, 500, generator=torch.Generator().manual_seed(1))
+    suppress = {"temperature": temperature, "suppress_tokens": [7, 8], "exponential_decay_length_penalty": [0, 2.0]}
+    ban = {"temperature": temperature, "no_repeat_ngram_size": 1, "remove_invalid_values": True}
+    rows = [
+        sequence("one of two is left", [1, 2], SamplingParams.of(suppress), Only(7, 9)),
+        sequence("none is left", [1, 2], SamplingParams.of(suppress), Only(7, 8)),
+        sequence("none is left, as numbers", [7, 8, 2], SamplingParams.of(ban), Only(7, 8)),
+        sequence("nothing to do with it", [1, 2], SamplingParams(temperature)),
+    ]
+    one, two, three, four = drawn(logits.clone(), rows)
+    assert one == 9 and two in (7, 8) and three in (7, 8)
+    assert four == drawn(logits[3:].clone(), rows[3:])[0]
+    if temperature == 0:
+        best = int(logits[1, 7] < logits[1, 8]), int(logits[2, 7] < logits[2, 8])
+        assert (two, three) == (7 + best[0], 7 + best[1])
+
+
+def test_where_nothing_is_left_without_a_grammar_the_settings_are_set_aside() -> None:
+    logits = torch.randn(1, 500)
+    one = sequence("all", [1, 2], SamplingParams.of({"suppress_tokens": [*range(500)]}))
+    assert drawn(logits.clone(), [one]) == logits.argmax(-1).tolist()
+
+
+# what a checkpoint says
+
+
+def test_every_setting_of_transformers_is_known() -> None:
+    """Of a new release's settings somebody has to say whether they are honoured; until then they are named."""
+    names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    named = {"max_length", "max_new_tokens", "num_return_sequences", "num_beams", "num_beam_groups", "penalty_alpha"}
+    named |= {"dola_layers", "constraints", "force_words_ids", "guidance_scale", "stop_strings", "max_time"}
+    named |= {"token_healing", "cache_implementation"}
+    assert names <= {*WARPERS, *HONOURED, *WITHOUT_EFFECT, *named}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling", "ignored"),
+    [
+        ({}, {"temperature": 0.0, "top_k": 50, "top_p": 1.0}, []),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 9}, {"temperature": 0.0, "top_k": 9, "top_p": 1.0}, []),
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50, "top_p": 1.0}, []),
+        (
+            {"do_sample": True, "temperature": 0.6, "min_p": 0.1, "repetition_penalty": 1.0, "typical_p": 1.0},
+            {"temperature": 0.6, "top_k": 50, "top_p": 1.0, "min_p": 0.1},
+            [],
+        ),
+        (
+            {"sequence_bias": {(3, 4): 1.5}, "suppress_tokens": None, "no_repeat_ngram_size": 0},
+            {"temperature": 0.0, "top_k": 50, "top_p": 1.0, "sequence_bias": [[[3, 4], 1.5]]},
+            [],
+        ),
+        (
+            {"num_beams": 4, "guidance_scale": 1.0, "stop_strings": ["###"], "use_cache": False, "pad_token_id": 3},
+            {"temperature": 0.0, "top_k": 50, "top_p": 1.0},
+            ['stop_strings ["###"]', "num_beams 4"],
+        ),
+        (
+            {"max_new_tokens": 300, "penalty_alpha": 0.6, "presence_penalty": 1.5, "token_healing": False},
+            {"temperature": 0.0, "top_k": 50, "top_p": 1.0},
+            ["max_new_tokens 300 (each phase has its own budget)", "penalty_alpha 0.6", "presence_penalty 1.5"],
+        ),
+    ],
+)
+def test_what_is_read(settings: Settings, sampling: Settings, ignored: list[str]) -> None:
+    found = read_generation(SimpleNamespace(generation_config=GenerationConfig(**settings)))
+    assert found.sampling == sampling and sorted(found.ignored) == sorted(ignored)
+
+
+def test_settings_survive_json() -> None:
+    for settings, _ in CASES.values():
+        params = SamplingParams.of({"temperature": 0.5, **settings})
+        again = SamplingParams.of(json.loads(json.dumps(params.settings())))
+        assert again == params and hash(again) == hash(params)
+        assert params.settings() == {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
+    assert params.without("suppress_tokens") == SamplingParams.of({"temperature": 0.5, "repetition_penalty": 1.7})

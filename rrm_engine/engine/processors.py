@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.transfer import integers, to_device
-from rrm_engine.models.generation import Rules, make_rules
+from rrm_engine.models.generation import Rules, make_rules, process
 
 Scores = torch.Tensor  # fp32 [rows, vocabulary]
 
@@ -158,30 +159,28 @@ class Processed:
         """
         if not any(row in self._rules and not self._rules[row].only_filters for row in rows):
             return None
-        return self._through({row: self._rules[row].after if row in self._rules else () for row in rows}, scores)
+        return self._through(
+            {row: self._rules[row].after if row in self._rules else () for row in rows}, scores.float()
+        )
 
-    def _through(self, processors: dict[int, Seq], scores: torch.Tensor) -> Scores:
-        """Each row through its own, those that share them together."""
+    def uncertain(self) -> list[int]:
+        """Which of ``rows``, by their places there, might be left without a token, or have a grammar."""
+        return [i for i, row in enumerate(self.rows) if self._rules[row].forbids or self.sequences[row].matcher]
+
+    def _through(self, processors: dict[int, Seq[Any]], scores: Scores) -> Scores:
+        """Each row through its own, those that share them together. Writes into ``scores``."""
         groups: dict[int, list[int]] = {}
         for index, row in enumerate(processors):
-            groups.setdefault(id(processors[row]), []).append(index)
+            if processors[row]:
+                groups.setdefault(id(processors[row]), []).append(index)
         rows = list(processors)
-        scores = scores.float()
         for indices in groups.values():
             some = [rows[index] for index in indices]
-            chain = processors[some[0]]
-            if not chain:
-                continue
-            tokens = self._tokens(some)
+            chain, tokens = processors[some[0]], self._tokens(some)
             if len(indices) == len(rows):
-                for processor in chain:
-                    scores = processor(tokens, scores)
-                continue
+                return process(chain, tokens, scores)
             where = integers(indices, scores.device)
-            part = scores.index_select(0, where)
-            for processor in chain:
-                part = processor(tokens, part)
-            scores = scores.index_copy(0, where, part)
+            scores.index_copy_(0, where, process(chain, tokens, scores.index_select(0, where)))
         return scores
 
     def _tokens(self, rows: Seq[int]) -> torch.Tensor:

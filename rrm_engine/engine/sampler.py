@@ -103,7 +103,11 @@ def draw(
     scores = processed.before_grammars(logits) if processed is not None else None
     _apply_grammars(logits, [sequence.matcher for sequence in sequences])
     if processed is not None and scores is not None:
-        logits = _put(logits.float(), processed.rows, _reconciled(logits, processed.rows, scores))
+        if uncertain := processed.uncertain():
+            rows = [processed.rows[index] for index in uncertain]
+            left = _reconciled(_rows(logits, rows).float(), _rows(scores, uncertain))
+            scores = _put(scores, uncertain, left)
+        logits = _put(logits.float(), processed.rows, scores)
     by_params: dict[SamplingParams, list[int]] = defaultdict(list)
     for row, sequence in enumerate(sequences):
         by_params[sequence.sampling].append(row)
@@ -121,19 +125,22 @@ def draw(
     return out
 
 
-def _reconciled(masked: torch.Tensor, rows: Seq[int], scores: torch.Tensor) -> torch.Tensor:
-    """``scores`` of ``rows``, without what the grammars have forbidden in ``masked``; where nothing is left of a row,
-    that of ``masked`` as it is: what a grammar demands goes before what a checkpoint would rather not have.
+def _reconciled(masked: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """``scores`` without what grammars have forbidden in ``masked``, the same rows; where nothing is left of one, that
+    of ``masked`` as it is: what a grammar demands goes before what a checkpoint would rather not have.
     """
-    masked = masked.index_select(0, integers(rows, masked.device)).float()
     scores = scores.masked_fill(masked == float("-inf"), float("-inf"))
     nothing = scores.amax(-1, keepdim=True) <= torch.finfo(torch.float32).min
     return torch.where(nothing, masked, scores)
 
 
-def _put(logits: torch.Tensor, rows: Seq[int], values: torch.Tensor) -> torch.Tensor:
-    """``logits`` with ``values`` in ``rows``."""
-    return values if len(rows) == len(logits) else logits.index_copy(0, integers(rows, logits.device), values)
+def _rows(x: torch.Tensor, rows: Seq[int]) -> torch.Tensor:
+    return x if len(rows) == len(x) else x.index_select(0, integers(rows, x.device))
+
+
+def _put(x: torch.Tensor, rows: Seq[int], values: torch.Tensor) -> torch.Tensor:
+    """``x`` with ``values`` in ``rows``."""
+    return values if len(rows) == len(x) else x.index_copy(0, integers(rows, x.device), values)
 
 
 def _argmax(x: torch.Tensor) -> torch.Tensor:

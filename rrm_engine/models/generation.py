@@ -8,8 +8,8 @@ new tokens count from the first token of the phase.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +89,28 @@ INSTEAD = {
     "num_return_sequences": "--samples",
 }
 NEUTRAL = {"guidance_scale": 1, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": 0}
-# Processors that look at nothing but which tokens there are, and at each row by itself: rows of any lengths go through
-# them together.
 FILTERS = (
     library.TemperatureLogitsWarper,
     library.TopKLogitsWarper,
     library.TopPLogitsWarper,
     library.MinPLogitsWarper,
 )
+# Processors that change the scores of tokens that are there already, each by itself and never to nothing.
+OF_TOKENS = (library.RepetitionPenaltyLogitsProcessor,)
+# When processors that are for some lengths alone have nothing to do.
+RESTS: dict[type, Callable[[Any, int], bool]] = {
+    library.MinLengthLogitsProcessor: lambda one, length: length >= one.min_length,
+    library.MinNewTokensLengthLogitsProcessor: lambda one, length: (
+        length >= one.prompt_length_to_skip + one.min_new_tokens
+    ),
+    library.SuppressTokensAtBeginLogitsProcessor: lambda one, length: length != one.begin_index,
+    library.ExponentialDecayLengthPenalty: lambda one, length: length <= one.regulation_start,
+}
+# Processors that look at nothing but which tokens there are, and at each row by itself: rows of any lengths go through
+# them together.
 TOGETHER = (
     *FILTERS,
-    library.RepetitionPenaltyLogitsProcessor,
+    *OF_TOKENS,
     library.SuppressTokensLogitsProcessor,
     library.InfNanRemoveLogitsProcessor,
     library.LogitNormalization,
@@ -186,19 +197,39 @@ class Rules:
     far, int64 ``[rows, n]``, and scores fp32 ``[rows, vocabulary]``.
 
     ``together``: rows of any lengths may go through them at once, tokens repeated at the shorter ones' ends.
+    ``only_filters``: behind a grammar there is only what samplers do themselves, temperature, top-k, top-p and min-p.
+    ``forbids``: one of the first might leave no token.
     """
 
     before: Sequence[Any]
     after: Sequence[Any]
+    together: bool = field(init=False)
+    only_filters: bool = field(init=False)
+    forbids: bool = field(init=False)
 
-    @property
-    def together(self) -> bool:
-        return all(type(processor) in TOGETHER for processor in (*self.before, *self.after))
+    def __post_init__(self) -> None:
+        def all_are(processors: Iterable[Any], kinds: tuple[type, ...]) -> bool:
+            return all(type(processor) in kinds for processor in processors)
 
-    @property
-    def only_filters(self) -> bool:
-        """Whether the second list has only what samplers do themselves: a temperature, top-k, top-p and min-p."""
-        return all(type(processor) in FILTERS for processor in self.after)
+        object.__setattr__(self, "together", all_are((*self.before, *self.after), TOGETHER))
+        object.__setattr__(self, "only_filters", all_are(self.after, FILTERS))
+        object.__setattr__(self, "forbids", not all_are(self.before, OF_TOKENS))
+
+
+def process(processors: Iterable[Any], tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """``scores`` fp32 ``[rows, vocabulary]`` of what comes behind ``tokens`` int64 ``[rows, n]``, after all processors.
+
+    Writes into ``scores``. Those that have nothing to do at this length are left out, and those that only change what
+    stands in ``tokens`` are given no more than that: both because a vocabulary is large.
+    """
+    for processor in processors:
+        if type(processor) in OF_TOKENS:
+            known = torch.where(tokens < scores.shape[1], tokens, tokens[:, :1])  # some models have no score for a few
+            columns = torch.arange(known.shape[1], device=known.device).expand_as(known)
+            scores.scatter_(1, known, processor(columns, scores.gather(1, known)))
+        elif not (type(processor) in RESTS and RESTS[type(processor)](processor, tokens.shape[1])):
+            scores = processor(tokens, scores)
+    return scores
 
 
 def make_rules(
