@@ -101,7 +101,8 @@ def test_generation_settings(cuda: Emulation, fast: None, devices: int) -> None:
     """Logits processors read on the device what was sampled there, while the host has not read it yet."""
     plain = plain_model("qwen3")
     engine = engine_on(on_cuda(plain, devices), lookahead=True, stages=devices)
-    settled = Settled(engine, IN_A_GRAPH)
+    listed = {"sequence_bias", "bad_words_ids"}  # index a tensor with a Python list, which is not emulated
+    settled = Settled(engine, [settings for settings in IN_A_GRAPH if not listed & settings.keys()])
     assert settled.unlike_generate(plain, live_graph(engine)) == []
 
 

@@ -1,6 +1,7 @@
 """A checkpoint's generation settings: tokens are those of transformers' ``generate`` under the same ones."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -10,8 +11,10 @@ import torch
 from oracle import engine_for, plain_model, prepared, prompt
 from test_engine_oracle import Script, crowded, live_graph
 from test_wait_policies import policy_engine, waiting_graph
+from traced import save_model
 from transformers import GenerationConfig
 
+from rrm_engine.bench.cli import main as bench
 from rrm_engine.engine.layout import Drawn
 from rrm_engine.engine.prepare import LoadedModel
 from rrm_engine.engine.processors import Processors, Transcripts
@@ -364,3 +367,84 @@ def test_settings_survive_json() -> None:
         assert again == params and hash(again) == hash(params)
         assert params.settings() == {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
     assert params.without("suppress_tokens") == SamplingParams.of({"temperature": 0.5, "repetition_penalty": 1.7})
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, and a task."""
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(folder / "model")
+    (folder / "tasks.jsonl").write_text('{"problem": "What is 1 + 1?"}\n')
+    return folder
+
+
+def run_with(saved: Path, out: Path, settings: Any, *flags: str) -> int:
+    """The exit code of a short run of the model with this generation_config, or its text."""
+    text = settings if isinstance(settings, str) else json.dumps({"eos_token_id": [1, None, -1], **settings})
+    (saved / "model" / "generation_config.json").write_text(text)
+    always = ["--constrain", "on", "--direct-max-tokens", "8", "--kv-blocks", "100", "--modes", "direct"]
+    paths = ["--model", str(saved / "model"), "--out", str(out), "--prompt-style", "embedded"]
+    return bench([str(saved / "tasks.jsonl"), *always, *paths, *flags])
+
+
+def test_a_run_says_what_it_honours_and_what_it_does_not(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = {"do_sample": True, "repetition_penalty": 1.2, "num_beams": 4, "top_k": -1}
+    assert run_with(saved, tmp_path / "a", settings, "--samples", "2") == 0
+    line = "generation_config: repetition_penalty 1.2 (rests where a grammar holds), not honoured: num_beams 4"
+    assert line in " ".join(capsys.readouterr().err.split())
+    about = json.loads((tmp_path / "a" / "run.json").read_text())["solver"]
+    usual = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert about["sampling"]["direct"] == {**usual, "repetition_penalty": 1.2} and about["sampling"]["graph"] == usual
+    assert about["generation_ignored"] == ["num_beams 4"] and 1 in about["eos_token_ids"]
+
+    rows = tmp_path / "a" / "rows.jsonl"
+    rows.write_text(rows.read_text().splitlines(keepends=True)[0])
+    (saved / "model" / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
+    assert bench(["--resume", str(tmp_path / "a")]) == 2
+    assert "the direct phase samples with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sampling"),
+    [
+        (["--generation-config", "ignore"], {"temperature": 0.0, "top_k": 0}),
+        (["--repetition-penalty", "1"], {"temperature": 0.7, "top_k": 50, "suppress_tokens": [3]}),
+        (
+            ["--repetition-penalty", "1.5", "--temperature", "0", "--top-k", "7"],
+            {"temperature": 0.0, "top_k": 7, "suppress_tokens": [3], "repetition_penalty": 1.5},
+        ),
+    ],
+)
+def test_flags_go_before_the_checkpoint(saved: Path, tmp_path: Path, flags: list[str], sampling: Settings) -> None:
+    settings = {"do_sample": True, "repetition_penalty": 1.2, "temperature": 0.7, "suppress_tokens": [3]}
+    assert run_with(saved, tmp_path / "a", settings, "--quiet", *flags) == 0
+    about = json.loads((tmp_path / "a" / "run.json").read_text())["solver"]
+    assert about["sampling"]["direct"] == {"top_p": 1.0, "min_p": 0.0, **sampling}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"repetition_penalty": -1.0}, "strictly positive float"),
+        ({"repetition_penalty": "1.1"}, "strictly positive float"),
+        ({"do_sample": True, "temperature": -0.5}, "temperature"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature"),
+        ({"do_sample": True, "typical_p": -0.5}, "typical_p"),
+        ({"sequence_bias": [[[99999], 1.0]]}, "vocabulary size"),
+        ({"bad_words_ids": [3]}, "list of lists"),
+        ({"suppress_tokens": 5}, "not iterable"),
+        ({"max_new_tokens": 0}, "greater than 0"),
+        ("[]", "generation_config.json"),
+        ('{"do_sample": tru', "generation_config.json"),
+    ],
+)
+def test_what_transformers_does_not_take_is_refused(
+    saved: Path, tmp_path: Path, settings: Any, said: str, capsys: Any
+) -> None:
+    assert run_with(saved, tmp_path / "a", settings) == 2
+    told = capsys.readouterr().err
+    assert said in told and "generation_config" in told and "Traceback" not in told and told.count("error:") == 1
+    assert not (tmp_path / "a").exists()

@@ -186,6 +186,7 @@ class Solver:
             "max_sequence_tokens": config.max_sequence_tokens,
             "prompt_style": config.prompt_style,
             **describe_sampling(config, self._runtime.plans, model),
+            "eos_token_ids": sorted(self.engine.eos_ids),
             **({"memory_plan": self.plan.describe()} if self.plan else {}),
         }
 

@@ -192,8 +192,13 @@ def sampling_params(config: RunConfig, style: Style, model: LoadedModel, thinkin
     for name in SAMPLING:
         if (value := getattr(config, name)) is not None:
             values[name] = value
-    if "top_k" in values:
+    for name in SAMPLING:
+        if type(values.get(name)) is int:
+            values[name] = float(values[name])
+    if isinstance(values.get("top_k"), float):
         values["top_k"] = max(int(values["top_k"]), 0)  # some write -1 for "off"
+    if values.get("top_p") == 0:
+        values["top_p"] = 1e-9  # the likeliest token, as transformers has it
     if values.get("repetition_penalty") == 1:
         del values["repetition_penalty"]
     published: Any = model.model.config

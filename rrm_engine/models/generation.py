@@ -241,7 +241,7 @@ def make_rules(
     take a setting.
     """
     values = dict(settings)
-    sampling = values.get("temperature", 0.0) > 0
+    sampling = values.get("temperature", 0.0) != 0
     if not sampling:
         values = {name: value for name, value in values.items() if name not in WARPERS}
     if not values.get("min_p"):
