@@ -1,5 +1,6 @@
 """Figures of a run: intervals against known values, and which rows count where."""
 
+import io
 import json
 import random
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.bench.grader import Verdict
+from rrm_engine.bench.progress import describe_row
 from rrm_engine.bench.rows import make_row
 from rrm_engine.bench.summary import mcnemar, median_interval, pairs, summarise, wilson
 from rrm_engine.bench.table import print_closing, speedup, splice_line
@@ -209,3 +211,43 @@ def test_what_splices_did() -> None:
     )
     unmeasured = summarise([row("a", "rrm", spliced_tokens=9)])["kv"]
     assert splice_line(unmeasured) == "Approximate: in 1 row KV of 9 tokens was attached."
+
+
+def shown(rows: list[Row], width: int = 80) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_closing(console, summarise(rows), rows, 1)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_the_table_fits_the_terminal_with_whole_words(width: int) -> None:
+    rows = [*both("a", error="boom", cut={"max_nodes": 2}), *both("b" * 30)]
+    text = shown(rows, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    head = next(line.split() for line in text.splitlines() if line.strip().startswith("mode"))
+    assert head[:3] == ["mode", "n", "correct"] and head[-2:] == ["cut", "errors"]
+    assert ("TTFT" in head) == (width == 120)
+    assert ("tok/s" in head) == (width >= 80)
+
+
+def test_rows_that_ran_into_limits_are_counted_with_the_flag_to_raise() -> None:
+    rows = both("a") + both("b", cut={"solver_max_tokens": 3, "max_nodes": 1})
+    rows += [row("c", "direct", cut={"direct_max_tokens": 1}), row("c", "rrm", cut={"max_nodes": 9})]
+    text = " ".join(shown(rows, 120).split())
+    assert (
+        "Cut by a limit: 3 rows. To give them more room, raise --max-nodes (2 rows), "
+        "--direct-max-tokens (1 row), --solver-max-tokens (1 row)." in text
+    )
+    figures = summarise(rows)["modes"]
+    assert (figures["direct"]["cut"], figures["rrm"]["cut"]) == (1, 2)
+    assert figures["rrm"]["cut_by"] == {"max_nodes": 2, "solver_max_tokens": 1}
+    assert "Cut by" not in shown(both("a"))
+
+
+def test_answers_that_could_not_be_graded_are_counted() -> None:
+    odd = make_row(
+        JobResult(Job("a", "p"), Status.ATOMIC, "x", 1.0), "1", Verdict(False, "grading took too long"), {}, 0
+    )
+    assert "1 answer could not be graded (counted as wrong)" in " ".join(shown([odd]).split())
+    assert "wrong (grading took too long)" in describe_row(odd)

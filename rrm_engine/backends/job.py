@@ -79,6 +79,7 @@ class JobRun:
         self._commands: deque[Command] = deque()
         self._repairs: Counter[str] = Counter()
         self._errors: list[str] = []
+        self._without_room = 0  # nodes that did not fit into a sequence
         self._boundary: int | None = None  # end of the event being handled, in its node's text
         self._prompt = ""
         self._events = 0
@@ -357,6 +358,7 @@ class JobRun:
             return
         node.running = False
         node.reasons.append(reason)
+        node.phases.append(node.phase)
         node.sampled.append((node.first, len(node.sequence.tokens)))
         self._meter.pause(node.path, monotonic())
         self._emit("pause", node.path, reason=reason)
@@ -383,6 +385,7 @@ class JobRun:
     def _no_room(self, path: str, error: RrmError) -> None:
         """A node that does not fit into a sequence has failed; whoever waits for it is told."""
         self._errors.append(str(error))
+        self._without_room += 1
         self._emit("no_room", path, reason=str(error))
         if self.machine is not None:
             self._commands.extend(self.machine.on_end(path, EndReason.CONTEXT, ""))
@@ -400,6 +403,7 @@ class JobRun:
             self._joiner.as_text,
             self._shadows.reports,
             self.machine,
+            self._without_room,
             peak_kv_blocks=self.peak_blocks,
             prompt_sha256=hashlib.sha256(self._prompt.encode()).hexdigest(),
             prompt_preview=self.job.task[:PREVIEW],

@@ -57,7 +57,8 @@ class NodeRun:
     cut: list[int] = field(default_factory=list)  # kept part of a token that an event ended in
     forks: dict[str, tuple[int, list[int], int]] = field(default_factory=dict)
     sampled: list[tuple[int, int]] = field(default_factory=list)  # token ranges that the model wrote
-    reasons: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)  # why it stopped decoding, each time
+    phases: list[Phase] = field(default_factory=list)  # in which it did
     ready: tuple[float, int] = (0.0, 0)  # when the phase was handed to the engine: time, and steps launched by then
     last: tuple[float, int] = (0.0, 0)  # the same of its last token
 

@@ -1,5 +1,6 @@
 """A job's result, from what its nodes, its clocks and its joins counted."""
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict
 from time import monotonic
@@ -8,9 +9,13 @@ from typing import Any
 from rrm_engine.backends.meter import Meter
 from rrm_engine.backends.node import NodeRun
 from rrm_engine.backends.result import Job, JobResult
+from rrm_engine.backends.settings import BUDGETS
 from rrm_engine.backends.shadow import SpliceReport
 from rrm_engine.graph.machine import GraphMachine
-from rrm_engine.graph.types import Finish
+from rrm_engine.graph.types import EndReason, Finish, Phase
+
+# What the graph machine calls it when a child is refused for a limit.
+REFUSALS = {"max_depth": "over_depth", "max_sibling_width": "over_width", "max_nodes": "over_nodes"}
 
 
 def outcome(
@@ -21,6 +26,7 @@ def outcome(
     text_joins: int,
     reports: Collection[SpliceReport],
     machine: GraphMachine | None,
+    without_room: int,
     **more: Any,
 ) -> JobResult:
     """The result of a job that ends now; ``more`` are fields of it that these do not know."""
@@ -58,5 +64,15 @@ def outcome(
         splice_report=[asdict(report) for report in reports],
         text_joins=text_joins,
         finish_reasons={n.path: "+".join(n.reasons) for n in nodes},
+        cut=_cut(nodes, machine, without_room),
         **more,
     )
+
+
+def _cut(nodes: Collection[NodeRun], machine: GraphMachine | None, without_room: int) -> dict[str, int]:
+    """How often the limit of which setting ended a phase, or refused a node."""
+    ends = Counter((phase, reason) for node in nodes for phase, reason in zip(node.phases, node.reasons, strict=True))
+    found = {flag: ends[phase, EndReason.LENGTH] for phase, flag in BUDGETS.items()}
+    found["max_sequence_tokens"] = without_room + sum(ends[phase, EndReason.CONTEXT] for phase in Phase)
+    found |= {setting: machine.repairs[repair] for setting, repair in REFUSALS.items()} if machine else {}
+    return {setting: count for setting, count in found.items() if count}

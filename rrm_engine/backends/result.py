@@ -75,6 +75,7 @@ class JobResult:
     prompt_sha256: str = ""
     prompt_preview: str = ""
     finish_reasons: dict[str, str] = field(default_factory=dict)  # node path -> reason
+    cut: dict[str, int] = field(default_factory=dict)  # setting -> how often its limit ended or refused something
     repairs: dict[str, int] = field(default_factory=dict)  # parser and graph leniencies, counted
     error: str | None = None
     traceback: str | None = field(default=None, repr=False)  # of an error that is a bug; a row does not hold it

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 REFRESH_PER_SECOND = 4
+WIDTH = 60  # of the live lines: a terminal that is made narrower would wrap longer ones, and they could not be erased
 ERROR_LENGTH = 160
 Live = Callable[[], dict[str, Any]]
 
@@ -81,13 +82,12 @@ class LiveDisplay:
         for row in rows:
             self._tally.add(row)
         self._bar = progress.Progress(
-            progress.BarColumn(bar_width=None),
+            progress.BarColumn(bar_width=20),
             progress.MofNCompleteColumn(),
             progress.TextColumn("rows"),
             progress.TimeElapsedColumn(),
             progress.TextColumn("{task.fields[eta]}"),
             console=self._console,
-            expand=True,
         )
         self._eta = Eta(total - len(rows))
         self._bar_id = self._bar.add_task("", total=total, completed=len(rows), eta="")
@@ -114,6 +114,7 @@ class LiveDisplay:
 
     def _render(self) -> "RenderableType":
         from rich.console import Group
+        from rich.constrain import Constrain
         from rich.text import Text
 
         self._bar.update(self._bar_id, eta=self._eta.text())
@@ -122,7 +123,8 @@ class LiveDisplay:
         except (RuntimeError, IndexError):  # the engine changed its books while the refresh thread looked
             state = {}
         lines = [self._tally.text(), live_line(state)]
-        return Group(self._bar, *(Text(line, overflow="ellipsis", no_wrap=True) for line in lines if line))
+        texts = (Text(line, overflow="ellipsis", no_wrap=True) for line in lines if line)
+        return Constrain(Group(self._bar, *texts), WIDTH)
 
 
 class Tally:
@@ -196,6 +198,7 @@ def live_line(state: dict[str, Any]) -> str:
 def describe_row(row: Row) -> str:
     """A finished row in one line."""
     verdict = {True: "correct", False: "wrong", None: "not graded"}[row["correct"]]
+    verdict += f" ({row['grading_error']})" if row.get("grading_error") else ""
     text = (
         f"{legible_key(row_key(row))}: {row['status']}, {verdict}, {row['latency_s']:.2f} s, "
         f"{row['total_tokens']:,} tokens, critical path {row['critical_path_tokens']:,}"

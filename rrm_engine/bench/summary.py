@@ -39,7 +39,10 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def mode_figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """One mode's rows. Accuracy is over graded rows, an error counting as wrong; times are of whole runs."""
+    """One mode's rows. Accuracy is over graded rows, an error counting as wrong; times are of whole runs.
+
+    ``cut`` counts the rows in which a limit ended or refused something, ``cut_by`` those of each setting.
+    """
     graded = [row["correct"] for row in rows if row["correct"] is not None]
     timed = [row for row in rows if ran_to_end(row)]
     latencies = [row["latency_s"] for row in timed]
@@ -60,6 +63,9 @@ def mode_figures(rows: Sequence[Row]) -> dict[str, Any]:
         "parallel_s_median": median(row["parallel_s"] for row in timed),
         "overlap_s_median": median(row["overlap_s"] for row in timed),
         "errors": sum(row["error"] is not None for row in rows),
+        "grading_errors": sum(row.get("grading_error") is not None for row in rows),
+        "cut": sum(bool(row.get("cut")) for row in rows),
+        "cut_by": dict(sorted(Counter(setting for row in rows for setting in row.get("cut", ())).items())),
         "status": dict(sorted(Counter(str(row["status"]) for row in rows).items())),
         "kv": kv_figures(rows),
     }

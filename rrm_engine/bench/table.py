@@ -1,6 +1,8 @@
 """The closing table of a run and the sentences under it."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rrm_engine.bench.progress import first_line
@@ -13,6 +15,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Figures = dict[str, Any]
+COLUMNS = {  # of the table of the modes, with the figures in them
+    "n": "n",
+    "correct": "accuracy",
+    "95 %": "accuracy_ci95",
+    "latency": "latency_median",
+    "crit. path": "critical_path_tokens_median",
+    "TTFT": "ttft_median",
+    "tokens each": "tokens_median",
+    "tokens": "tokens_total",
+    "tok/s": "tokens_per_s",
+}
+PROBLEMS = ("cut", "errors")  # columns that are there only if there is something in them
+WIDE, ONLY_WIDE = 100, ("TTFT", "tokens each")
+DISPENSABLE = ("95 %", "tok/s", "tokens", "crit. path", "latency")  # left out one after the other on narrow terminals
 
 
 def print_closing(console: "Console", summary: Figures, rows: list[Row], concurrency: int) -> None:
@@ -20,7 +36,7 @@ def print_closing(console: "Console", summary: Figures, rows: list[Row], concurr
     if not rows:
         console.print("No row is finished yet.")
         return
-    console.print(modes_table(summary["modes"], wide=console.width >= 100))
+    console.print(fitting_table(console, summary["modes"]))
     for line in sentences(summary, concurrency):
         console.print(line, markup=False, highlight=False)
     if line := error_line(rows):
@@ -63,33 +79,49 @@ def cut(text: str, longest: int = 40) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-def modes_table(modes: Figures, wide: bool) -> "Table":
-    """One line per mode; the less important columns only where there is room."""
+def fitting_table(console: "Console", modes: Figures) -> "Table":
+    """The table of the modes with as many columns as there is room for."""
+    columns = [name for name in COLUMNS if console.width >= WIDE or name not in ONLY_WIDE]
+    columns += [name for name in PROBLEMS if any(figures[name] for figures in modes.values())]
+    unbounded = console.options.update(width=1000)
+    for least in (*DISPENSABLE, None):
+        table = modes_table(modes, columns)
+        if least is None or console.measure(table, options=unbounded).maximum <= console.width:
+            break
+        columns = [name for name in columns if name != least]
+    return table
+
+
+def modes_table(modes: Figures, columns: Sequence[str]) -> "Table":
+    """One line per mode."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.add_column("mode", no_wrap=True)
-    columns = ["n", "correct", "95 %", "latency", "crit. path", "tokens", "tok/s"]
-    columns[5:5] = ["TTFT", "tokens each"] if wide else []
-    errors = any(figures["errors"] for figures in modes.values())
-    for name in [*columns, *(["errors"] if errors else [])]:
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for mode, figures in modes.items():
-        cells = [
-            str(figures["n"]),
-            percent(figures["accuracy"]),
-            interval_percent(figures["accuracy_ci95"]),
-            seconds(figures["latency_median"]),
-            count(figures["critical_path_tokens_median"]),
-            count(figures["tokens_total"]),
-            count(figures["tokens_per_s"]),
-        ]
-        cells[5:5] = [seconds(figures["ttft_median"]), count(figures["tokens_median"])] if wide else []
-        table.add_row(mode, *cells, *([str(figures["errors"])] if errors else []))
-    table.caption = "latency, critical path" + (", TTFT, tokens each" if wide else "") + ": medians"
+        table.add_row(mode, *(cell(figures, name) for name in columns))
+    medians = [name for name in ("latency", "crit. path", "TTFT", "tokens each") if name in columns]
+    table.caption = f"{', '.join(medians).replace('crit.', 'critical')}: medians"
     table.caption_justify = "left"
     return table
+
+
+def cell(figures: Figures, column: str) -> str:
+    """What stands in a column of a mode's line."""
+    match column:
+        case "correct":
+            return percent(figures["accuracy"])
+        case "95 %":
+            return interval_percent(figures["accuracy_ci95"])
+        case "latency":
+            return seconds(figures["latency_median"])
+        case "TTFT":
+            return seconds(figures["ttft_median"])
+        case _:
+            return count(figures[COLUMNS.get(column, column)])
 
 
 def sentences(summary: Figures, concurrency: int) -> list[str]:
@@ -110,9 +142,28 @@ def sentences(summary: Figures, concurrency: int) -> list[str]:
     lines.append(line + ".")
     if kv["spliced_rows"]:
         lines.append(splice_line(kv))
+    lines += filter(None, [cut_line(list(modes.values())), grading_line(list(modes.values()))])
     if concurrency > 1:
         lines.append(f"Latencies were measured with {concurrency} tasks in flight and disturb each other.")
     return lines
+
+
+def cut_line(modes: Sequence[Figures]) -> str:
+    """Which limits rows ran into, and what to raise."""
+    by: Counter[str] = Counter()
+    for figures in modes:
+        by.update(figures["cut_by"])
+    cut = sum(figures["cut"] for figures in modes)
+    if not cut:
+        return ""
+    flags = ", ".join(f"--{setting.replace('_', '-')} ({plural(n, 'row')})" for setting, n in by.most_common())
+    return f"Cut by a limit: {plural(cut, 'row')}. To give them more room, raise {flags}."
+
+
+def grading_line(modes: Sequence[Figures]) -> str:
+    """How many answers could not be judged."""
+    failed = sum(figures["grading_errors"] for figures in modes)
+    return f"{plural(failed, 'answer')} could not be graded (counted as wrong): see grading_error." if failed else ""
 
 
 def splice_line(kv: Figures) -> str:
