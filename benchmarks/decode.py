@@ -22,9 +22,11 @@ from unittest import mock
 
 from begin import flags_first
 
+from rrm_engine.command_line import Parser
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="as the bench's: embedded, random:Qwen3-0.6B ...")
     parser.add_argument("--batch", default="1,4,16,32", help="batch sizes")
     parser.add_argument("--compare", default="hf", help="any of hf, hf-batch, vllm, onednn; empty for ours alone")

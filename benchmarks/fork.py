@@ -17,9 +17,11 @@ from typing import Any
 
 from begin import flags_first
 
+from rrm_engine.command_line import Parser
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser

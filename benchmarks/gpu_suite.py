@@ -19,13 +19,15 @@ from typing import Any
 
 from begin import flags_first
 
+from rrm_engine.command_line import Parser
+from rrm_engine.errors import RrmError
 from rrm_engine.models.geometry import GEOMETRIES
 
 LIMIT_S = 470.0
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write the result")
     parser.add_argument("--only", default="", help="names of sections, joined by commas")
     parser.add_argument("--geometry", default="qwen3-14b", type=str.lower, choices=list(GEOMETRIES))
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [section for section in chosen if not names or section.name in names]
     try:
         device = resolve_device(args.device)
-    except ValueError as error:
+    except RrmError as error:
         parser.error(str(error))
     if device.type == "cpu" and not args.tiny:
         parser.error("there is no GPU here: --tiny runs the same in tiny shapes on a CPU")

@@ -25,7 +25,9 @@ from typing import Any
 
 from begin import add_replay_settings, flags_first
 
-from rrm_engine.legible import legible
+from rrm_engine.command_line import Parser
+from rrm_engine.errors import RrmError
+from rrm_engine.legible import legible, plural
 from rrm_engine.models.geometry import GEOMETRIES, PREFIX
 from rrm_engine.replay.generate import SHAPES, generate
 from rrm_engine.replay.variant import HELP, Variant, parse_variant
@@ -34,7 +36,7 @@ PEERS = ("vllm", "vllm+fork")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_replay_settings(parser)
     parser.add_argument(
         "--model", default="embedded", help=f"as the bench's, or {PREFIX}GEOMETRY of {', '.join(GEOMETRIES)}"
@@ -93,7 +95,7 @@ def memory_for(
 ) -> Memory:
     """KV memory for the graphs as the variants run them, in which nothing ever runs out if ``blocks`` is 0.
 
-    Raises ValueError where a variant cannot run a graph.
+    Raises RrmError where a variant cannot run a graph.
     """
     size = args.block_size
     ways = [graph for one in graphs for graph in (one, one.forked(), *(variant.graph(one) for variant in variants))]
@@ -113,7 +115,7 @@ def peers(names: Sequence[str], memory: Memory, graphs: Sequence[Graph], args: a
         return []
     model = memory.model
     if model.name.startswith(PREFIX) or model.name.lower().endswith(".gguf"):
-        raise ValueError(
+        raise RrmError(
             f"--compare vllm: vLLM needs the weights as a hub id or a directory, and --model is {model.name}"
         )
     variants = [graph for one in graphs for graph in (one, one.forked())]
@@ -140,9 +142,9 @@ def progress(console: Console, what: str, total: int) -> Iterator[Callable[[], N
 
 
 def compared_steps(console: Console, memory: Memory, variants: Sequence[Variant], graphs: Sequence[Graph]) -> int:
-    """Decode steps in which all variants' logits are pin's. Raises ReplayMismatch, and ValueError if not in fp32."""
+    """Decode steps in which all variants' logits are pin's. Raises ReplayMismatch, and RrmError if not in fp32."""
     if memory.model.dtype is not torch.float32:
-        raise ValueError("--check compares logits in fp32 only: add --dtype float32")
+        raise RrmError("--check compares logits in fp32 only: add --dtype float32")
     with progress(console, "check", len(variants) * len(graphs)) as done:
         return check(memory, variants, graphs, done)
 
@@ -173,7 +175,7 @@ def write_result(path: Path, args: argparse.Namespace, **parts: Any) -> None:
 
 
 def pool_size(text: str) -> tuple[int, float | None]:
-    """(blocks, share of what pin takes) of ``--kv-blocks``; (0, None): plenty. Raises ValueError."""
+    """(blocks, share of what pin takes) of ``--kv-blocks``; (0, None): plenty. Raises RrmError."""
     try:
         if text.endswith("%"):
             share = float(text[:-1]) / 100
@@ -183,7 +185,7 @@ def pool_size(text: str) -> tuple[int, float | None]:
             return int(text or 0), None
     except ValueError:
         pass
-    raise ValueError(f"--kv-blocks {text}: it takes a number of blocks, or a share of what pin takes such as 60%")
+    raise RrmError(f"--kv-blocks {text}: it takes a number of blocks, or a share of what pin takes such as 60%")
 
 
 def replay(args: argparse.Namespace, console: Console) -> None:
@@ -191,9 +193,9 @@ def replay(args: argparse.Namespace, console: Console) -> None:
     variants = [parse_variant(name) for name in args.policies.split(",") if name]
     names = [name for name in args.compare.split(",") if name]
     if unknown := [name for name in names if name not in PEERS]:
-        raise ValueError(f"--compare {unknown[0]}: it takes {', '.join(PEERS)}")
+        raise RrmError(f"--compare {unknown[0]}: it takes {', '.join(PEERS)}")
     if not variants or args.repeats < 1 or args.count < 1:
-        raise ValueError("--policies takes at least one name, and --repeats and --count at least 1")
+        raise RrmError("--policies takes at least one name, and --repeats and --count at least 1")
     blocks, share = pool_size(args.kv_blocks)
     graphs = load_graphs(args.run or args.graphs, args)
     if args.save:
@@ -214,7 +216,8 @@ def replay(args: argparse.Namespace, console: Console) -> None:
         rows = measure(contenders, graphs, args.repeats, done, until)
     summary = summarise(rows)
     nodes = sum(len(graph.nodes) for graph in graphs)
-    title = f"{args.model}: {len(graphs)} graphs, {nodes} nodes, {len(rows[0].answer_s)} rounds"
+    counts = [(len(graphs), "graph"), (nodes, "node"), (len(rows[0].answer_s), "round")]
+    title = f"{args.model}: {', '.join(plural(n, noun) for n, noun in counts)}"
     console.print(rich_table(summary, title, wide=console.width >= 100))
     if compared:
         left_out = ", all but those behind attached KV" if any(variant.attach for variant in variants) else ""
@@ -246,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     try:
         replay(parser.parse_args(argv), Console())
-    except ValueError as error:
+    except RrmError as error:
         parser.error(str(error))
     except ReplayMismatch as error:
         sys.exit(f"error: {error}")

@@ -20,13 +20,16 @@ from typing import Any
 
 from begin import add_replay_settings, flags_first
 
+from rrm_engine.command_line import Parser
+from rrm_engine.errors import RrmError
+from rrm_engine.legible import plural
 from rrm_engine.replay.generate import SHAPES
 
 POLICIES = "pin,offload,drop,lru,auto,pin+nocache,no-reuse,pin+fork,drop+fork,serial,serial+no-reuse,splice,transcript"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="where the four files go")
     parser.add_argument("--model", action="append", help="as graph_replay.py's; several are measured one after another")
     parser.add_argument(
@@ -105,11 +108,11 @@ def markdown(results: Sequence[Result], args: argparse.Namespace) -> str:
         nodes = sum(graph["nodes"] for graph in result["graphs"])
         parts.append(
             f"{result['model']}: {result['parameters']:,} parameters, {result['dtype']} on {result['device']}, "
-            f"{result['threads']} threads, blocks of {result['block_size']} tokens; "
-            f"{len(result['graphs'])} graphs ({result['shape']}), {nodes} nodes.\n"
+            f"{plural(result['threads'], 'thread')}, blocks of {result['block_size']} tokens; "
+            f"{plural(len(result['graphs']), 'graph')} ({result['shape']}), {plural(nodes, 'node')}.\n"
         )
         for setting, figures in result["memory"].items():
-            title = f"## {heading(result['model'], setting, args)}, {figures['rounds']} rounds"
+            title = f"## {heading(result['model'], setting, args)}, {plural(figures['rounds'], 'round')}"
             parts.append(f"{title}\n\n{markdown_table(figures['summary'])}")
             if figures["compared_steps"]:
                 steps = f"The logits of {figures['compared_steps']:,} decode steps"
@@ -123,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     try:
         results = [ablate(name, args, console) for name in args.model or ["embedded"]]
-    except ValueError as error:
+    except RrmError as error:
         parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
     write_result(args.out / "result.json", args, results=results)

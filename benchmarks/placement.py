@@ -17,9 +17,11 @@ from pathlib import Path
 
 from begin import flags_first
 
+from rrm_engine.command_line import Parser
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")

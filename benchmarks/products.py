@@ -18,9 +18,11 @@ from typing import Any
 
 from begin import flags_first
 
+from rrm_engine.command_line import Parser
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--shapes", default="17920x1536,1152x896,9728x896,896x4864", help="columns x depth")
     parser.add_argument("--rows", default="1,4,16,32,64,512,2048")
     parser.add_argument("--dtypes", default="bf16,fp32")

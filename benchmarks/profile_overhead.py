@@ -31,9 +31,12 @@ from typing import Any
 
 from begin import flags_first
 
+from rrm_engine.command_line import Parser
+from rrm_engine.legible import plural
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tasks", type=int, default=2, help="tasks of the packaged set in a round")
     parser.add_argument("--minutes", type=float, default=2.0, help="rounds are begun until then, three at least")
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -250,7 +253,7 @@ def main() -> None:
     pairs = {"off / without": (AS_IS, WITHOUT), "off / off (control)": (AS_IS, AGAIN)}
     found = {name: compare(rounds, *arms) for name, arms in pairs.items()}
     steps = len(rounds[0][AS_IS])
-    print(f"CPU time of {len(rounds)} rounds of {steps} steps:")
+    print(f"CPU time of {plural(len(rounds), 'round')} of {plural(steps, 'step')}:")
     for name, compared in found.items():
         (low, high), (first, third) = compared.interval, compared.quartiles
         print(

@@ -26,9 +26,12 @@ from typing import Any, get_args
 
 from begin import flags_first
 
+from rrm_engine.command_line import Parser
+from rrm_engine.legible import plural
+
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--minutes", type=float, required=True, help="how long; 0: one life")
     parser.add_argument("--model", default="tiny", help="tiny (random), embedded, a directory, GGUF file or hub id")
     parser.add_argument("--device", default="cpu")
@@ -374,7 +377,7 @@ def report(totals: Counter[str], seconds: float) -> str:
     policies = ", ".join(f"{totals[f'lives {p}']} {p}" for p in get_args(WaitPolicy))
     flights = ", ".join(f"{totals[f'lives {how}']} {how}" for how in ("ahead", "in a pipeline", "on replicas"))
     return (
-        f"{totals['lives']:,} lives ({policies}; {flights}) in {seconds:,.0f} s: {totals['graphs']:,} graphs, "
+        f"{totals['lives']:,} lives ({policies}; {flights}) in {seconds:,.0f} s: {plural(totals['graphs'], 'graph')}, "
         f"{totals['sequences']:,} sequences, {totals['steps']:,} steps, {totals['tokens']:,} tokens equal to plain "
         f"transformers\nsurvived: {totals['preemptions']:,} preemptions, {totals['dropped']:,} drops, "
         f"{totals['offloaded_blocks']:,} blocks offloaded, {totals['restored_blocks']:,} restored, "

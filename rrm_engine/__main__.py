@@ -1,30 +1,26 @@
 """``python -m rrm_engine``: which commands there are."""
 
-import sys
-
-import rrm_engine
-from rrm_engine.command import run, say
+from rrm_engine.command import run
 
 COMMANDS = """\
-rrm-engine {version}: recursive reasoning on Transformers models.
+Recursive reasoning on Transformers models. There are three commands:
 
     python -m rrm_engine.bench [TASKS]    solve tasks directly and recursively, and compare
     python -m rrm_engine.trace RUN_DIR    where the time of a recorded run went
     python -m rrm_engine.verify RUN_DIR   a recorded run against plain transformers
 
-Each of them explains itself with --help. `python -m rrm_engine.bench --limit 5` runs with the packaged model and tasks
-and needs no network. In Python: from rrm_engine import RunConfig, Solver."""
+Each explains itself with --help. `python -m rrm_engine.bench --limit 5` takes the packaged model
+and tasks and needs no network. In Python: from rrm_engine import RunConfig, Solver."""
 
 
 def main() -> int:
-    if sys.argv[1:] in (["--version"], ["-V"]):
-        print(f"rrm-engine {rrm_engine.__version__}")
-        return 0
-    print(COMMANDS.format(version=rrm_engine.__version__))
-    if not sys.argv[1:] or sys.argv[1:] in (["--help"], ["-h"], ["help"]):
-        return 0
-    say(f"error: python -m rrm_engine takes no arguments, and here is {sys.argv[1]!r}")
-    return 2
+    """Say which commands there are; returns the exit code."""
+    from rrm_engine.command_line import Parser
+
+    parser = Parser(prog="python -m rrm_engine", usage="python -m rrm_engine.COMMAND ...", description=COMMANDS)
+    parser.parse_args()
+    parser.print_help()
+    return 0
 
 
 if __name__ == "__main__":

@@ -37,3 +37,8 @@ def _is_byte(char: str) -> bool:
 
 def _spelled(char: str) -> str:
     return char.encode("unicode_escape").decode()
+
+
+def plural(n: int, noun: str) -> str:
+    """``1 pair``, ``2 pairs``."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -1,9 +1,11 @@
 """The command line: every setting is a flag, wrong values get one sentence, nothing heavy is imported early."""
 
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import MISSING, asdict, fields
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import rrm_engine
 from rrm_engine import RrmError, Solver
 from rrm_engine.bench import cli
 from rrm_engine.bench.flags import flag, parse, show
@@ -217,3 +220,37 @@ def test_refused_at_the_start_with_the_numbers(settings: dict[str, Any], message
         settings = {"max_sequence_tokens": longest}
     with pytest.raises(RrmError, match=re.escape(message.format(longest=longest))):
         Solver.load(RunConfig(modes=("direct",), **settings), tasks)
+
+
+@pytest.mark.parametrize("program", ["bench", "trace", "verify"])
+def test_every_command_complains_alike(program: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"rrm_engine.{program}.cli").main
+    for argv, said in [
+        (["--foo"], "error: there is no flag --foo\n"),  # nothing is like it
+        (["--jso" if program != "bench" else "--see", "1"], "; did you mean --"),
+        (["x", "y"], "error: there is no " + ("second task set" if program == "bench" else "argument") + " 'y'\n"),
+    ]:
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == "" and said in err and err.endswith(f"See python -m rrm_engine.{program} --help\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"rrm-engine {rrm_engine.__version__}\n"
+
+
+def test_the_package_itself_names_its_commands() -> None:
+    for argv, code, said in [([], 0, "rrm_engine.verify RUN_DIR"), (["--version"], 0, "rrm-engine "), (["x"], 2, "")]:
+        done = subprocess.run([sys.executable, "-m", "rrm_engine", *argv], capture_output=True, text=True)
+        assert done.returncode == code and said in done.stdout
+        assert (done.stderr != "") == (code == 2)
+
+
+def test_a_closed_stream_from_the_start() -> None:
+    """Not even a file that is opened later comes to lie where standard output was."""
+    for closed, code, said in [(">&-", 1, "error: standard output cannot be written"), ("2>&-", 0, ""), ("<&-", 0, "")]:
+        command = f"{shlex.quote(sys.executable)} -m rrm_engine {closed}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.startswith(said) and "Traceback" not in done.stderr

@@ -20,7 +20,7 @@ from rrm_engine.bench.flags import (
     show,
 )
 from rrm_engine.bench.summary import summarise
-from rrm_engine.bench.table import about_solver, plural, print_closing
+from rrm_engine.bench.table import about_solver, print_closing
 from rrm_engine.bench.tasks import TaskSet, load_tasks
 from rrm_engine.command import (
     FAILED,
@@ -36,7 +36,7 @@ from rrm_engine.command import (
 )
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
-from rrm_engine.legible import spelled
+from rrm_engine.legible import plural, spelled
 from rrm_engine.trace.profile_reader import PROFILE, SUMMARY, ProfileError
 from rrm_engine.trace.record import ERRORS, RunDir, RunDirError
 

@@ -1,15 +1,14 @@
 """The command line, generated from RunConfig's fields, so that a new setting is a flag at once."""
 
 import argparse
-import difflib
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from rrm_engine.bench.environment import package_version
+from rrm_engine.command_line import Parser
 from rrm_engine.config import MODES, RunConfig
 from rrm_engine.errors import RrmError
 
@@ -98,13 +97,14 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; settings that are not given leave no trace in the namespace."""
-    parser = _Parser(
+    parser = Parser(
+        "second task set",
         prog=PROGRAM,
         usage=f"{PROGRAM} [TASKS] [options]",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=_formatter,
-        allow_abbrev=False,
+        add_help=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("tasks", nargs="?", metavar="TASKS", help=argparse.SUPPRESS)
@@ -145,7 +145,6 @@ def _add_output(group: Any) -> None:
         "rows that run meanwhile are slower",
     )
     group.add_argument("--quiet", action="store_true", help="only the closing table and the paths")
-    group.add_argument("--version", action="version", version=f"rrm-engine {package_version()}")
     group.add_argument("-h", "--help", action="help", help="show this and exit")
 
 
@@ -210,21 +209,3 @@ def _terminal_width() -> int:
         return os.get_terminal_size().columns
     except OSError:
         return 100
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one sentence, and a hint at the flag that may have been meant."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(add_help=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ").replace(": takes", " takes", 1)
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message:
-            message = f"There is no flag or second task set {unknown!r}{self._hint(unknown)}"
-        self.exit(2, f"error: {message}\nSee {self.prog} --help\n")
-
-    def _hint(self, unknown: str) -> str:
-        close = difflib.get_close_matches(unknown.split()[0].split("=")[0], self._option_string_actions, n=1)
-        return f"; did you mean {close[0]}?" if close else ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrm_engine.bench.progress import first_line
 from rrm_engine.bench.summary import RECURSIVE
-from rrm_engine.legible import legible_key
+from rrm_engine.legible import legible_key, plural
 from rrm_engine.trace.record import Row, row_key
 
 if TYPE_CHECKING:
@@ -267,8 +267,3 @@ def count(value: float | None) -> str:
         if value >= limit:
             return f"{value / (limit / 10):,.1f} {unit}"
     return f"{value:,.0f}"
-
-
-def plural(n: int, noun: str) -> str:
-    """``1 pair``, ``2 pairs``."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

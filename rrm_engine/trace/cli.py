@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.command import OK, guarded, say
-from rrm_engine.legible import legible, spelled
+from rrm_engine.legible import legible, plural, spelled
 from rrm_engine.trace.attribution import PARTS, RECURSIVE, Attribution, as_json, attribute, is_attributed, medians
 from rrm_engine.trace.command import make_parser, write_json
 from rrm_engine.trace.profile_reader import PROFILE, STEP, RecordedProfile, read_profile
@@ -84,7 +84,10 @@ def _plot(run: RunTrace, path: Path) -> None:
 
     drawn = plot(run.jobs, path)
     left = sum(map(is_attributed, run.jobs)) - drawn
-    print(f"Written to {spelled(str(path))}: {drawn} recursive rows" + (f"; {left:,} more, see --jobs" if left else ""))
+    print(
+        f"Written to {spelled(str(path))}: {plural(drawn, 'recursive row')}"
+        + (f"; {left:,} more, see --jobs" if left else "")
+    )
 
 
 def _show(found: Sequence[Attribution]) -> None:

@@ -1,23 +1,17 @@
 """What the commands that read a recorded run have in common."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.command_line import Parser
 from rrm_engine.trace.reader import TraceError
 from rrm_engine.trace.record import ESCAPED
 
 
-def make_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def make_parser(program: str, description: str, epilog: str) -> Parser:
     """A parser that takes a run's directory as ``run`` and job names as ``--jobs``."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog=program, description=description, epilog=epilog)
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="directory that a bench run has written")
     parser.add_argument(
         "--jobs",

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rrm_engine.legible import legible, legible_key
+from rrm_engine.legible import legible, legible_key, plural
 from rrm_engine.verify.check import BROKEN, CLOSE, EXACT, NEAR, REPORTED, SPLICED, NodeCheck
 from rrm_engine.verify.recording import Recording
 
@@ -105,7 +105,7 @@ def summary(recording: Recording, checks: Sequence[NodeCheck]) -> list[str]:
     if any(check.spliced for check in promised):
         lines.append(_behind_splices(promised))
     if recording.unfinished:
-        lines.append(f"Left out: {_plural(recording.unfinished, 'job')} that did not finish.")
+        lines.append(f"Left out: {plural(recording.unfinished, 'job')} that did not finish.")
     return lines
 
 
@@ -114,7 +114,7 @@ def _promise(recording: Recording, checks: Sequence[NodeCheck]) -> str:
     verdicts = Counter(check.verdict for check in checks)
     written = sum(check.written - check.spliced for check in checks)
     agree = sum(check.agree - check.spliced_agree for check in checks)
-    nodes = _plural(len(checks), "node")
+    nodes = plural(len(checks), "node")
     if verdicts[BROKEN]:
         broken = next(check for check in checks if check.verdict == BROKEN)
         return (
@@ -128,7 +128,7 @@ def _promise(recording: Recording, checks: Sequence[NodeCheck]) -> str:
             f"{_mean_logprob(checks):.2g} on average."
         )
     ties = sum(check.near_ties for check in checks)
-    how = "is the one" if not ties else f"but {_plural(ties, 'near tie')} is the one"
+    how = "is the one" if not ties else f"but {plural(ties, 'near tie')} is the one"
     drawn = sum(check.drawn for check in checks)
     noise = "" if not drawn else f", {drawn:,} of them sampled with the recorded noise"
     return f"Kept: every one of {written:,} tokens in {nodes} {how} that plain transformers gives{noise}."
@@ -141,7 +141,7 @@ def _behind_splices(checks: Sequence[NodeCheck]) -> str:
     measured = [kl for check in some for kl in check.splice_kl]
     kl = f"; mean KL divergence behind a resume: {min(measured):.2g} to {max(measured):.2g} nats" if measured else ""
     return (
-        f"Not promised: in {_plural(len(some), 'node')} KV was attached instead of computed; {_share(agree, written)} "
+        f"Not promised: in {plural(len(some), 'node')} KV was attached instead of computed; {_share(agree, written)} "
         f"of the {written:,} tokens behind it are those that plain transformers gives after the text{kl}."
     )
 
@@ -167,7 +167,3 @@ def _share(part: int, whole: int) -> str:
 
 def _small(value: float) -> str:
     return f"{value:.1e}" if math.isfinite(value) else "inf"
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
