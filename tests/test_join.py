@@ -179,11 +179,11 @@ def test_where_a_conclusion_stands_in_the_tokens() -> None:
 def test_a_turn_around_tokens_has_the_turns_text(lab: Lab) -> None:
     tokenizer = lab.model.tokenizer
     chat = ChatFormat(tokenizer)
-    parts = chat.turn_around("a=\U000f0001, b=\U000f0000.", "\U000f0000\U000f0001", after_eos=True)
+    parts = chat.turn_around("a=\U000f0001, b=\U000f0000.", "\U000f0000\U000f0001", closed=True)
     assert [p for p in parts if isinstance(p, str)] == ["\U000f0001", "\U000f0000"]
     text = "".join(p if isinstance(p, str) else tokenizer.decode(p) for p in parts)
     assert text.replace("\U000f0001", "1").replace("\U000f0000", "0") == tokenizer.decode(
-        chat.turn("a=1, b=0.", after_eos=True)
+        chat.turn("a=1, b=0.", closed=True)
     )
 
 

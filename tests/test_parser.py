@@ -11,8 +11,9 @@ from searched import searched
 from rrm_engine.protocol.events import Atomic, Await, Child, Done, Malformed, ParsedEvent
 from rrm_engine.protocol.fields import sanitize_id
 from rrm_engine.protocol.final import extract_final
-from rrm_engine.protocol.parser import EventParser, visible
+from rrm_engine.protocol.parser import EventParser
 from rrm_engine.protocol.repair import MAX_CHARS
+from rrm_engine.protocol.thinking import DEFAULT
 
 CHILD = '{"type":"child","id":"a","task":"t","depends_on":[]}'
 DONE = '{"type":"done"}'
@@ -195,9 +196,9 @@ def test_thinking_is_ignored() -> None:
 
 
 def test_visible() -> None:
-    assert visible("a<think>b</think>c<think>d") == "ac"
-    assert visible("b</think>c", thinking=True) == "c"
-    assert visible("b", thinking=True) == ""
+    assert DEFAULT.visible("a<think>b</think>c<think>d") == "ac"
+    assert DEFAULT.visible("b</think>c", thinking=True) == "c"
+    assert DEFAULT.visible("b", thinking=True) == ""
 
 
 def test_ids_become_path_components() -> None:

@@ -1,11 +1,13 @@
 """Whole recursive runs that are closed, interrupted or fail: every block comes back and what follows is unharmed."""
 
+import copy
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from lab import JOBS, TASKS, Lab, Recorded, idle
+from lab import JOBS, TASKS, VOCABULARY, Lab, Recorded, idle
 
 from rrm_engine.backends.result import Job
 
@@ -91,4 +93,19 @@ def test_a_prompt_that_does_not_fit_gets_an_error_with_the_numbers(lab: Lab, ref
         assert result.error is not None
         assert re.search(r"has \d{4} tokens and a sequence may have 800: raise --max-sequence-tokens", result.error)
     assert results[JOBS[0].key].answer == reference.results[JOBS[0].key].answer
+    assert idle(solver)
+
+
+@pytest.mark.parametrize("mode", ["direct", "rrm"])
+def test_a_token_the_model_does_not_know_fails_its_job_alone(lab: Lab, mode: str) -> None:
+    tokenizer = copy.deepcopy(lab.model.tokenizer)
+    tokenizer.add_tokens(["zebra", "yak", "gnu"])
+    assert tokenizer.convert_tokens_to_ids("gnu") == VOCABULARY
+    solver = Lab(lab.plain, replace(lab.model, tokenizer=tokenizer), lab.style).solver()
+    jobs = [Job("bad", "Count a gnu.", mode), Job("good", TASKS[0], mode)]
+    results = {result.job.id: result for result in solver.run(jobs, concurrency=2)}
+    assert f"token {VOCABULARY} and the model's vocabulary has {VOCABULARY}" in (results["bad"].error or "")
+    assert results["good"].error is None
+    (alone,) = lab.solver().run([jobs[1]])
+    assert results["good"].answer == alone.answer
     assert idle(solver)

@@ -138,19 +138,14 @@ def test_opening_reply_and_turn_are_the_whole_conversation(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_eos_is_not_repeated(family: str) -> None:
+def test_the_end_of_a_turn_stands_once(family: str) -> None:
     tok = FAMILIES[family]()
     closing = tok.convert_tokens_to_ids("<end_of_turn>") if family == "gemma" else tok.eos_token_id
     chat = ChatFormat(tok, [closing])
     assert {closing, tok.eos_token_id} == chat.eos_ids
-    whole = chat.turn("u")
-    assert whole[0] == closing
-    assert chat.turn("u", after_eos=True) == whole[1:]
-
-
-def test_closing_token_stays_where_it_is_no_eos() -> None:
-    chat = ChatFormat(FAMILIES["gemma"]())
-    assert chat.turn("u", after_eos=True) == chat.turn("u")
+    assert chat.closes_with(closing) and chat.turn("u")[0] == closing
+    assert chat.turn("u", closed=True) == chat.turn("u")[1:]
+    assert not chat.closes_with(tok.convert_tokens_to_ids("<think>"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -208,7 +203,7 @@ def test_plain_format_without_a_template() -> None:
     assert chat.plain and not chat.has_thinking
     assert tok.decode(chat.opening("sys", "hi")) == "<s>sys\n\nUser: hi\n\nAssistant:"
     assert tok.decode(chat.opening("", "hi")) == "<s>User: hi\n\nAssistant:"
-    assert tok.decode(chat.turn("more", after_eos=True)) == "\n\nUser: more\n\nAssistant:"
+    assert tok.decode(chat.turn("more")) == "\n\nUser: more\n\nAssistant:"
 
 
 @pytest.mark.parametrize(

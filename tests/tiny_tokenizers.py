@@ -38,7 +38,7 @@ def _bpe(
             show_progress=False,
             **({"end_of_word_suffix": suffix} if suffix else {}),
         )
-        core.train_from_iterator([TEXT] * 3, trainer)
+        core.train_from_iterator(TEXT.splitlines() * 3, trainer)  # no token goes over the end of a line
         core.decoder = decoder
         return core
 

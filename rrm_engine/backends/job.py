@@ -40,7 +40,7 @@ from rrm_engine.graph.types import Stop as StopNode
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.detokenize import Detokenizer
 from rrm_engine.protocol.events import Atomic, Done, Malformed, ParsedEvent
-from rrm_engine.protocol.parser import EventParser, visible
+from rrm_engine.protocol.parser import EventParser
 from rrm_engine.protocol.style import Style
 
 PREVIEW = 200  # characters of the prompt kept in a row
@@ -208,7 +208,7 @@ class JobRun:
         known = len(self.machine.nodes)
         # The text before it matters only where the node may be done with it.
         needed = isinstance(item.event, (Atomic, Done))
-        text = visible(node.text(item.start), self._thinking(node.phase)) if needed else None
+        text = self._visible(node, node.text(item.start)) if needed else None
         commands = self.machine.on_event(node.path, item.event, text)
         child = None
         if len(self.machine.nodes) > known:
@@ -227,7 +227,7 @@ class JobRun:
                 return
         with self.runtime.engine.ranges("graph", (node,)):
             self._halt(node, stop.value)
-            text = visible(node.text(), self._thinking(node.phase))
+            text = self._visible(node, node.text())
             if self.machine is not None:
                 self._carry_out(self.machine.on_end(node.path, EndReason(stop.value), text))
             else:
@@ -276,12 +276,13 @@ class JobRun:
         }
         if command.fork:
             user = runtime.style.user("fork", id=command.node.rpartition(".")[2], **values)
-            tokens = [*parent.sequence.tokens[:keep], *cut, *runtime.chat.turn(user, plan.thinking)]
-            fork = (parent.sequence, keep)
+            turn = runtime.chat.turn(user, plan.thinking, **self._so_far(parent))
+            tokens = [*parent.sequence.tokens[:keep], *cut, *turn]
+            fork, turns = (parent.sequence, keep), parent.user_turns + 1
         else:
             system = runtime.style.system("direct" if command.phase is Phase.DIRECT else "recursive")
             user = runtime.style.user(command.phase.value, max_width=runtime.limits.max_width, **values)
-            tokens = runtime.chat.opening(system, user, plan.thinking)
+            tokens, turns = runtime.chat.opening(system, user, plan.thinking), 1
         self._prompt = self._prompt or system + "\n" + user
         key = f"{self.job.key}:{command.node}"
         grammar = self._grammar(plan, command.node)
@@ -299,9 +300,9 @@ class JobRun:
         except RrmError as error:
             self._no_room(command.node, error)
             return
-        parser = EventParser(self._opens_thinking(plan)) if self.machine and command.phase is not Phase.DIRECT else None
+        parser = self._parser(plan) if self.machine and command.phase is not Phase.DIRECT else None
         detokenizer = Detokenizer(runtime.tokenizer)
-        node = NodeRun(command.node, sequence, command.phase, parser, detokenizer, first=len(tokens))
+        node = NodeRun(command.node, sequence, command.phase, parser, detokenizer, first=len(tokens), user_turns=turns)
         self.nodes[node.path] = self._by_key[key] = node
         self._meter.start(node.path, monotonic(), after)
         node.ready = (monotonic(), runtime.engine.launched)
@@ -319,8 +320,12 @@ class JobRun:
             values: dict[str, Any] = {"notes": command.notes, "rule": command.rule}
             return runtime.style.user(kind, task=task, conclusions=conclusions, **values)
 
-        after_eos = node.sequence.tokens[-1] in runtime.engine.eos_ids and not node.cut
-        turn, splices = self._joiner.turn(node, command.conclusions, render, plan.thinking, after_eos)
+        behind = {
+            "closed": self._closed(node),
+            "turns": node.user_turns,
+            "system": bool(runtime.style.system("recursive")),
+        }
+        turn, splices = self._joiner.turn(node, command.conclusions, render, plan.thinking, behind)
         tokens = [*node.cut, *turn]
         splices = [(at + len(node.cut), span) for at, span in splices]
         grammar = self._grammar(plan, node.path)
@@ -333,7 +338,7 @@ class JobRun:
             return
         if splices:
             self._shadows.follow(node.path, node.sequence)
-        node.enter(command.phase, EventParser(self._opens_thinking(plan)), Detokenizer(runtime.tokenizer))
+        node.enter(command.phase, self._parser(plan), Detokenizer(runtime.tokenizer))
         after = [f"{node.path}.{c.id}" for c in command.conclusions]
         self._meter.resume(node.path, monotonic(), after)
         node.ready = (monotonic(), runtime.engine.launched)
@@ -359,6 +364,7 @@ class JobRun:
         node.running = False
         node.reasons.append(reason)
         node.phases.append(node.phase)
+        self._count_thinking(node, reason)
         node.sampled.append((node.first, len(node.sequence.tokens)))
         self._meter.pause(node.path, monotonic())
         self._emit("pause", node.path, reason=reason)
@@ -443,11 +449,41 @@ class JobRun:
         found = [d.path for d in self.machine.nodes[path].dependencies.values() if d is not None]
         return [p for p in found if p in self._meter.clocks]
 
-    def _thinking(self, phase: Phase) -> bool:
-        return self._opens_thinking(self.runtime.plans[phase])
+    def _so_far(self, node: NodeRun) -> dict[str, Any]:
+        """What `ChatFormat.turn` asks about the conversation that a node's context is."""
+        return {"turns": node.user_turns, "system": bool(self.runtime.style.system("recursive"))}
 
-    def _opens_thinking(self, plan: PhasePlan) -> bool:
-        return self.runtime.chat.opens_thinking(plan.thinking)
+    def _closed(self, node: NodeRun) -> bool:
+        """Whether the end of the node's turn stands there, as the template writes it.
+
+        An end of sequence that the template has no use for, or writes something before, is taken back.
+        """
+        engine, sequence = self.runtime.engine, node.sequence
+        if node.cut or sequence.tokens[-1] not in engine.eos_ids:
+            return False
+        if self.runtime.chat.closes_with(sequence.tokens[-1]):
+            return True
+        engine.truncate(sequence, len(sequence.tokens) - 1)
+        node.sampled[-1] = (node.first, len(sequence.tokens))
+        return False
+
+    def _count_thinking(self, node: NodeRun, reason: str) -> None:
+        """Note in the row where thinking was ended for it, or took all the tokens there were."""
+        if getattr(node.sequence.matcher, "cut", False):
+            self._repairs["thinking_cut"] += 1
+        opened = self.runtime.chat.opens_thinking(self.runtime.plans[node.phase].thinking)
+        by_itself = reason in set(EndReason)
+        if by_itself and self.runtime.chat.marks.unfinished("".join(node.pieces), opened):
+            self._repairs["thinking_unfinished"] += 1
+
+    def _parser(self, plan: PhasePlan) -> EventParser:
+        chat = self.runtime.chat
+        return EventParser(chat.opens_thinking(plan.thinking), chat.marks)
+
+    def _visible(self, node: NodeRun, text: str) -> str:
+        """``text``, from the beginning of the node's phase on, without its thinking."""
+        chat = self.runtime.chat
+        return chat.marks.visible(text, chat.opens_thinking(self.runtime.plans[node.phase].thinking))
 
     def _emit(self, event: str, node: str, **fields: Any) -> None:
         self._events += 1

@@ -4,9 +4,9 @@ KV that is attached was computed in the child's context, at the child's position
 that they were made from other neighbours makes it an approximation, which ``Shadows`` quantifies.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from rrm_engine.backends.node import NodeRun
 from rrm_engine.engine.replicas import AnyEngine
@@ -64,6 +64,8 @@ class Joiner:
         if found is None:
             return
         first, kept = found
+        if not self._text_only(kept.tokens):
+            return
         start = first + self.join.boundary
         stop = min(first + len(kept.tokens), child.sequence.table.length)
         if start < stop:
@@ -72,15 +74,24 @@ class Joiner:
         if kept.span is not None or whole:  # what is computed again anyway is better tokenised with its surroundings
             self._kept[child.path] = kept
 
+    def _text_only(self, tokens: Sequence[int]) -> bool:
+        """Whether the tokens hold no control token but those of thinking: others would forge turns in the parent."""
+        marks = self.chat.marks
+        allowed = self.chat.encode([marks.open, marks.close])
+        return not self.chat.encode.control_ids.intersection(tokens).difference(allowed)
+
     def turn(
         self,
         node: NodeRun,
         conclusions: Sequence[Conclusion],
         render: Render,
         thinking: bool,
-        after_eos: bool,
+        behind: Mapping[str, Any],
     ) -> tuple[list[int], list[Placed]]:
-        """The tokens to append to ``node``, and where in them kept spans go."""
+        """The tokens to append to ``node``, and where in them kept spans go.
+
+        ``behind`` is what `ChatFormat.turn` asks about the conversation so far.
+        """
         kept = [self._kept.pop(f"{node.path}.{c.id}", None) for c in conclusions]
         plain = render(conclusions)
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in plain)
@@ -93,12 +104,12 @@ class Joiner:
         if self.join.mode != "text":
             self.as_text += usable.count(False)
         if not any(usable):
-            return self.chat.turn(plain, thinking, after_eos), []
+            return self.chat.turn(plain, thinking, **behind), []
         user = render([m if used else c for c, m, used in zip(conclusions, marked, usable, strict=True)])
         places = {mark: k for mark, k, used in zip(marks, kept, usable, strict=True) if k is not None and used}
         for mark, k in places.items():
             user = user.replace(mark, k.before + mark + k.after)
-        return _fill(self.chat.turn_around(user, places, thinking, after_eos), places)
+        return _fill(self.chat.turn_around(user, places, thinking, **behind), places)
 
     def _fits(
         self,

@@ -77,7 +77,7 @@ class Solver:
             model.tokenizer,
             chat,
             style,
-            phase_plans(config, style, model, limits),
+            phase_plans(config, style, chat, model, limits),
             limits,
             cast(Any, config.child_context),
             join=Join(cast(Any, config.join), config.boundary_tokens, config.splice_report),
@@ -185,6 +185,7 @@ class Solver:
             "kv_bytes": size * blocks * config.block_size,
             "max_sequence_tokens": config.max_sequence_tokens,
             "prompt_style": config.prompt_style,
+            "chat_template": not self._runtime.chat.plain,
             **describe_sampling(config, self._runtime.plans, model),
             "eos_token_ids": sorted(self.engine.eos_ids),
             **({"memory_plan": self.plan.describe()} if self.plan else {}),
@@ -318,6 +319,7 @@ def _load(config: RunConfig, announce: Callable[[str], None]) -> tuple[list[Load
 def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> Engine:
     """An engine over a model, or over one of its replicas, under a resolved config."""
     assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
+    published: Any = model.model.config
     engine = Engine(
         ModelRunner(
             model.forward,
@@ -336,6 +338,7 @@ def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> E
         host_blocks=config.host_kv_blocks or 0,
         stages=model.stages,
         lookahead=config.lookahead == "on",
+        vocabulary=published.get_text_config().vocab_size,
     )
     if config.join != "text":
         engine.runner.rotary = find_rotary(model)

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rrm_engine.engine.sampler import SamplingParams
@@ -11,6 +11,7 @@ from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.detokenize import Detokenizer
 from rrm_engine.protocol.encode import Content, TextEncoder
 from rrm_engine.protocol.parser import EventParser
+from rrm_engine.protocol.thinking import Thought
 
 Grammar = tuple[int, bool]  # children the node has had, whether it may split
 MatcherFactory = Callable[[int, bool], Matcher]  # takes a Grammar
@@ -18,19 +19,23 @@ MatcherFactory = Callable[[int, bool], Matcher]  # takes a Grammar
 
 @dataclass(frozen=True, slots=True)
 class PhasePlan:
-    """How one phase decodes; ``matcher`` makes a grammar's state where the phase is constrained."""
+    """How one phase decodes; ``matcher`` makes a grammar's state where the phase is constrained, with the ``thought``
+    in front of it.
+    """
 
     budget: int
     thinking: bool
     sampling: SamplingParams
     matcher: MatcherFactory | None = None
+    thought: Thought | None = None
 
     def match(self, grammar: Grammar | None) -> Matcher | None:
         return None if self.matcher is None or grammar is None else self.matcher(*grammar)
 
     def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
         """How the phase decodes, for the trace, so that its tokens can be drawn again."""
-        constrained = grammar and {"children": grammar[0], "may_split": grammar[1]}
+        thought = {"thought": asdict(self.thought)} if self.thought else {}
+        constrained = grammar and {"children": grammar[0], "may_split": grammar[1], **thought}
         return {"sampling": self.sampling.settings(), "grammar": constrained, "budget": self.budget}
 
 
@@ -50,6 +55,7 @@ class NodeRun:
     detokenizer: Detokenizer
     running: bool = True
     turn: int = 0
+    user_turns: int = 1  # in its context
     first: int = 0  # index in the sequence of the phase's first sampled token
     pieces: list[str] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
@@ -77,6 +83,7 @@ class NodeRun:
     def enter(self, phase: Phase, parser: EventParser, detokenizer: Detokenizer) -> None:
         """Begin another phase behind the tokens the sequence has now."""
         self.phase, self.parser, self.running, self.turn = phase, parser, True, self.turn + 1
+        self.user_turns += 1
         self.first = len(self.sequence.tokens)
         self.detokenizer, self.pieces, self.ends, self.events, self.cut = detokenizer, [], [], [], []
 

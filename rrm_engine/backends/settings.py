@@ -21,6 +21,7 @@ from rrm_engine.models.generation import refuse_unusable
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.protocol.style import SAMPLING, Style
+from rrm_engine.protocol.thinking import Marks, Thought
 
 # The flag of each phase's token budget; the graph phase is the planner's.
 BUDGETS = {
@@ -57,13 +58,11 @@ def resolve(
             f"give --block-size {multiple}"
         )
     for phase, flag in BUDGETS.items():
-        thinking = getattr(config, f"{phase}_thinking")
-        if thinking is None:
-            thinking = style.thinking[phase] and chat.has_thinking
-        if thinking and not chat.has_thinking:
-            raise RrmError(f"--{phase}-thinking on: the chat template of {model.name} has no thinking switch")
+        thinking = _thinking(getattr(config, f"{phase}_thinking"), phase, style, chat, model.name)
+        # A phase that thinks where its style did not expect it gets the tokens to do so.
+        extra = style.budget("solver") if thinking and not style.thinking[phase] else 0
         values[f"{phase}_thinking"] = thinking
-        values[flag] = getattr(config, flag) or min(style.budget(phase), model.max_position)
+        values[flag] = getattr(config, flag) or min(style.budget(phase) + extra, model.max_position)
     if config.constrain == "auto":
         values["constrain"] = "off" if style.trained_on_events else "on"
     values["lookahead"] = _lookahead(config, model)
@@ -76,6 +75,19 @@ def resolve(
     config = replace(config, host_kv_blocks=_host_blocks(config, sum(sizes.values())))
     _refuse_more_than_memory(config, sizes)
     return config
+
+
+def _thinking(asked: bool | None, phase: Phase, style: Style, chat: ChatFormat, model: str) -> bool:
+    """Whether a phase thinks: as was asked, else as the style wants it, as far as the chat template lets one choose."""
+    always = chat.has_thinking and not chat.can_switch_thinking
+    if asked and not chat.has_thinking:
+        raise RrmError(f"--{phase}-thinking on: the chat template of {model} has no thinking switch")
+    if asked is False and always:
+        raise RrmError(
+            f"--{phase}-thinking off: the chat template of {model} always opens a thinking block; leave the flag out, "
+            f"or use a model whose template has a switch"
+        )
+    return always or (asked if asked is not None else style.thinking[phase] and chat.has_thinking)
 
 
 def _where(config: RunConfig, model: LoadedModel, replicas: Sequence[LoadedModel]) -> dict[str, Any]:
@@ -207,19 +219,24 @@ def sampling_params(config: RunConfig, style: Style, model: LoadedModel, thinkin
     return SamplingParams.of(values)
 
 
-def phase_plans(config: RunConfig, style: Style, model: LoadedModel, limits: Limits) -> Mapping[Phase, PhasePlan]:
+def phase_plans(
+    config: RunConfig, style: Style, chat: ChatFormat, model: LoadedModel, limits: Limits
+) -> Mapping[Phase, PhasePlan]:
     """How each phase decodes under a resolved config."""
     grammars = EventGrammars(model.tokenizer, eos_ids=model.eos_ids) if config.constrain == "on" else None
     plans = {}
     for phase, flag in BUDGETS.items():
-        thinking = bool(getattr(config, f"{phase}_thinking"))
-        matcher = None
-        if grammars is not None and not thinking and phase in (Phase.GRAPH, Phase.CONTINUATION):
-            matcher = _matcher(grammars, phase, limits)
+        thinking, budget = bool(getattr(config, f"{phase}_thinking")), getattr(config, flag)
+        matcher = thought = None
+        if grammars is not None and phase in (Phase.GRAPH, Phase.CONTINUATION):
+            if thinking:  # what the style gives the events, at most half of all, is kept for them
+                room = budget - min(style.budget(phase), budget // 2)
+                thought = Thought(chat.marks, chat.opens_thinking(True), room)
+            matcher = _matcher(grammars, phase, limits, chat.marks, thought)
         sampling = sampling_params(config, style, model, thinking)
         if matcher is not None:
             sampling = sampling.without(*RESTING)
-        plans[phase] = PhasePlan(getattr(config, flag), thinking, sampling, matcher)
+        plans[phase] = PhasePlan(budget, thinking, sampling, matcher, thought)
     return plans
 
 
@@ -235,11 +252,15 @@ def describe_sampling(config: RunConfig, plans: Mapping[Phase, PhasePlan], model
     }
 
 
-def _matcher(grammars: EventGrammars, phase: Phase, limits: Limits) -> MatcherFactory:
+def _matcher(
+    grammars: EventGrammars, phase: Phase, limits: Limits, marks: Marks, thought: Thought | None
+) -> MatcherFactory:
     """Matchers for nodes that have had ``children`` and may or may not split again."""
 
     def make(children: int, may_split: bool) -> Matcher:
-        grammar = event_grammar(limits.max_width, may_split=may_split, first=children + 1, phase=phase.value)
-        return grammars.matcher(grammar)
+        grammar = event_grammar(
+            limits.max_width, may_split=may_split, first=children + 1, phase=phase.value, marks=marks
+        )
+        return grammars.matcher(grammar, thought)
 
     return make

@@ -56,7 +56,7 @@ def model_line(about: Figures) -> str:
         f"{count(about['parameters'])} parameters",
         f"{about['dtype']} on {about['device']}",
         f"attention: {about['attention']}",
-        f"prompts: {about['prompt_style']}",
+        f"prompts: {about['prompt_style']}" + ("" if about["chat_template"] else " (plain text: no chat template)"),
         f"KV: {about['kv_blocks']:,} blocks of {about['block_size']} tokens",
     ]
     return ", ".join(parts)

@@ -82,9 +82,11 @@ class Engine:
         host_blocks: int = 0,
         stages: int = 1,
         lookahead: bool = False,
+        vocabulary: int | None = None,
     ) -> None:
         """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
-        ``lookahead`` launches steps that run tokens which nobody knows yet.
+        ``lookahead`` launches steps that run tokens which nobody knows yet. ``vocabulary`` is how many tokens the model
+        knows; None: whatever is submitted.
 
         Raises RrmError if the pool cannot hold one sequence of ``max_sequence_tokens``.
         """
@@ -102,6 +104,7 @@ class Engine:
         self.lookahead = lookahead
         self.max_sequence_tokens = max_sequence_tokens
         self.eos_ids = eos_ids
+        self.vocabulary = vocabulary
         self.seed = seed
         self.steps = 0  # collected
         self.began = 0.0  # when the last one of them did, on the monotonic clock
@@ -173,9 +176,11 @@ class Engine:
         """Add a sequence that may sample ``budget`` tokens; its first token comes with the next step.
 
         ``fork_of`` is (parent, n): ``tokens`` starts with the parent's first n tokens, whose blocks are shared.
-        Raises RrmError, with the numbers, if ``tokens`` leaves no room for a single new one.
+        Raises RrmError, with the numbers, if ``tokens`` leaves no room for a single new one or holds one that the model
+        does not know.
         """
         self._check_room(key, len(tokens))
+        self._check_known(key, tokens)
         table = BlockTable(self.pool, self.space)
         self._arrivals += 1
         sequence = Sequence(
@@ -233,9 +238,11 @@ class Engine:
         ``splices`` are (index in ``tokens``, kept span): there the span's KV is attached instead of being computed,
         moved to its new positions, unless it was reclaimed until then. In between and behind there are tokens to run.
 
-        Raises RrmError, with the numbers, if they leave no room for a single new token.
+        Raises RrmError, with the numbers, if they leave no room for a single new token or hold one that the model does
+        not know.
         """
         self._check_room(sequence.key, len(sequence.tokens) + len(tokens))
+        self._check_known(sequence.key, tokens)
         sequence.splices += _placed(sequence, tokens, splices)
         sequence.tokens += tokens
         sequence.table.truncate(min(sequence.table.stored, len(sequence.tokens) - 1))  # its logits are needed
@@ -396,6 +403,14 @@ class Engine:
             raise RrmError(
                 f"{key} has {length} tokens and a sequence may have {self.max_sequence_tokens}: "
                 f"raise --max-sequence-tokens (and --kv-blocks), or shorten the task or the budgets"
+            )
+
+    def _check_known(self, key: str, tokens: list[int]) -> None:
+        unknown = None if self.vocabulary is None else next((t for t in tokens if not 0 <= t < self.vocabulary), None)
+        if unknown is not None:
+            raise RrmError(
+                f"{key} has token {unknown} and the model's vocabulary has {self.vocabulary}: its tokenizer is another "
+                f"model's, or was added to; use the one that belongs to it"
             )
 
 

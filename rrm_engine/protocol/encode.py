@@ -85,7 +85,10 @@ class TextEncoder:
             for guard in _GUARDS:
                 alone, (ids, places) = self._tokenize(guard)[0], self._tokenize(guard + text)
                 count, size = len(alone), len(guard)
-                if alone and ids[:count] == alone and all(first >= size for first, _ in places[count:]):
+                apart = all(last <= size for _, last in places[:count]) and all(
+                    first >= size for first, _ in places[count:]
+                )
+                if alone and ids[:count] == alone and apart:
                     return ids[count:], [(first - size, last - size) for first, last in places[count:]]
         return self._tokenize(text)
 

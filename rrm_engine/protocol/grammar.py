@@ -1,16 +1,21 @@
 """Grammars under which any instruct model writes a valid graph, and their matchers (llguidance).
 
-A matcher is told only what the model writes itself in one phase: it starts fresh at a prompt and at every
-resume, and behind ``</think>`` where the phase begins with thinking. It never sees appended turns.
+A matcher is told only what the model writes itself in one phase: it starts fresh at a prompt and at every resume.
+It never sees appended turns. Where a phase begins with thinking, the grammar holds from the end of that on.
 """
 
+import re
 from collections.abc import Iterable
+from copy import copy
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rrm_engine.errors import RrmError
+from rrm_engine.protocol.encode import TextEncoder
+from rrm_engine.protocol.thinking import DEFAULT, Marks, Thought
 
 PHASES: Final = ("graph", "continuation")
 
@@ -20,8 +25,6 @@ _VISIBLE: Final = r'[^"\\\x00-\x20\x7f]'
 # What an answer may begin with, so that stripping markup leaves something.
 _ANSWER_START: Final = r"([0-9A-Za-z(+\-]|\\\\[A-Za-z])"
 _ANSWER_CHAR: Final = r'([^"\\\x00-\x1f\x7f]|\\["\\])'
-# A line of working never opens an object or a thinking block, so that no event is read out of it.
-_WORK_CHAR: Final = r"([^{<\x00-\x1f\x7f]|\{[^{<\"'“”„‘’\s\x00-\x1f]|<[^{<t\x00-\x1f])"  # noqa: RUF001
 
 # Token sets that llguidance precomputes masks for; each lies inside what the regexes above repeat.
 _SLICES: Final = [r'[^{<"\\\x00-\x1f\x7f]{1,30}', r'[^"\\\x00-\x1f\x7f]{1,30}']
@@ -33,6 +36,7 @@ def event_grammar(
     may_split: bool,
     first: int = 1,
     phase: str = "graph",
+    marks: Marks = DEFAULT,
     max_task_chars: int = 1200,
     max_answer_chars: int = 1200,
     max_work_lines: int = 40,
@@ -45,7 +49,8 @@ def event_grammar(
     continuation  up to ``max_work_lines`` lines of working, then ``{"type":"atomic","answer":"... FINAL: ..."}``
                   and perhaps a ``done``; or, if the node may split again, children and an await as above
 
-    ``first`` keeps the ids of a second round apart from the first's. Raises ValueError for another phase and
+    ``first`` keeps the ids of a second round apart from the first's; ``marks`` are what the model's thinking stands
+    between. Raises ValueError for another phase and
     for a ``first`` or a limit below 1.
     """
     if phase not in PHASES:
@@ -61,7 +66,7 @@ def event_grammar(
         rules += [
             'answer: "{\\"type\\":\\"atomic\\",\\"answer\\":" ANSWER "}" ("\\n{\\"type\\":\\"done\\"}")?',
             f'ANSWER: /"({_CHAR}{{0,{max_answer_chars}}}( |\\\\n))?FINAL: {_ANSWER_START}{_ANSWER_CHAR}{{0,120}}"/',
-            f"WORK: /{_WORK_CHAR}{{0,300}}\\n/",
+            f"WORK: /{_work_char(marks)}{{0,300}}\\n/",
         ]
     if splits:
         body = f"{body} | child_0"
@@ -69,6 +74,13 @@ def event_grammar(
         rules += [f'TASK: /"{_VISIBLE}{_CHAR}{{0,{max_task_chars - 1}}}"/', f'RULE: /"{_CHAR}{{0,400}}"/']
     lead = "/\\n{0,2}/" if phase == "graph" else f"WORK{{0,{max_work_lines}}}"
     return "\n".join([f"start: {lead} body", f"body: {body}", *rules]) + "\n"
+
+
+def _work_char(marks: Marks) -> str:
+    """A line of working never opens an object or a thinking block, so that no event is read out of it."""
+    begin, then = re.escape(marks.open[0]), re.escape(marks.open[1])
+    quoted = r"\"'“”„‘’\s"  # noqa: RUF001
+    return rf"([^{{{begin}\x00-\x1f\x7f]|\{{[^{{{begin}{quoted}\x00-\x1f]|{begin}[^{{{begin}{then}\x00-\x1f])"
 
 
 def _children(count: int, first: int) -> list[str]:
@@ -115,13 +127,19 @@ class EventGrammars:
         self.eos_ids = frozenset(eos)
         self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos, slices=_SLICES)
         self._compiled: dict[str, Any] = {}
+        self._core = tokenizer.backend_tokenizer
+        self.encode = TextEncoder(tokenizer)
+        self._blocks: dict[Marks, ThinkingBlock] = {}
 
     @property
     def vocab_size(self) -> int:
         return int(self._tokenizer.vocab_size)
 
-    def matcher(self, grammar: str) -> "EventMatcher":
-        """A matcher at the beginning of ``grammar`` (Lark). Raises RrmError if it cannot be compiled."""
+    def matcher(self, grammar: str, thought: Thought | None = None) -> "EventMatcher | ThinkingMatcher":
+        """A matcher at the beginning of ``grammar`` (Lark), or of the thinking in front of it.
+
+        Raises ValueError if it cannot be compiled.
+        """
         from llguidance import LLMatcher
 
         first = self._compiled.get(grammar)
@@ -129,9 +147,39 @@ class EventGrammars:
             first = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
             first.compute_bitmask()  # the first mask is the slowest; its work is shared by the copies
             if first.is_error():
-                raise RrmError(f"the grammar cannot be compiled: {first.get_error()}")
+                raise ValueError(f"the grammar cannot be compiled: {first.get_error()}")
             self._compiled[grammar] = first
-        return EventMatcher(first.deep_copy(), self.vocab_size, self.eos_ids)
+        matcher = EventMatcher(first.deep_copy(), self.vocab_size, self.eos_ids)
+        return ThinkingMatcher(self._block(thought.marks), thought, matcher) if thought else matcher
+
+    def _block(self, marks: Marks) -> "ThinkingBlock":
+        if marks not in self._blocks:
+            self._blocks[marks] = ThinkingBlock(self, marks)
+        return self._blocks[marks]
+
+    @cached_property
+    def ascii_bytes(self) -> list[int]:
+        """SentencePiece's tokens for single bytes that are characters: others spell those, and what a run of bytes
+        stands for is known only at its end.
+        """
+        names = (f"<0x{byte:02X}>" for byte in range(0x21, 0x7F))
+        return [token for name in names if (token := self._core.token_to_id(name)) is not None]
+
+    def spelled(self, text: str) -> tuple[int, ...]:
+        """Tokens that add exactly ``text``; where the tokenizer puts spaces into it, the longest ones that fit."""
+        wanted, ids = text.encode(), self.encode([text], behind=True)
+        if b"".join(self.texts[token] for token in ids) != wanted:
+            ids, known = [], {known: token for token, known in enumerate(self.texts) if known and known in wanted}
+            while wanted:
+                piece = max(filter(wanted.startswith, known), key=len)
+                ids.append(known[piece])
+                wanted = wanted[len(piece) :]
+        return tuple(ids)
+
+    @cached_property
+    def texts(self) -> list[bytes]:
+        """What every token adds to a text."""
+        return [self._tokenizer.decode_bytes([token]) for token in range(self.vocab_size)]
 
 
 class EventMatcher:
@@ -182,3 +230,117 @@ class EventMatcher:
     def copy(self) -> "EventMatcher":
         """An independent matcher at the same place, for a fork."""
         return EventMatcher(self._state.deep_copy(), self._vocab_size, self._eos_ids)
+
+
+class ThinkingBlock:
+    """What may be written in a thinking block: anything but an end of sequence, and the block's end in one token with
+    more. A token that ends it and goes on with line breaks is possible, for every grammar may begin with two.
+    """
+
+    def __init__(self, grammars: EventGrammars, marks: Marks) -> None:
+        self.close = marks.close.encode()
+        self.eos_ids = grammars.eos_ids
+        self.texts = grammars.texts
+        self.opening, self.ending = grammars.spelled(marks.open), grammars.spelled(marks.ending)
+        self.breaks = {text: grammars.spelled(text) for text in ("\n", "\n\n")}
+        self.vocab_size = grammars.vocab_size
+        self._back = _borders(self.close)
+        free = np.ones(-(-self.vocab_size // 32) * 32, dtype=bool)
+        free[self.vocab_size :] = False
+        free[list(self.eos_ids)] = False
+        free[grammars.ascii_bytes] = False
+        self.masks = [_packed(self._without_early_ends(free, state)) for state in range(len(self.close))]
+
+    def read(self, token: int, state: int) -> tuple[int, bytes | None]:
+        """How many characters of the end there are behind ``token``, and what follows the end if it is there."""
+        text = self.texts[token]
+        for i, byte in enumerate(text):
+            while state and self.close[state] != byte:
+                state = self._back[state - 1]
+            state += self.close[state] == byte
+            if state == len(self.close):
+                return 0, text[i + 1 :]
+        return state, None
+
+    def _without_early_ends(self, free: NDArray[np.bool_], state: int) -> NDArray[np.bool_]:
+        allowed = free.copy()
+        for token in self._suspects:
+            rest = self.read(token, state)[1]
+            if rest and rest.decode(errors="replace") not in self.breaks:
+                allowed[token] = False
+        return allowed
+
+    @cached_property
+    def _suspects(self) -> list[int]:
+        """Tokens that go on behind the end's last character."""
+        last = self.close[-1:]
+        return [token for token, text in enumerate(self.texts) if last in text[:-1]]
+
+
+class ThinkingMatcher:
+    """Where one sequence stands in its thinking, and then in its grammar.
+
+    A block the prompt did not open is opened first, and one that reaches its limit is ended, ``cut`` then being True.
+    """
+
+    def __init__(self, block: ThinkingBlock, thought: Thought, grammar: EventMatcher) -> None:
+        self.cut = False
+        self._block = block
+        self._grammar = grammar
+        self.thinks = True
+        self._left = thought.limit
+        self._state = 0  # characters of the end that are there
+        self._forced = () if thought.opened else block.opening
+
+    def mask(self) -> NDArray[np.int32]:
+        """As that of `EventMatcher`."""
+        if not self.thinks:
+            return self._grammar.mask()
+        if self._forced:
+            only = np.zeros(32 * len(self._block.masks[0]), dtype=bool)
+            only[self._forced[0]] = True
+            return _packed(only)
+        return self._block.masks[self._state]
+
+    def accept(self, token_id: int) -> None:
+        """As that of `EventMatcher`."""
+        if not self.thinks:
+            self._grammar.accept(token_id)
+            return
+        if not self.mask()[token_id // 32] >> token_id % 32 & 1:
+            raise ValueError(f"token {token_id} is not allowed in thinking here")
+        opens = self._forced and not self.cut
+        self._forced = self._forced[1:]
+        if opens:
+            return
+        self._state, rest = self._block.read(token_id, self._state)
+        if rest is not None:
+            self.thinks = False
+            for token in self._block.breaks.get(rest.decode(), ()):
+                self._grammar.accept(token)
+            return
+        self._left -= 1
+        if self._left <= 0 and not self.cut:
+            self.cut, self._forced = True, self._block.ending
+
+    def copy(self) -> "ThinkingMatcher":
+        """An independent matcher at the same place."""
+        twin = copy(self)
+        twin._grammar = self._grammar.copy()
+        return twin
+
+
+def _packed(allowed: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """A bitmask; bit i of word w is token 32 w + i."""
+    return np.packbits(allowed, bitorder="little").view(np.int32)
+
+
+def _borders(text: bytes) -> list[int]:
+    """For every beginning of ``text`` its longest proper end that ``text`` begins with (Knuth, Morris and Pratt)."""
+    borders = [0]
+    for i in range(1, len(text)):
+        size = borders[-1]
+        while size and text[size] != text[i]:
+            size = borders[size - 1]
+        borders.append(size + (text[size] == text[i]))
+    return borders

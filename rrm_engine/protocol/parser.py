@@ -12,9 +12,7 @@ from rrm_engine.protocol.escapes import QUOTES
 from rrm_engine.protocol.events import Atomic, Await, Done, Event, Malformed, ParsedEvent
 from rrm_engine.protocol.fields import to_event
 from rrm_engine.protocol.repair import MAX_CHARS, ObjectScanner, Scan, Unreadable, read_object
-
-THINK_OPEN: Final = "<think>"
-THINK_CLOSE: Final = "</think>"
+from rrm_engine.protocol.thinking import DEFAULT, Marks
 
 LAYOUT_REPAIRS: Final = frozenset({"prose", "code_fence", "same_line", "several_lines"})
 """Repairs that only concern what stands around an event or how it is laid out, not what it says."""
@@ -22,24 +20,24 @@ LAYOUT_REPAIRS: Final = frozenset({"prose", "code_fence", "same_line", "several_
 _KEY = f"[{QUOTES}][A-Za-z_][A-Za-z0-9_ -]{{0,39}}[{QUOTES}]"
 _HEAD = re.compile(rf"\{{\s{{0,64}}{_KEY}\s{{0,64}}:")
 _HEAD_SO_FAR = re.compile(rf"\{{\s{{0,64}}(?:[{QUOTES}](?:[A-Za-z_][A-Za-z0-9_ -]{{0,39}}(?:[{QUOTES}]\s{{0,64}})?)?)?")
-_OUTSIDE = re.compile(r"[{<]")
 _TYPE_KEY = re.compile(rf"[{QUOTES}]type[{QUOTES}]\s*:|\btask\b")
 _FENCE = re.compile(r"```[ \t]*\w*")
-_THINKING = re.compile(rf"{THINK_OPEN}[\s\S]*?(?:{THINK_CLOSE}|\Z)")
 
 
 class EventParser:
     """Incremental, lenient parser of JSON-line events.
 
-    ``thinking``: the text begins inside a thinking block that the chat template opened; everything up to
-    ``</think>`` is ignored, as is every later ``<think>...</think>``.
+    ``thinking``: the text begins inside a thinking block that the chat template opened; everything up to its end is
+    ignored, as is every later block. ``marks`` are what blocks stand between.
 
     An object begins where ``{`` is followed by a quoted key and a colon; other braces are prose. An object
     without a ``type`` is ignored; one that meant to be an event and cannot be read becomes a Malformed, and
     parsing goes on behind it. ``repairs`` counts, by name, every leniency that was needed for an event.
     """
 
-    def __init__(self, thinking: bool = False) -> None:
+    def __init__(self, thinking: bool = False, marks: Marks = DEFAULT) -> None:
+        self.marks = marks
+        self._mark = re.compile(f"[{{{re.escape(marks.open[0])}]")
         self.repairs: Counter[str] = Counter()
         self._thinking = thinking
         self._buffer = ""  # text not yet settled
@@ -85,29 +83,36 @@ class EventParser:
             return self._skip_thinking()
         return self._outside()
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the text so far ends inside a thinking block."""
+        return self._thinking
+
     def _skip_thinking(self) -> bool:
-        end = self._buffer.find(THINK_CLOSE, self._pos)
+        close = self.marks.close
+        end = self._buffer.find(close, self._pos)
         if end < 0:
-            self._pos = max(self._pos, len(self._buffer) - len(THINK_CLOSE) + 1)
+            self._pos = max(self._pos, len(self._buffer) - len(close) + 1)
             return False
-        self._pos = end + len(THINK_CLOSE)
+        self._pos = end + len(close)
         self._thinking = False
         return True
 
     def _outside(self) -> bool:
-        mark = _OUTSIDE.search(self._buffer, self._pos)
+        mark = self._mark.search(self._buffer, self._pos)
         at = mark.start() if mark else len(self._buffer)
         if at > self._pos:
             self._gap.append(self._buffer[self._pos : at])
             self._pos = at
         if mark is None:
             return False
-        if mark[0] == "<":
-            if self._buffer.startswith(THINK_OPEN, at):
-                self._pos = at + len(THINK_OPEN)
+        if mark[0] != "{":
+            think = self.marks.open
+            if self._buffer.startswith(think, at):
+                self._pos = at + len(think)
                 self._thinking = True
                 return True
-            if THINK_OPEN.startswith(self._buffer[at : at + len(THINK_OPEN)]):
+            if think.startswith(self._buffer[at : at + len(think)]):
                 return False
         elif _HEAD.match(self._buffer, at):
             self._object = ObjectScanner(at)
@@ -216,15 +221,3 @@ def _complete(event: Event | None, repairs: set[str]) -> bool:
             return True
         case _:
             return event is not None and "missing_depends_on" not in repairs
-
-
-def visible(text: str, thinking: bool = False) -> str:
-    """``text`` without its thinking blocks, of which an unclosed one hides the rest.
-
-    ``thinking`` as for `EventParser`.
-    """
-    if thinking:
-        _, closed, text = text.partition(THINK_CLOSE)
-        if not closed:
-            return ""
-    return _THINKING.sub("", text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible_key
+from rrm_engine.protocol.thinking import Marks, Thought
 from rrm_engine.trace.checks import check_samples, check_whole
 from rrm_engine.trace.reader import TraceError, chosen_jobs, json_lines, refuse_unknown
 from rrm_engine.trace.record import Row, row_key
@@ -22,8 +23,8 @@ class VerifyError(RrmError):
 class Segment:
     """Tokens ``start`` to ``stop`` of a transcript, written by the model in one phase, and how they were drawn.
 
-    ``grammar`` is (children the node had, whether it might split) where the phase was constrained; ``budget`` are the
-    tokens that the phase was allowed.
+    ``grammar`` is (children the node had, whether it might split) where the phase was constrained, ``thought`` the
+    thinking in front of that; ``budget`` are the tokens that the phase was allowed.
     """
 
     start: int
@@ -32,6 +33,7 @@ class Segment:
     sampling: SamplingParams
     grammar: tuple[int, bool] | None
     budget: int
+    thought: Thought | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,5 +190,8 @@ def _node(trace: JobTrace, node: str) -> NodeRecord | None:
 def _segment(event: Event, start: int, stop: int) -> Segment:
     grammar = event["grammar"]
     constrained = (grammar["children"], grammar["may_split"]) if grammar else None
+    thought = grammar.get("thought") if grammar else None
+    if thought:
+        thought = Thought(Marks(**thought["marks"]), thought["opened"], thought["limit"])
     budget = event.get("budget", stop - start)  # older versions left it out, and had no setting that asks for it
-    return Segment(start, stop, event["phase"], SamplingParams.of(event["sampling"]), constrained, budget)
+    return Segment(start, stop, event["phase"], SamplingParams.of(event["sampling"]), constrained, budget, thought)

@@ -97,13 +97,16 @@ def _matchers(recording: Recording, loaded: LoadedModel) -> MatcherOf:
     if not any(segment.grammar for record in recording.nodes for segment in record.segments):
         return lambda segment: None
     grammars = EventGrammars(loaded.tokenizer, eos_ids=loaded.eos_ids)
+    marks = ChatFormat(loaded.tokenizer, loaded.eos_ids).marks
 
     def matcher_of(segment: Segment) -> Matcher | None:
         if segment.grammar is None:
             return None
         children, may_split = segment.grammar
-        grammar = event_grammar(recording.max_width, may_split=may_split, first=children + 1, phase=segment.phase)
-        return grammars.matcher(grammar)
+        grammar = event_grammar(
+            recording.max_width, may_split=may_split, first=children + 1, phase=segment.phase, marks=marks
+        )
+        return grammars.matcher(grammar, segment.thought)
 
     return matcher_of
 
