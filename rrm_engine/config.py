@@ -69,6 +69,9 @@ class RunConfig:
         choices=("auto", "on", "off"),
     )
     eager: bool = setting(False, "model", "on CUDA launch kernels one by one instead of replaying CUDA graphs")
+    trust_remote_code: bool = setting(
+        False, "model", "run the Python code that a checkpoint brings for its model or tokenizer; read it first"
+    )
     prompt_style: str = setting("auto", "model", "a packaged style's name or a TOML file; auto: by model")
 
     # what to run

@@ -1,13 +1,16 @@
 """Backends of others' kernels: called as their libraries want it, chosen by name, refused with the reason."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracle import plain_model, prepared
+from rrm_kernels import build
 from rrm_kernels.flash import FlashAttention, FlashUnavailable, FlashUnsupported, load_flash
 from rrm_kernels.metadata import RaggedMetadata
+from rrm_kernels.native import load_native
 from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores, paged_attention
 from rrm_kernels.varlen import NEEDED, VarlenAttention, load_varlen
 from torch.nn.attention.varlen import varlen_attn
@@ -15,6 +18,8 @@ from torch.nn.attention.varlen import varlen_attn
 from rrm_engine.backends.local import Solver
 from rrm_engine.config import RunConfig
 from rrm_engine.engine import prepare
+from rrm_engine.errors import RrmError
+from rrm_engine.models import attention
 from rrm_engine.models.attention import choose_attention
 
 CPU = torch.device("cpu")
@@ -123,7 +128,7 @@ def test_what_they_cannot_compute_is_refused() -> None:
 
 
 def test_a_model_they_cannot_run_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "choose_attention", lambda name, device: ("varlen", VarlenAttention(varlen_attn)))
+    monkeypatch.setattr(prepare, "choose_attention", lambda *_: ("varlen", VarlenAttention(varlen_attn)))
     with pytest.raises(prepare.UnsupportedModel, match=r"in float16 and bfloat16, not in float32; --attention triton"):
         prepared(plain_model("qwen3"))
 
@@ -131,7 +136,7 @@ def test_a_model_they_cannot_run_is_refused_at_load(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["varlen", "flash"])
 def test_where_they_cannot_run_the_reason_is_given(name: str) -> None:
     with pytest.raises(ValueError, match=rf"--attention {name}: it runs on CUDA only, not on cpu; --attention sdpa"):
-        choose_attention(name, CPU)
+        choose_attention(name, CPU, torch.float32)
 
 
 def test_without_flash_attn_the_hint_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,3 +158,40 @@ def test_a_block_size_that_does_not_fit_is_refused() -> None:
     solver.model.attend = VarlenAttention(varlen_attn)
     with pytest.raises(ValueError, match=r"--block-size 16: --attention auto takes multiples of 256"):
         Solver(solver.model, RunConfig(kv_blocks=400))
+
+
+@pytest.fixture
+def uncached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The kernels are compiled again, into a cache of their own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_load", build._load.__wrapped__)
+    monkeypatch.setattr(attention, "load_native", load_native.__wrapped__)
+
+
+def test_the_torch_reference_says_why_it_is_used(uncached: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_attention("sdpa", CPU, torch.float32)[0] == "torch reference"  # asked for
+    reason = "the compiled kernel takes float32 and bfloat16, not float16"
+    assert choose_attention("auto", CPU, torch.float16)[0] == f"torch reference ({reason})"
+    with pytest.raises(RrmError, match=f"--attention native: {reason}; --attention sdpa works everywhere"):
+        choose_attention("native", CPU, torch.float16)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    words, attend = choose_attention("auto", CPU, torch.float32)
+    assert words.startswith("torch reference (no-such-compiler could not build it: ") and attend is paged_attention
+
+
+def test_a_compiler_is_quoted_with_its_first_error(
+    uncached: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "c++"
+    said = ["In file included from x.h:1,", "x.h:9: error: no omp.h", "x.h:10: error: and more"]
+    compiler.write_text("\n".join(["#!/bin/sh", *(f"echo '{line}' >&2" for line in said), "exit 1"]))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    words, _ = choose_attention("auto", CPU, torch.float32)
+    assert words == f"torch reference ({compiler} could not build it: x.h:9: error: no omp.h)"
+
+
+def test_kernels_of_another_processor_are_refused(uncached: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RRM_CPU_KERNELS", "z80")
+    with pytest.raises(RrmError, match="RRM_CPU_KERNELS=z80: this processor has no such kernels"):
+        choose_attention("auto", CPU, torch.float32)

@@ -223,7 +223,7 @@ def test_code_in_a_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp
     change(folder, auto_map=CODE)
     assert type(load_pretrained(str(folder), "auto", CPU)[0]).__module__.startswith("transformers.models.qwen3")
     change(folder, model_type="own_and_only")
-    assert "(own.OwnConfig): read it, and give --trust-remote-code on if you trust it" in refusal(folder)
+    assert "(own.OwnConfig): read it, and give --trust-remote-code if you trust it" in refusal(folder)
     model, _ = load_pretrained(str(folder), "auto", CPU, trust_remote_code=True)
     assert type(model).__name__ == "OwnModel"
 

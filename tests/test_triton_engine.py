@@ -81,12 +81,12 @@ def test_where_it_cannot_run_the_reason_is_given(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(TritonUnavailable, match="on CUDA, not on cpu"):
         load_triton(CPU)
     with pytest.raises(ValueError, match=r"--attention triton: .*; --attention sdpa works everywhere"):
-        choose_attention("triton", CPU)
-    assert not isinstance(choose_attention("auto", CPU)[1], TritonAttention)
+        choose_attention("triton", CPU, torch.float32)
+    assert not isinstance(choose_attention("auto", CPU, torch.float32)[1], TritonAttention)
 
 
 def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "rrm_kernels.ragged", None)
     with pytest.raises(TritonUnavailable, match="pip install triton"):
         load_triton(torch.device("cuda"))
-    assert choose_attention("auto", torch.device("cuda"))[0] == "torch reference"
+    assert choose_attention("auto", torch.device("cuda"), torch.float32)[0].startswith("torch reference (")

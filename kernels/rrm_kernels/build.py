@@ -75,8 +75,13 @@ def _load(variant: str) -> ctypes.CDLL:
             _compile(compiler, flags, sources, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise NativeUnavailable(f"{compiler} could not build it: {detail[0] if detail else error}") from error
+        raise NativeUnavailable(f"{compiler} could not build it: {_complaint(error)}") from error
+
+
+def _complaint(error: OSError | subprocess.SubprocessError) -> str:
+    """The compiler's first error, or what kept it from running."""
+    lines = [line.strip() for line in (getattr(error, "stderr", None) or "").splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else str(error))
 
 
 def _compile(compiler: str, flags: tuple[str, ...], sources: dict[str, str], library: Path) -> None:

@@ -307,13 +307,14 @@ def _checked(jobs: Iterable[Job]) -> list[Job]:
 
 def _load(config: RunConfig, announce: Callable[[str], None]) -> tuple[list[LoadedModel], MemoryPlan | None]:
     """The model, or one for each replica; and where it lies, if that was to be planned."""
+    code = config.trust_remote_code
     if config.devices is None:
-        return [load_model(config.model, config.dtype, config.device, config.attention)], None
+        return [load_model(config.model, config.dtype, config.device, config.attention, code)], None
     devices = parse_devices(config.devices)
     useful = config.max_sequence_tokens or (config.kv_blocks and config.kv_blocks * config.block_size)
-    plan = plan_memory(load_skeleton(config.model, config.dtype), devices, config.placement, useful)
+    plan = plan_memory(load_skeleton(config.model, config.dtype, code), devices, config.placement, useful)
     announce(plan.sentence())
-    return load_planned(config.model, config.dtype, plan, config.attention), plan
+    return load_planned(config.model, config.dtype, plan, config.attention, code), plan
 
 
 def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> Engine:

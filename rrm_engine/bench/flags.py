@@ -127,7 +127,8 @@ def _add_setting(group: Any, f: "Field[Any]", hint: Any) -> None:
     choices = f.metadata.get("choices")
     metavar = "{" + ",".join(choices) + "}" if choices else f.metadata.get("metavar", kind.metavar)
     reader = _choice(choices) if choices else kind.read
-    group.add_argument(flag(f.name), dest=f.name, type=reader, metavar=metavar, help=help_text)
+    alone: dict[str, Any] = {"nargs": "?", "const": True} if f.default is False else {}  # without a value: on
+    group.add_argument(flag(f.name), dest=f.name, type=reader, metavar=metavar, help=help_text, **alone)
 
 
 def _add_output(group: Any) -> None:

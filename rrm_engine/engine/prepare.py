@@ -57,26 +57,33 @@ class LoadedModel:
         return self.model.config.model_type  # type: ignore[union-attr, return-value]
 
 
-def load_planned(name: str, dtype: str, plan: MemoryPlan, attention: str = "auto") -> list[LoadedModel]:
+def load_planned(
+    name: str, dtype: str, plan: MemoryPlan, attention: str = "auto", trust_remote_code: bool = False
+) -> list[LoadedModel]:
     """Load ``name`` as planned: one model for each replica, the same one for those of one device; else just one.
 
     Raises as ``load_model`` does.
     """
     if plan.kind == "replicate":
-        copies = {device: load_model(name, dtype, str(device), attention) for device in dict.fromkeys(plan.devices)}
+        copies = {
+            device: load_model(name, dtype, str(device), attention, trust_remote_code)
+            for device in dict.fromkeys(plan.devices)
+        }
         return [copies[device] for device in plan.devices]
-    model, tokenizer = load_pretrained(name, dtype, plan.devices[0], plan.modules)
+    model, tokenizer = load_pretrained(name, dtype, plan.devices[0], plan.modules, trust_remote_code)
     loaded = prepare_model(model, tokenizer, name, plan.devices[0], attention, plan.layers)
     return [replace(loaded, stages=len(plan.stages))]
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> LoadedModel:
+def load_model(
+    name: str, dtype: str = "auto", device: str = "auto", attention: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
     """Load ``name`` (``embedded``, a hub id, a directory or a GGUF file) and prepare it.
 
-    Raises ValueError, or its subclass UnsupportedModel, with one sentence that says what to do.
+    Raises RrmError, or its subclass UnsupportedModel, with one sentence that says what to do.
     """
     target = resolve_device(device)
-    model, tokenizer = load_pretrained(name, dtype, target)
+    model, tokenizer = load_pretrained(name, dtype, target, trust_remote_code=trust_remote_code)
     return prepare_model(model, tokenizer, name, target, attention)
 
 
@@ -107,7 +114,7 @@ def prepare_model(
     dtype = model.dtype
     if reason := refuse_known_mismatches(config):
         raise UnsupportedModel(f"{name}: {reason}")
-    attention_name, attend = choose_attention(attention, device)
+    attention_name, attend = choose_attention(attention, device, dtype)
     devices = layers or [device] * config.num_hidden_layers
 
     def optimise(model: Any) -> Iterator[Forward]:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from rrm_kernels.flash import FlashUnavailable, load_flash
-from rrm_kernels.native import NativeUnavailable, load_native
+from rrm_kernels.native import DTYPES, NativeUnavailable, load_native
 from rrm_kernels.reference import (
     DecodeGroup,
     PagedAttention,
@@ -148,18 +148,17 @@ def paged_attention_forward(
     return out[None], None
 
 
-def choose_attention(name: str, device: torch.device) -> tuple[str, PagedAttention]:
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, PagedAttention]:
     """The attention backend of ``--attention``, and what it turned out to be, in words.
 
-    ``auto`` is the compiled kernel on CPU and Triton's on CUDA where it can be had, else the torch reference. Raises
-    ValueError if a backend is asked for by name and cannot be had.
+    ``auto`` is the compiled kernel on CPU and Triton's on CUDA where it can be had, else the torch reference; then the
+    words say why. Raises RrmError if a backend is asked for by name and cannot be had.
     """
     wanted = {"cpu": "native", "cuda": "triton"}.get(device.type) if name == "auto" else name
+    reason = ""
     try:
-        if wanted == "native" and device.type != "cpu":
-            raise NativeUnavailable(f"it runs on CPU only, not on {device}")
         if wanted == "native":
-            return "compiled CPU kernel", load_native()
+            return "compiled CPU kernel", _native(device, dtype)
         if wanted == "triton":
             kernels = load_triton(device)
             return kernels.name, kernels
@@ -170,7 +169,20 @@ def choose_attention(name: str, device: torch.device) -> tuple[str, PagedAttenti
     except (NativeUnavailable, TritonUnavailable, FlashUnavailable) as error:
         if name != "auto":
             raise RrmError(f"--attention {name}: {error}; --attention sdpa works everywhere") from error
-    return "torch reference", paged_attention
+        reason = f" ({error})"
+    return f"torch reference{reason}", paged_attention
+
+
+def _native(device: torch.device, dtype: torch.dtype) -> PagedAttention:
+    """Raises NativeUnavailable, or RrmError for a variant in the environment that does not run here."""
+    if device.type != "cpu":
+        raise NativeUnavailable(f"it runs on CPU only, not on {device}")
+    if dtype not in DTYPES:
+        raise NativeUnavailable(f"the compiled kernel takes float32 and bfloat16, not {str(dtype).split('.')[-1]}")
+    try:
+        return load_native()
+    except ValueError as error:
+        raise RrmError(str(error)) from error
 
 
 class OnOwnDevice:

@@ -106,7 +106,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         if code and not trust_remote_code:
             raise checkpoint.refusal(
                 f"it brings Python code that transformers would have to run ({code}): read it, and give "
-                f"--trust-remote-code on if you trust it"
+                f"--trust-remote-code if you trust it"
             )
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=bool(code), **_gguf(checkpoint))
     _refuse_packed(checkpoint, config)

@@ -56,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--model", metavar="NAME", help="where the model is now, if not where the run found it")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:0 ...")
+    add(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that the checkpoint brings, as the run was allowed to",
+    )
     add("--json", type=Path, metavar="OUT", help="write every check with all its figures")
     add("--quiet", action="store_true", help="no progress")
     return parser
@@ -103,7 +108,9 @@ def _checks(recording: "Recording", options: argparse.Namespace) -> "list[NodeCh
         def report(what: str, tokens: int) -> None:
             bar.update(task, description=what, advance=tokens)
 
-        return list(check_all(recording, options.dtype, options.model, options.device, report))
+        return list(
+            check_all(recording, options.dtype, options.model, options.device, report, options.trust_remote_code)
+        )
 
 
 def _document(recording: "Recording", checks: "list[NodeCheck]") -> dict[str, Any]:

@@ -21,9 +21,9 @@ from rrm_engine.verify.recording import NodeRecord
 class Plain:
     """A model as transformers loads it: nothing fused, its own attention, one sequence at a time."""
 
-    def __init__(self, name: str, dtype: str, device: torch.device) -> None:
-        """Raises ValueError with one sentence if the model cannot be loaded."""
-        model, tokenizer = load_pretrained(name, dtype, device)
+    def __init__(self, name: str, dtype: str, device: torch.device, trust_remote_code: bool = False) -> None:
+        """Raises RrmError with one sentence if the model cannot be loaded."""
+        model, tokenizer = load_pretrained(name, dtype, device, trust_remote_code=trust_remote_code)
         self.attention = _attention(model)
         model.set_attn_implementation(self.attention)
         self.model: Any = model.to(device).eval().requires_grad_(False)

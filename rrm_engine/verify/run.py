@@ -54,15 +54,17 @@ def check_all(
     model: str | None = None,
     device: str = "auto",
     report: Report = lambda what, tokens: None,
+    trust_remote_code: bool = False,
 ) -> Iterator[NodeCheck]:
     """The checks of a recording, one after the other; ``report`` is told before loading and after every node."""
     name = model or recording.model
     report(f"loading {name} into the engine, {recording.dtype}", 0)
-    loaded = load_model(name, recording.dtype, device, recording.attention)
+    loaded = load_model(name, recording.dtype, device, recording.attention, trust_remote_code)
     matcher_of, settings_of = _matchers(recording, loaded), _settings(recording, loaded)
     for dtype in passes(recording, dtypes):
         report(f"loading {name} into plain transformers, {dtype}", 0)
-        yield from _pass(recording, loaded, Plain(name, dtype, loaded.device), matcher_of, settings_of, report)
+        plain = Plain(name, dtype, loaded.device, trust_remote_code)
+        yield from _pass(recording, loaded, plain, matcher_of, settings_of, report)
 
 
 def _pass(
