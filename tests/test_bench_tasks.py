@@ -9,6 +9,7 @@ import os
 import sys
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,14 +179,17 @@ def test_hub_set_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     def offline(*_: object, **__: object) -> str:
         raise hub.errors.LocalEntryNotFoundError("offline")
 
+    monkeypatch.setattr(hub.HfApi, "repo_info", offline)
     monkeypatch.setattr(hub, "snapshot_download", offline)
     message = refusal("aime-2024")
-    assert "aime-2024 could not be fetched" in message and "aime.jsonl" in message
+    assert "aime-2024: HuggingFaceH4/aime_2024 is not on this machine, and the hub cannot be reached" in message
+    assert "aime.jsonl" in message
 
 
 def test_hub_set_from_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     jsonl(tmp_path / "test.jsonl", {"id": "0", "problem": "p", "answer": "70"})
+    monkeypatch.setattr(hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="0" * 40))
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     assert load_tasks("aime-2025").tasks == (Task("0", "p", "70"),)
 

@@ -235,6 +235,57 @@ def test_weights_that_cannot_be_unpacked(folder: Path, method: str) -> None:
     assert f"its weights are quantised by {method}" in message and "pip" not in message
 
 
+def in_blocks(weight: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``weight`` in fp8 with a scale for each square block; the scales; and what the two stand for."""
+    grid = [-(-n // size) for n in weight.shape]
+    padded = torch.zeros(grid[0] * size, grid[1] * size)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = padded.reshape(grid[0], size, grid[1], size)
+    scales = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-6) / 448
+    packed = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    unpacked = packed.float() * scales[:, None, :, None]
+    rows, columns = weight.shape
+    cut = [part.reshape(padded.shape)[:rows, :columns] for part in (packed, unpacked)]
+    return cut[0], scales, cut[1]
+
+
+def to_fp8(folder: Path, size: int) -> Tensors:
+    """Make the checkpoint one in fp8; returns what its weights stand for."""
+    expected: Tensors = {}
+
+    def pack(tensors: Tensors) -> Tensors:
+        packed = {}
+        for name, tensor in tensors.items():
+            expected[name] = packed[name] = tensor
+            if name.endswith("_proj.weight"):
+                packed[name], packed[f"{name}_scale_inv"], expected[name] = in_blocks(tensor.float(), size)
+        return packed
+
+    rewrite(folder, pack)
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [size] * 2}
+    change(folder, quantization_config=settings)
+    return expected
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_fp8_weights_are_unpacked(folder: Path, dtype: str) -> None:
+    expected = to_fp8(folder, 32)
+    model, _ = load_pretrained(str(folder), dtype, CPU)
+    loaded = model.state_dict()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16 if dtype == "auto" else torch.float32}
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name].bfloat16(), tensor.bfloat16()), name
+
+
+def test_fp8_weights_that_cannot_be_unpacked(folder: Path) -> None:
+    """Of 192 rows and blocks of 128 transformers would make two blocks of 96, without a word."""
+    to_fp8(folder, 128)
+    message = refusal(folder)
+    assert "of 192x512 is no multiple of the fp8 blocks of 128x128" in message
+    rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("_scale_inv")})
+    assert "is still torch.float8_e4m3fn after loading: the checkpoint lacks its scales" in refusal(folder)
+
+
 # tensors
 
 

@@ -37,6 +37,7 @@ from rrm_engine.command import (
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import plural, spelled
+from rrm_engine.models.checkpoint import refuse_damaged
 from rrm_engine.trace.profile_reader import PROFILE, SUMMARY, ProfileError
 from rrm_engine.trace.record import ERRORS, RunDir, RunDirError
 
@@ -167,6 +168,8 @@ def _recorded_config(recorded: dict[str, Any], path: Path) -> RunConfig:
 
 def _load(config: RunConfig, tasks: TaskSet, announce: Callable[[str], None]) -> "Solver":
     """The solver for the chosen tasks."""
+    announce(f"Loading {config.model} ...")  # torch and transformers alone take seconds
+    refuse_damaged(config.model)
     from rrm_engine.backends.local import Solver
 
     solver = Solver.load(config, [task.problem for task in tasks.tasks[: config.limit]], announce)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.bench.readers import SUFFIXES, Fields, Record, TaskError, read_file, read_jsonl
+from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible, legible_key
+from rrm_engine.models.hub import download
 from rrm_engine.protocol.final import extract_final
 
 ID_FIELD = "id"
@@ -193,15 +195,12 @@ def _whole_characters(text: str, what: str) -> str:
 
 def _hub_tasks(name: str) -> tuple[Task, ...]:
     """A set from the hub, or from its local cache."""
-    repository = HUB_SETS[name]
     try:
-        from huggingface_hub import snapshot_download
-
-        folder = snapshot_download(repository, repo_type="dataset", allow_patterns=["*.jsonl", "*.parquet"])
-    except Exception as error:  # the hub client raises its own, httpx's and the system's errors
+        folder = download(HUB_SETS[name], ["*.jsonl", "*.parquet"], "dataset")
+    except RrmError as error:
         raise TaskError(
-            f"{name} could not be fetched from the Hugging Face hub ({type(error).__name__}); pass a file "
-            'instead, such as aime.jsonl with one {"id": ..., "problem": ..., "answer": ...} per line'
+            f"{name}: {HUB_SETS[name]} {error}; pass a file instead, such as aime.jsonl with one "
+            '{"id": ..., "problem": ..., "answer": ...} per line'
         ) from None
-    files = sorted(Path(folder).rglob("*.jsonl")) or sorted(Path(folder).rglob("*.parquet"))
+    files = sorted(folder.rglob("*.jsonl")) or sorted(folder.rglob("*.parquet"))
     return build_tasks((record for file in files for record in read_file(file, FIELDS)), name)

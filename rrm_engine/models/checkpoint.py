@@ -10,11 +10,13 @@ import pickle
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rrm_engine.errors import RrmError
+from rrm_engine.models.geometry import find_geometry
 from rrm_engine.models.gguf_header import MAGIC, Damaged, GgufHeader, read_header
 from rrm_engine.models.hub import download
 
@@ -44,6 +46,22 @@ class Checkpoint:
     def refusal(self, text: str) -> RrmError:
         """The error to raise; ``text`` goes on after the name, as in "x.json is empty"."""
         return RrmError(f"--model {self.name}: {text}")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors in its safetensors files, by name."""
+        from safetensors import safe_open
+
+        found: dict[str, tuple[int, ...]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, framework="np") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return found
+
+
+def refuse_damaged(name: str) -> None:
+    """Refuse a model that cannot be loaded for what its files are. Takes no second once they are on this machine."""
+    if find_geometry(name) is None:
+        inspect(find(name))
 
 
 def find(name: str) -> Checkpoint:
@@ -89,7 +107,9 @@ def inspect(checkpoint: Checkpoint) -> None:
         _inspect_weights(checkpoint)
 
 
+@cache
 def _download(name: str) -> Path:
+    """One snapshot in the life of the process: all that reads the model reads the same files."""
     try:
         folder = download(name, [*SMALL_FILES, "model*.safetensors"])
         return (

@@ -11,9 +11,10 @@ TIMEOUT_S = 10.0  # for the hub's first answer
 
 
 def download(repository: str, patterns: Sequence[str], kind: str = "model") -> Path:
-    """The folder of a repository's newest files at its top whose names match ``patterns``.
+    """The folder of a repository's newest files whose names match ``patterns``.
 
-    ``kind`` is ``model`` or ``dataset``. Without the hub what an earlier download left on this machine will do.
+    ``kind`` is ``model``, of which only what lies at the top is taken, or ``dataset``. Without the hub what an earlier
+    download left on this machine will do.
     Raises RrmError, whose message begins with a verb: the caller says what was wanted.
     """
     import huggingface_hub
@@ -22,7 +23,11 @@ def download(repository: str, patterns: Sequence[str], kind: str = "model") -> P
     logging.set_verbosity_error()  # what it would say is in our sentence
     if not sys.stderr.isatty():
         disable_progress_bars()
-    wanted: Any = {"repo_type": kind, "allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
+    wanted: Any = {
+        "repo_type": kind,
+        "allow_patterns": list(patterns),
+        "ignore_patterns": ["*/*"] if kind == "model" else None,
+    }
     # The client raises its own errors, those of its HTTP library and the system's: all of them mean "not there".
     try:
         revision = huggingface_hub.HfApi().repo_info(repository, repo_type=kind, timeout=TIMEOUT_S).sha

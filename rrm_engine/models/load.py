@@ -17,7 +17,12 @@ from rrm_engine.models import generation
 from rrm_engine.models.attention import ATTENTION_NAME, register_attention
 from rrm_engine.models.checkpoint import EMBEDDED, Checkpoint, find, inspect
 from rrm_engine.models.geometry import find_geometry, random_model
-from rrm_engine.models.tensors import refuse_foreign_tensors, refuse_missing_rows, refuse_no_numbers
+from rrm_engine.models.tensors import (
+    refuse_foreign_tensors,
+    refuse_missing_rows,
+    refuse_no_numbers,
+    refuse_partial_blocks,
+)
 
 # How a quantised checkpoint's weights are unpacked to --dtype at load, by its quant_method: transformers' classes.
 UNPACKED = {"fp8": "FineGrainedFP8Config", "mxfp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
@@ -81,7 +86,6 @@ def load_pretrained(
         from accelerate.hooks import remove_hook_from_module
 
         remove_hook_from_module(model, recurse=True)
-    refuse_no_numbers(checkpoint, model)
     return model, tokenizer
 
 
@@ -110,6 +114,7 @@ def _read_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             )
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=bool(code), **_gguf(checkpoint))
     _refuse_packed(checkpoint, config)
+    refuse_partial_blocks(checkpoint, getattr(config, "quantization_config", None))
     return config
 
 
@@ -166,7 +171,9 @@ def _read_weights(
             "its pytorch_model.bin holds other objects than tensors, which may be code: use a checkpoint in safetensors"
         ) from error
     refuse_foreign_tensors(checkpoint, model, report)
-    return model
+    refuse_no_numbers(checkpoint, model)
+    # What was unpacked may have another type than was asked for.
+    return model.to(model.dtype if dtype == "auto" else wanted) if _quant_method(config) else model
 
 
 @contextlib.contextmanager

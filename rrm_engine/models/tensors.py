@@ -52,9 +52,31 @@ def _is_spare(name: str, model: Any) -> bool:
     return "." in name and name.split(".", 1)[0] not in own and not name.startswith(("layers.", "h.", "wte.", "embed"))
 
 
+def refuse_partial_blocks(checkpoint: Checkpoint, settings: Any) -> None:
+    """Refuse fp8 weights whose last blocks are partial ones: transformers spreads the scales evenly over a weight's
+    rows and columns, whatever the size of a block is said to be."""
+    values = settings if isinstance(settings, dict) or settings is None else settings.to_dict()
+    block = (values or {}).get("weight_block_size")
+    if not block:
+        return
+    shapes = checkpoint.shapes()
+    for name, scales in shapes.items():
+        weight = shapes.get(name.removesuffix("_scale_inv"))
+        if name.endswith("_scale_inv") and weight and len(scales) == len(weight) >= 2:
+            sizes = zip(weight[-2:], scales[-2:], block, strict=True)
+            if any(count > 1 and size != count * width for size, count, width in sizes):
+                raise checkpoint.refusal(
+                    f"{name.removesuffix('_scale_inv')} of {_shape(weight)} is no multiple of the fp8 blocks of "
+                    f"{_shape(tuple(block))} that config.json names, and transformers cannot unpack it: use the "
+                    f"checkpoint that it was made from"
+                )
+
+
 def refuse_no_numbers(checkpoint: Checkpoint, model: Any) -> None:
     """Refuse weights that are NaN or infinite: every token they touch would be."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise checkpoint.refusal(f"{name} is still {tensor.dtype} after loading: the checkpoint lacks its scales")
         if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.detach().aminmax())):
             advice = "the checkpoint is damaged, or was saved after a training run that diverged"
             if tensor.dtype == torch.float16:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrm_engine.command import OK, guarded
+from rrm_engine.command import OK, guarded, say
 from rrm_engine.errors import RrmError
 from rrm_engine.trace.command import make_parser, names, write_json
 
@@ -67,18 +67,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if not options.quiet:
+        say(f"Reading {options.run} and loading its model ...")
+    from rrm_engine.kv.memory import is_out_of_memory
     from rrm_engine.verify.recording import read_recording
     from rrm_engine.verify.report import print_report
 
     recording = read_recording(options.run, options.nodes, options.jobs, options.limit)
     try:
         checks = _checks(recording, options)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except (RuntimeError, OSError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise RrmError(
-            f"{options.device} has not enough memory for the model twice and a transcript: try --device cpu"
-        ) from None
+            "there is not enough memory for the model twice and a transcript: free some of it, or try another --device"
+        ) from error
     print_report(_console(), recording, checks)
     if options.json:
         write_json(options.json, _document(recording, checks))
