@@ -6,9 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from tiny_tokenizers import KINDS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rrm_engine.errors import RrmError
 from rrm_engine.protocol.events import Atomic, Await, Child, Done, Event, ParsedEvent
 from rrm_engine.protocol.final import extract_final
 from rrm_engine.protocol.grammar import EventGrammars, EventMatcher, event_grammar
@@ -256,3 +258,9 @@ def test_misuse_is_refused(grammars: EventGrammars) -> None:
         event_grammar(2, may_split=True, first=0)
     with pytest.raises(ValueError, match="cannot be compiled"):
         grammars.matcher("start: nothing_here")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "word_piece", "word_level", "word_ends"])
+def test_a_tokenizer_of_a_kind_that_grammars_do_not_know_is_refused(kind: str) -> None:
+    with pytest.raises(RrmError, match="--constrain off"):
+        EventGrammars(KINDS[kind]())

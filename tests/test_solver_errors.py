@@ -105,6 +105,7 @@ def test_a_token_the_model_does_not_know_fails_its_job_alone(lab: Lab, mode: str
     jobs = [Job("bad", "Count a gnu.", mode), Job("good", TASKS[0], mode)]
     results = {result.job.id: result for result in solver.run(jobs, concurrency=2)}
     assert f"token {VOCABULARY} and the model's vocabulary has {VOCABULARY}" in (results["bad"].error or "")
+    assert results["bad"].status == "failed" and not results["bad"].cut
     assert results["good"].error is None
     (alone,) = lab.solver().run([jobs[1]])
     assert results["good"].answer == alone.answer

@@ -18,7 +18,7 @@ from rrm_engine.backends.node import Grammar, NodeRun, PhasePlan
 from rrm_engine.backends.outcome import outcome
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.backends.shadow import Shadows
-from rrm_engine.engine.engine import Sampled
+from rrm_engine.engine.engine import NoRoom, Sampled
 from rrm_engine.engine.replicas import AnyEngine
 from rrm_engine.engine.sequence import State, Stop
 from rrm_engine.errors import RrmError
@@ -389,12 +389,13 @@ class JobRun:
             self._joiner.keep(parent, node, conclusion)
 
     def _no_room(self, path: str, error: RrmError) -> None:
-        """A node that does not fit into a sequence has failed; whoever waits for it is told."""
+        """A node that the engine does not take, mostly for its length, has failed; whoever waits for it is told."""
         self._errors.append(str(error))
-        self._without_room += 1
+        long = isinstance(error, NoRoom)
+        self._without_room += long
         self._emit("no_room", path, reason=str(error))
         if self.machine is not None:
-            self._commands.extend(self.machine.on_end(path, EndReason.CONTEXT, ""))
+            self._commands.extend(self.machine.on_end(path, EndReason.CONTEXT if long else EndReason.ERROR, ""))
         else:
             self._commands.append(Finish(Status.FAILED, "", str(error)))
 

@@ -23,6 +23,10 @@ from rrm_engine.kv.table import BlockTable
 from rrm_engine.kv.transfer import Readback
 
 
+class NoRoom(RrmError):
+    """A sequence would be longer than one may be."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """A sequence's new token, as it was sampled. With ``stop`` the sequence is paused: finish or resume it.
@@ -176,8 +180,8 @@ class Engine:
         """Add a sequence that may sample ``budget`` tokens; its first token comes with the next step.
 
         ``fork_of`` is (parent, n): ``tokens`` starts with the parent's first n tokens, whose blocks are shared.
-        Raises RrmError, with the numbers, if ``tokens`` leaves no room for a single new one or holds one that the model
-        does not know.
+        Raises NoRoom, with the numbers, if ``tokens`` leaves no room for a single new one, RrmError if it holds one
+        that the model does not know.
         """
         self._check_room(key, len(tokens))
         self._check_known(key, tokens)
@@ -238,8 +242,8 @@ class Engine:
         ``splices`` are (index in ``tokens``, kept span): there the span's KV is attached instead of being computed,
         moved to its new positions, unless it was reclaimed until then. In between and behind there are tokens to run.
 
-        Raises RrmError, with the numbers, if they leave no room for a single new token or hold one that the model does
-        not know.
+        Raises NoRoom, with the numbers, if they leave no room for a single new token, RrmError if they hold one that
+        the model does not know.
         """
         self._check_room(sequence.key, len(sequence.tokens) + len(tokens))
         self._check_known(sequence.key, tokens)
@@ -400,7 +404,7 @@ class Engine:
         if length < 1:
             raise RrmError(f"{key} has no tokens to start from")
         if length >= self.max_sequence_tokens:
-            raise RrmError(
+            raise NoRoom(
                 f"{key} has {length} tokens and a sequence may have {self.max_sequence_tokens}: "
                 f"raise --max-sequence-tokens (and --kv-blocks), or shorten the task or the budgets"
             )

@@ -114,7 +114,8 @@ class EventGrammars:
     logits where it is larger than the tokenizer's. Masks cost tens of microseconds, and less once a grammar's
     states have been visited, which all of its matchers share.
 
-    Raises ImportError without llguidance, and ValueError for a tokenizer that is not a fast one or has no EOS.
+    Raises ImportError without llguidance, and RrmError for a tokenizer that has no EOS or is of a kind that it does not
+    know: byte-level ones and SentencePiece's with byte fallback work, Unigram and WordPiece do not.
     """
 
     def __init__(self, tokenizer: Any, *, vocab_size: int | None = None, eos_ids: Iterable[int] = ()) -> None:
@@ -125,7 +126,10 @@ class EventGrammars:
         if not eos:
             raise RrmError("a grammar needs an end-of-sequence token, and this tokenizer names none")
         self.eos_ids = frozenset(eos)
-        self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos, slices=_SLICES)
+        try:
+            self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos, slices=_SLICES)
+        except ValueError as error:  # of a kind that it does not know: its message is the Rust value
+            raise RrmError("the tokenizer is of a kind that no grammar can be written for: --constrain off") from error
         self._compiled: dict[str, Any] = {}
         self._core = tokenizer.backend_tokenizer
         self.encode = TextEncoder(tokenizer)
