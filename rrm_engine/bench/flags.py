@@ -42,7 +42,7 @@ examples:
       go on with the rows that are missing, under the recorded settings
 
 exit code: 0 all rows done, 1 a row has an error or the run broke off,
-2 refused before it began, 130 interrupted"""
+2 refused before it began, 130 interrupted (143 by SIGTERM, 129 by SIGHUP)"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import selectors
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -123,10 +124,12 @@ def serve() -> None:
 
 
 def _be_modest() -> None:
+    """Take second place for the processor, and no more than MEMORY, where the system knows such limits."""
     os.nice(NICE)
-    import resource
+    with suppress(ImportError, ValueError, OSError):
+        import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
-    if soft == resource.RLIM_INFINITY or soft > most:
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+        if soft == resource.RLIM_INFINITY or soft > most:
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
