@@ -169,7 +169,7 @@ def test_a_broken_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = refusal(plain_model("qwen3"))
     assert re.search(r"it differs from plain transformers in the attention (of layer|at token) \d+, by ", reason)
     assert (
-        f"times what rounding does (allowed: {probe.ALLOWED[torch.float32]:g}): try --attention sdpa or another --dtype"
+        f"times what rounding does (allowed: {probe.ALLOWED[torch.float32]:g}); try --attention sdpa or another --dtype"
         in reason
     )
 

@@ -179,6 +179,7 @@ class Solver:
             "device": config.device if config.devices is None else f"{config.devices} ({config.placement})",
             "attention": model.attention,
             "load_check_error": model.probe_error,
+            **({"slower": model.slower} if model.slower else {}),
             "kv_blocks": blocks,
             "block_size": config.block_size,
             "kv_bytes_per_token": size,

@@ -56,6 +56,7 @@ def model_line(about: Figures) -> str:
         f"{count(about['parameters'])} parameters",
         f"{about['dtype']} on {about['device']}",
         f"attention: {about['attention']}",
+        *([f"transformers' own forward pass, for ours is wrong here: {about['slower']}"] if "slower" in about else []),
         f"prompts: {about['prompt_style']}" + ("" if about["chat_template"] else " (plain text: no chat template)"),
         f"KV: {about['kv_blocks']:,} blocks of {about['block_size']} tokens",
     ]

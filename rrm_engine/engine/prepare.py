@@ -50,6 +50,7 @@ class LoadedModel:
     eos_ids: frozenset[int]
     generation: Generation  # what the checkpoint says about sampling
     probe_error: float  # of the load-time check: logit difference, root mean square, relative to the logits' spread
+    slower: str | None = None  # why it runs through transformers' own modules although a leaner forward was built
     stages: int = 1  # of a pipeline; as many steps may be in flight
 
     @property
@@ -126,7 +127,7 @@ def prepare_model(
     on_device = OnOwnDevice(attend) if spreads or device.type == "cuda" else attend
     result = probe(model, tokenizer, devices, optimise, on_device)
     if result.reason or result.forward is None:
-        raise UnsupportedModel(f"{name}: {result.reason}")
+        raise UnsupportedModel(f"{name}: {result.reason}; {result.advice}")
     return LoadedModel(
         name=name,
         model=model,
@@ -142,6 +143,7 @@ def prepare_model(
         eos_ids=_eos_ids(model, tokenizer),
         generation=read_generation(model),
         probe_error=result.error,
+        slower=result.slower,
     )
 
 

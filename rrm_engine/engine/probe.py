@@ -50,7 +50,7 @@ LARGEST = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 0.5, torch.
 BLOCK_SIZE = 8
 STOPS = ((11, 32, 33), (14, 15))  # where the two sequences' chunks end; the last one of each is a decode of one token
 UNSUPPORTED = "its family is not supported"
-NEXT = f"try --attention sdpa or another --dtype; if that is refused too, {UNSUPPORTED}"
+TRY_OTHERS = f"try --attention sdpa or another --dtype; if that is refused too, {UNSUPPORTED}"
 LONGEST_PAST = 8192  # tokens; a window beyond is not looked at
 
 TEXTS = (
@@ -61,17 +61,19 @@ TEXTS = (
 
 @dataclass(slots=True)
 class ProbeResult:
-    """``reason`` is None if the model may be used; ``shapes`` are the layers' KV shapes by layer index.
+    """``reason`` is None if the model may be used, else ``advice`` is what to do; ``shapes`` are the layers' KV shapes.
 
     ``deviation`` is the farthest that a place lies off, in multiples of what rounding does there; ``error`` that of
     the logits behind all layers, relative to their spread.
     """
 
     reason: str | None
+    advice: str = UNSUPPORTED
     deviation: float = 0.0
     error: float = 0.0
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     forward: Forward | None = None
+    slower: str | None = None
 
 
 def refuse_known_mismatches(config: Any) -> str | None:
@@ -116,19 +118,16 @@ def probe(
         plain = _plain_runs(model, layers, devices, tokenizer)
         model.set_attn_implementation(ATTENTION_NAME)
     except Exception as e:  # whatever a family's own code raises
-        return ProbeResult(f"transformers' own run of it fails ({_brief(e)}); {UNSUPPORTED}")
+        return ProbeResult(f"transformers' own run of it fails ({_brief(e)})")
     if not all(run.finite for run in plain):
-        return ProbeResult(_not_finite(model.dtype))
-    result = ProbeResult("there is no way to run it")
+        return _not_finite(model.dtype)
+    result, slower = ProbeResult("there is no way to run it"), None
     for forward in optimise(model):
-        try:
-            result = _Check(forward, plain, layers, devices[0], attend).result(num_layers)
-        except FlashUnsupported as e:
-            result = ProbeResult(f"--attention cannot be what it is: {e}; --attention triton and sdpa take any model")
-        except Exception as e:
-            result = ProbeResult(f"its forward pass fails with our attention ({_brief(e)}); {UNSUPPORTED}")
+        result = _Check(forward, plain, layers, devices[0], attend).result(num_layers)
+        result.slower = slower
         if result.reason is None:
             break
+        slower = result.reason
     return result
 
 
@@ -140,10 +139,10 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _not_finite(dtype: torch.dtype) -> str:
+def _not_finite(dtype: torch.dtype) -> ProbeResult:
     if dtype == torch.float16:
-        return "it overflows in float16, in plain transformers too: use --dtype bfloat16 or float32"
-    return "plain transformers computes NaN or infinite values with it: its weights are damaged, download them again"
+        return ProbeResult("it overflows in float16, in plain transformers too", "use --dtype bfloat16 or float32")
+    return ProbeResult("plain transformers computes NaN or infinite values with it", "its weights seem to be damaged")
 
 
 def _plain_runs(model: Any, layers: Any, devices: Sequence[torch.device], tokenizer: Any) -> list[Plain]:
@@ -209,27 +208,29 @@ class _Check:
 
     def result(self, num_layers: int) -> ProbeResult:
         """Run it and judge."""
-        self._store_past()
-        self._run_place_by_place()
-        called = {layer for what, layer in self.deviations[0] if what == "attention"}
-        if missing := sorted(set(range(num_layers)) - called):
-            return ProbeResult(
-                f"layers {missing} never called the attention function, so their state cannot be kept; {UNSUPPORTED}"
-            )
-        worst, where = max(self._judged(), key=lambda judged: judged[0])
-        bound = ALLOWED[self.plain[0].dtype]
+        try:
+            self._store_past()
+            self._run_place_by_place()
+            called = {layer for what, layer in self.deviations[0] if what == "attention"}
+            if missing := sorted(set(range(num_layers)) - called):
+                return ProbeResult(
+                    f"layers {missing} never called the attention function, so their state cannot be kept"
+                )
+            worst, where = max(self._judged(), key=lambda judged: judged[0])
+            error, moved = self._run_freely()
+        except FlashUnsupported as e:
+            return ProbeResult(f"--attention cannot be what it is: {e}", "--attention triton and sdpa take any model")
+        except Exception as e:  # whatever a family's own code raises
+            return ProbeResult(f"its forward pass fails with our attention ({_brief(e)})")
+        bound, bound_of_logits = ALLOWED[self.plain[0].dtype], ALLOWED_OF_LOGITS * moved
+        reason = None
         if not worst <= bound:
-            return ProbeResult(
-                f"it differs from plain transformers in {where}, by {worst:.2g} times what rounding does "
-                f"(allowed: {bound:g}): {NEXT}"
-            )
-        error, allowed = self._run_freely()
-        if not error <= allowed:
-            return ProbeResult(
-                f"a packed run differs from a plain one by {error:.2g} of the logits' spread "
-                f"(allowed: {allowed:.2g}): {NEXT}"
-            )
-        return ProbeResult(None, worst, error, dict(self.cache.shapes), self.forward)
+            size = f"by {worst:.2g} times what rounding does (allowed: {bound:g})"
+            reason = f"it differs from plain transformers in {where}, {size}"
+        elif not error <= bound_of_logits:
+            size = f"by {error:.2g} of the logits' spread (allowed: {bound_of_logits:.2g})"
+            reason = f"a packed run differs from a plain one {size}"
+        return ProbeResult(reason, TRY_OTHERS, worst, error, dict(self.cache.shapes), self.forward)
 
     def _steps(self) -> Iterator[tuple[Work, ...]]:
         pool = BlockPool(self.cache.num_blocks, self.cache.block_size, prefix_cache=False)
@@ -301,7 +302,11 @@ class _Check:
                 yield float(of_tokens.max()), f"the {kind} at token {int(of_tokens.argmax())}"
 
     def _run_freely(self) -> tuple[float, float]:
-        """How far the logits of a run as it will be lie from the plain ones, relative to their spread; the bound."""
+        """How far the logits of a run as it will be lie from the plain ones, and how far rounding moves them.
+
+        Both are root mean squares over the vocabulary, relative to the logits' spread: the median of the rows that
+        sample, and the largest of them.
+        """
         runner = ModelRunner(self.forward, self.cache, self.device, self.attend)
         generator = torch.Generator().manual_seed(1)
 
@@ -322,7 +327,7 @@ class _Check:
                 spread = plain.std()
                 errors.append(float((row - plain).square().mean().sqrt() / spread))
                 moved.append(float((row - again[item.sequence.key]).square().mean().sqrt() / spread))
-        return sorted(errors)[len(errors) // 2], ALLOWED_OF_LOGITS * max(moved)
+        return sorted(errors)[len(errors) // 2], max(moved)
 
 
 def _usual(table: torch.Tensor, dim: int) -> torch.Tensor:

@@ -103,7 +103,10 @@ class MergedPart(nn.Module):
 
 
 class FusedRMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight``, normalised in fp32 (Zhang and Sennrich 2019)."""
+    """``x / sqrt(mean(x^2) + eps) * weight``, normalised in fp32 (Zhang and Sennrich 2019).
+
+    With a weight in fp32 the product is in fp32, too, and rounded once; else the norm is rounded before, as in Llama.
+    """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         super().__init__()
@@ -111,8 +114,8 @@ class FusedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if self.weight.dtype == torch.float32:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
@@ -139,18 +142,20 @@ def fuse(model: nn.Module) -> None:
 
 
 def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
-    """A fused stand-in for an RMS norm, if there is one that gives the same on a random input."""
+    """The fused stand-in for an RMS norm that comes closest on a random input, if there is one that gives the same."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None or hasattr(module, "_hf_hook"):
         return None
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, *weight.shape, generator=generator).to(weight.device, weight.dtype)
     expected = module(x)
-    for scale in (weight, 1 + weight):  # some families store the weight's distance from one
-        candidate = FusedRMSNorm(scale.clone(), float(eps))
-        if expected.dtype == x.dtype and torch.allclose(candidate(x), expected, rtol=_ulps(x.dtype), atol=1e-6):
-            return candidate
-    return None
+    if expected.dtype != x.dtype:
+        return None
+    # Some families store the weight's distance from one, and some multiply by it before they round.
+    scales = (weight.clone(), 1 + weight, weight.float(), 1 + weight.float())
+    candidates = [FusedRMSNorm(scale, float(eps)) for scale in scales]
+    best = min(candidates, key=lambda candidate: float((candidate(x) - expected).abs().max()))
+    return best if torch.allclose(best(x), expected, rtol=_ulps(x.dtype), atol=1e-6) else None
 
 
 def _ulps(dtype: torch.dtype) -> float:

@@ -181,7 +181,7 @@ def lean_forward(model: Any, devices: Sequence[torch.device], attend: PagedAtten
             except (NativeUnavailable, TritonUnavailable):
                 return None
         stages[-1].layers.append(layer)
-    ends_known = isinstance(model.model.norm, FusedRMSNorm) and _plain(model.lm_head)
+    ends_known = _rounds_before_weight(model.model.norm, model.dtype) and _plain(model.lm_head)
     return LeanForward(model, stages) if ends_known else None
 
 
@@ -196,6 +196,11 @@ def _plain(module: Any) -> bool:
     return isinstance(module, PackedLinear) or (type(module) is nn.Linear and not hasattr(module, "_hf_hook"))
 
 
+def _rounds_before_weight(norm: Any, dtype: torch.dtype) -> bool:
+    """A fused norm that the kernels compute: see ``FusedRMSNorm``."""
+    return isinstance(norm, FusedRMSNorm) and norm.weight.dtype == dtype
+
+
 def _layer(index: int, module: Any, model: Any, device: torch.device) -> Layer | None:
     attention, mlp, config = module.self_attn, module.mlp, model.config
     norms = [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
@@ -203,7 +208,7 @@ def _layer(index: int, module: Any, model: Any, device: torch.device) -> Layer |
     linears = (attention.o_proj, mlp.down_proj)
     merged = (attention.q_proj, mlp.gate_proj)
     whole = (
-        all(isinstance(part, FusedRMSNorm) for part in parts)
+        all(_rounds_before_weight(part, model.dtype) for part in parts)
         and all(map(_plain, linears))
         and all(isinstance(part, MergedPart) for part in merged)
         and config.hidden_act == "silu"
