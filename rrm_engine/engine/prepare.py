@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.engine.placement import MemoryPlan
-from rrm_engine.engine.probe import probe, refuse_known_mismatches
+from rrm_engine.engine.probe import UNSUPPORTED, probe, refuse_known_mismatches
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import LayerShape
 from rrm_engine.models.attention import (
@@ -114,7 +114,7 @@ def prepare_model(
     parameters = sum(p.numel() for p in model.parameters())
     dtype = model.dtype
     if reason := refuse_known_mismatches(config):
-        raise UnsupportedModel(f"{name}: {reason}")
+        raise UnsupportedModel(f"{name}: {reason}; {UNSUPPORTED}")
     attention_name, attend = choose_attention(attention, device, dtype)
     devices = layers or [device] * config.num_hidden_layers
 

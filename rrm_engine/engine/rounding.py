@@ -18,11 +18,11 @@ def jitter(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def rounding_scale(exact: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     """What rounding does to each of the values ``exact``, ``[tokens, features]``, if it made ``moved`` of them.
 
-    One difference says little about a single value, so a token's and a feature's typical one are multiplied. At least
-    a quarter of the value's own last place, for what no rounding happened to move.
+    ``moved`` are some copies of them. A few differences say little about a single value, so a token's and a feature's
+    typical one are multiplied. At least a quarter of the value's own last place, for what no rounding happened to move.
     """
     exact = widened(exact)
-    difference = (widened(moved) - exact).abs()
+    difference = _root_mean_square(widened(moved) - exact, 0)[0]
     of_tokens = _at_least(_root_mean_square(difference, 1))
     of_features = _at_least(_root_mean_square(difference / (of_tokens + TINY), 0))
     eps = torch.finfo(moved.dtype).eps

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+AGAIN = 3
 PLAIN_ATTENTION = "rrm_plain"  # transformers' eager attention, with these places in it
 
 
@@ -24,6 +25,12 @@ class Exchange(Protocol):
     """
 
     def __call__(self, what: str, layer: int, found: torch.Tensor) -> torch.Tensor: ...
+
+
+class PlainExchange(Exchange, Protocol):
+    """That of a plain run: the first copy is the model's own, the others are ``moved`` as rounding might."""
+
+    def moved(self, values: torch.Tensor) -> torch.Tensor: ...
 
 
 @contextmanager
@@ -62,26 +69,28 @@ def plain_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *args: Any,
-    rrm_exchange: Exchange,
+    rrm_exchange: PlainExchange,
     **options: Any,
 ) -> tuple[torch.Tensor, Any]:
     """The eager attention of the module's own file, between exchanges of its new tokens' values.
 
-    Query ``[copies, query heads, tokens, width]``, key and value ``[copies, kv heads, past + tokens, width]``.
+    Query ``[copies, query heads, tokens, width]``, key and value ``[copies, kv heads, past + tokens, width]``. It is
+    computed ``AGAIN`` from values moved anew: nearly tied keys are rare and matter much, so one copy would miss them.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
-    tokens = query.shape[2]
-
-    def swap(what: str, new: torch.Tensor) -> torch.Tensor:
-        return rrm_exchange(what, layer, new.transpose(1, 2)).transpose(1, 2)
-
-    query = swap("queries", query)
-    past = key.shape[2] - tokens
-    key = torch.cat([key[:, :, :past], swap("keys", key[:, :, past:])], dim=2)
-    value = torch.cat([value[:, :, :past], swap("values", value[:, :, past:])], dim=2)
     eager = sys.modules[type(module).__module__].eager_attention_forward  # what transformers itself looks up there
-    out, weights = eager(module, query, key, value, *args, **options)
-    return rrm_exchange("attention", layer, out), weights
+    new = query.shape[2]
+    past = key.shape[2] - new
+    parts = {"queries": query, "keys": key[:, :, past:], "values": value[:, :, past:]}
+    parts = {what: rrm_exchange(what, layer, x.transpose(1, 2)).transpose(1, 2) for what, x in parts.items()}
+
+    def attend(query: torch.Tensor, new_key: torch.Tensor, new_value: torch.Tensor) -> Any:
+        keys, values = torch.cat([key[:, :, :past], new_key], 2), torch.cat([value[:, :, :past], new_value], 2)
+        return eager(module, query, keys, values, *args, **options)
+
+    out, weights = attend(*parts.values())
+    others = (attend(*(rrm_exchange.moved(x[:1].expand_as(x)) for x in parts.values())) for _ in range(AGAIN))
+    return rrm_exchange("attention", layer, torch.cat([out, *(other for other, _ in others)])), weights
 
 
 def register_plain_attention() -> None:
