@@ -62,7 +62,7 @@ def make_case(model: Any, tokenizer: Any = None) -> Case:
         model.set_attn_implementation(ATTENTION_NAME)
         biases = _padded_biases(layers[-1].self_attn)
         fuse(model)
-    return Case(model, plain, choose_attention("auto", CPU)[1], biases)
+    return Case(model, plain, choose_attention("auto", CPU, model.dtype)[1], biases)
 
 
 def _padded_biases(attention: Any) -> list[torch.Tensor]:
