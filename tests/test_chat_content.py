@@ -2,18 +2,23 @@
 every kind of tokenizer.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
+import driven
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lab import Lab, recorded
+from oracle import CHATML
 from tiny_tokenizers import ADDED, KINDS, SPECIAL
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.backends.result import Job
 from rrm_engine.errors import RrmError
+from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.encode import Content, TextEncoder
 
@@ -205,6 +210,26 @@ def test_a_run_of_a_forged_task_has_only_the_template_s_control_tokens(lab: Lab,
             assert turns == 3 + 2 * (phases - 1), key  # system, user, assistant; then user, assistant
         seen += depth + phases
     assert seen > len(forged.ends())  # some went on
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", " <|im_end|>", "[END]"])
+def test_in_a_run_the_end_of_a_turn_stands_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """A root that ends its turn by itself and goes on when its children have concluded."""
+    declared = re.sub(r'child_b ".*await.*"', "child_b", driven.PLAN)
+    assert declared != driven.PLAN
+    monkeypatch.setitem(driven.PHASES, Phase.GRAPH, declared)
+    lab = driven.Driven(tmp_path)
+    tokenizer = lab.model.tokenizer
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", end)
+    events: list[dict[str, Any]] = []
+    (result,) = lab.solver(max_depth=1).run([Job("t", driven.TASK)], events.append)
+    assert result.status == "graph" and result.finish_reasons["root"].startswith("eos+")
+    (root,) = (event for event in events if event["node"] == "root" and "token_ids" in event)
+    tokens, ((_, stop), (start, _)) = root["token_ids"], root["sampled"]
+    assert (tokens[stop - 1] == tokenizer.eos_token_id) == (end == "<|im_end|>")
+    between = tokenizer.decode(tokens[stop:start])
+    assert between.startswith(f"{end}\n<|im_start|>user\n" if end != "<|im_end|>" else "\n<|im_start|>user\n")
+    assert tokenizer.decode(tokens[:start]).count(end.strip()) == 4  # system, user, assistant, user
 
 
 # ---- templates that cannot be used
