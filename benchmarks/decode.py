@@ -44,6 +44,7 @@ if __name__ == "__main__":
     flags_first(build_parser)
 
 import torch
+from transformers import GenerationConfig
 
 from rrm_engine.bench.environment import environment
 from rrm_engine.engine.engine import Engine
@@ -99,6 +100,7 @@ def hf_generate(model_name: str, dtype: str, device: str) -> Run:
 
 def generate_run(model: Any) -> Run:
     """Plain ``generate`` with SDPA attention and a static batch."""
+    model.generation_config = GenerationConfig()  # as ours: greedy, whatever else the checkpoint asks for
     model.set_attn_implementation("sdpa")
     model.eval()
 
@@ -127,7 +129,7 @@ def generate_batch_run(model: Any, longest: int, most: int) -> Run:
 
     Left to itself it would set most of the free memory up anew in each call, which takes longer than the decoding.
     """
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers import ContinuousBatchingConfig
 
     blocks = (most + 2) * -(-longest // HF_BLOCK)
     room = {"num_blocks": blocks, "max_batch_tokens": min(blocks * HF_BLOCK, 4096)}
