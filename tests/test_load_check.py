@@ -112,7 +112,7 @@ def changed_step(change: Callable[[Any], None]) -> Change:
 
 
 def one_position(step: Any) -> None:
-    if len(step.positions) > 20:
+    if len(step.positions) > 10:
         step.positions[9] += 1
 
 
