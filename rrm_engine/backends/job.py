@@ -3,23 +3,21 @@
 import hashlib
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from time import monotonic
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerFast
+from typing import Any
 
 from rrm_engine.backends.events import Events
-from rrm_engine.backends.join import Join, Joiner
+from rrm_engine.backends.join import Joiner
 from rrm_engine.backends.meter import Meter
 from rrm_engine.backends.node import Grammar, NodeRun, PhasePlan
 from rrm_engine.backends.outcome import outcome
 from rrm_engine.backends.result import Job, JobResult
+from rrm_engine.backends.runtime import Runtime
 from rrm_engine.backends.shadow import Shadows
 from rrm_engine.engine.engine import NoRoom, Sampled
-from rrm_engine.engine.replicas import AnyEngine
 from rrm_engine.engine.sequence import State, Stop
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.machine import GraphMachine
@@ -29,7 +27,6 @@ from rrm_engine.graph.types import (
     Conclusion,
     EndReason,
     Finish,
-    Limits,
     Pause,
     Phase,
     Resume,
@@ -37,27 +34,11 @@ from rrm_engine.graph.types import (
     Status,
 )
 from rrm_engine.graph.types import Stop as StopNode
-from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.detokenize import Detokenizer
 from rrm_engine.protocol.events import Atomic, Done, Malformed, ParsedEvent
 from rrm_engine.protocol.parser import EventParser
-from rrm_engine.protocol.style import Style
 
 PREVIEW = 200  # characters of the prompt kept in a row
-
-
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """What all jobs of a run share."""
-
-    engine: AnyEngine
-    tokenizer: PreTrainedTokenizerFast
-    chat: ChatFormat
-    style: Style
-    plans: Mapping[Phase, PhasePlan]
-    limits: Limits
-    child_context: Literal["task", "parent"]
-    join: Join = field(default_factory=Join)
 
 
 class JobRun:

@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 
 from rrm_engine.backends.events import Emit, Events
-from rrm_engine.backends.job import JobRun, Runtime
+from rrm_engine.backends.job import JobRun
 from rrm_engine.backends.join import Join
 from rrm_engine.backends.result import Job, JobResult
+from rrm_engine.backends.runtime import Runtime
 from rrm_engine.backends.settings import describe_sampling, phase_plans, resolve
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.costs import measure_swap_costs
