@@ -157,6 +157,8 @@ def test_what_is_no_checkpoint(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "the directory has no weights (model.safetensors" in refusal(folder)
     assert "is a file, and not a GGUF file: name the directory" in refusal(folder / "config.json")
+    (folder / "model.safetensors").symlink_to("model.safetensors")
+    assert "model.safetensors is a link to something that is not there" in refusal(folder)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "is a link to something that is not there" in refusal(tmp_path / "loop")
     (tmp_path / "models").mkdir()

@@ -153,6 +153,8 @@ def _inspect_weights(checkpoint: Checkpoint) -> None:
     first = next((name for name in WEIGHTS if name in names), None)
     if first is None:
         raise checkpoint.refusal(f"the directory has no weights ({WEIGHTS[0]}, {WEIGHTS[1]} or {WEIGHTS[2]})")
+    if not (checkpoint.folder / first).exists():
+        raise checkpoint.refusal(f"{first} is a link to something that is not there")
     parts = _parts(checkpoint, first) if first.endswith(".json") else [first]
     if absent := [part for part in parts if not (checkpoint.folder / part).exists()]:
         raise checkpoint.refusal(f"{first} names files that are not there: {shortened(absent)}; download them again")
