@@ -108,7 +108,7 @@ class Memory:
     @staticmethod
     def rows(step: SchedulerOutput) -> list[tuple[Sequence, int]]:
         """Whose token at which position each packed row is."""
-        decodes = sorted((w for w in step.work if w.count == 1), key=lambda w: len(w.sequence.table.blocks))
+        decodes = sorted((w for w in step.work if w.count == 1), key=lambda w: w.start)
         ordered = [*decodes, *(w for w in step.work if w.count > 1)]
         return [(w.sequence, position) for w in ordered for position in range(w.start, w.start + w.count)]
 

@@ -379,6 +379,16 @@ def test_any_life_with_attached_spans_ends_and_loses_nothing(life: Life, actions
     live_through(life, actions)
 
 
+def test_a_token_in_front_of_a_span_beside_a_longer_context() -> None:
+    """That token's context is shorter than its sequence's table, in which the span is attached in the same step."""
+    life = Life(34, 1, 34, step_tokens=5, prefix_cache=False)
+    start = [("submit", [0, 1, 1, 1, 1, 1], 1, 0), ("submit", [0, 1, 0, 1, 0, 0, 1, 1], 1, 2), ("step", 6)]
+    forks = [("fork", 2, 0.0, [1, 1, 1], 1), ("submit", [0, 0, 1, 0, 0, 0, 0, 1, 1], 1, 0)]
+    joins = [("join", 29, [0, 0, 1, 1, 1], 1), ("fork", 12, 0.7, [1, 1, 1, 0, 0], 1)]
+    joins.append(("keep and join", 29, 8, 0.0, 0.84, [1, 1, 0], 1))
+    live_through(life, [*start, ("finish", 22), *forks, *joins])
+
+
 def unmoved(self: Memory, sources: list[int], destinations: list[int], positions: list[int]) -> None:
     for source, destination in zip(sources, destinations, strict=True):
         self.slots[destination] = base(self.slots[source])

@@ -101,7 +101,7 @@ def pack(work: tuple[Work, ...], block_size: int, device: torch.device, drawn: D
 
     Tokens that nobody knows yet are taken from ``drawn``.
     """
-    decodes = sorted((w for w in work if w.count == 1), key=lambda w: len(w.sequence.table.blocks))
+    decodes = sorted((w for w in work if w.count == 1), key=lambda w: w.start)  # its table may reach further
     layout = lay_out([*decodes, *(w for w in work if w.count > 1)], block_size)
     chunks, stop = [], len(decodes)
     for i in range(len(decodes), len(layout.tables)):
