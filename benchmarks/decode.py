@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import statistics
 import sys
 import time
@@ -159,8 +160,6 @@ def vllm_engine(model_name: str, dtype: str, device: str, longest: int, most: in
     vLLM chooses and pins threads only for worker processes; in process its kernels run in torch's own OpenMP pool, as
     many threads as all the other contenders have. It replaces ``torch.set_num_threads`` by a no-op for good.
     """
-    import os
-
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if device == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without it vLLM takes 92% of the memory
