@@ -48,9 +48,9 @@ class Memory:
     def run(self, step: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:
         for copy, blocks in step.swap_outs:
             copy.payload = self.read(blocks)
+        self.copy(step.copies)
         for copy, blocks in step.swap_ins:
             self.write(blocks, copy.payload[: len(blocks)])
-        self.copy(step.copies)
         self.splice(step.splices)
         if not step.work:
             return torch.zeros(0, VOCABULARY), []

@@ -7,6 +7,7 @@ from lives import Life, prompt, submitted, two_waiting_parents
 from oracle import engine_for, plain_model, prepared
 from test_engine_oracle import GREEDY, Script, mistakes
 from test_engine_oracle import prompt as tokens
+from test_scheduler_properties import live_through
 
 from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.costs import measure_swap_costs
@@ -255,3 +256,23 @@ def test_costs_are_measured_and_leave_no_trace() -> None:
     engine.submit("root", tokens(1, 5), 2, GREEDY)
     with pytest.raises(ValueError, match="before anything"):
         measure_swap_costs(engine)
+
+
+def test_a_block_that_was_copied_from_may_be_swapped_into_in_the_same_step() -> None:
+    """The only other holder of a fork's shared tail is offloaded to make room; who comes back gets that block."""
+    life = Life(10, 4, 31, step_tokens=5, prefix_cache=False, eos=True, wait_policy="offload", host_blocks=99)
+    actions = [
+        ("submit", [1, 0, 0, 1, 1, 1, 0, 1, 0], 1, 0),
+        ("submit", [0, 0, 1, 0, 0], 1, 0),
+        ("step", 6),
+        ("submit", [0, 1, 0, 0, 1], 1, 2),
+        ("fork", 33, 0.25, [0, 1, 1, 0, 0], 1),
+        ("fork", 16, 0.81, [0, 1], 1),
+        ("fork", 27, 1.0, [], 1),
+        ("step", 3),
+        ("keep and join", 19, 34, 0.18, 0.5, [1, 0], 1),
+        ("fork", 7, 0.82, [0, 1, 0, 0], 1),
+        ("fork", 45, 0.26, [0, 1, 1, 0], 1),
+        ("finish", 22),
+    ]
+    live_through(life, actions)

@@ -59,16 +59,18 @@ class ModelRunner:
 
         A step without work only moves blocks. ``drawn`` are the tokens of the step before, if they are in flight.
         """
-        if step.swap_outs or step.swap_ins:
+        if step.swap_outs:
             with self.ranges("offload", step.swapped):
                 for copy, blocks in step.swap_outs:
                     self.cache.swap_out(copy, blocks)
-                for copy, blocks in step.swap_ins:
-                    self.cache.swap_in(copy, blocks)
         if step.copies:
             copied = {destination for _, destination in step.copies}
             with self.ranges("fork copy", (w for w in step.work if copied & {*w.sequence.table.blocks})):
                 self.cache.copy(list(step.copies))
+        if step.swap_ins:
+            with self.ranges("offload", step.swapped):
+                for copy, blocks in step.swap_ins:
+                    self.cache.swap_in(copy, blocks)
         if step.splices:
             with self.ranges("splice", (s.sequence for s in step.splices)):
                 self._splice(step.splices)

@@ -47,7 +47,7 @@ class Splice:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: swap out, swap in, copy, splice, run ``work``; in this order, for each may overwrite what went before
+    """One step: swap out, copy, swap in, splice, run ``work``; in this order, for each may overwrite what went before
     reads. A sequence has several work items where spans are attached between them, in order and side by side.
     """
 
