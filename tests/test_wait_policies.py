@@ -3,6 +3,7 @@
 from typing import Any, get_args
 
 import pytest
+import torch
 from lives import Life, prompt, submitted, two_waiting_parents
 from oracle import engine_for, plain_model, prepared
 from test_engine_oracle import GREEDY, Script, mistakes
@@ -12,8 +13,11 @@ from test_scheduler_properties import live_through
 from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.costs import measure_swap_costs
 from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.engine.scheduler import SchedulerOutput
 from rrm_engine.engine.sequence import Sequence
-from rrm_engine.kv.cache import KVCache
+from rrm_engine.kv.cache import KVCache, LayerShape
 from rrm_engine.kv.host import HostCopy, HostSpace, SwapCosts
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
@@ -276,3 +280,22 @@ def test_a_block_that_was_copied_from_may_be_swapped_into_in_the_same_step() -> 
         ("finish", 22),
     ]
     live_through(life, actions)
+
+
+def test_a_step_moves_blocks_in_the_order_in_which_they_were_planned(model: LoadedModel) -> None:
+    """Out, copied, in: block 2 leaves before a copy takes its place; block 1 is copied before others come into it."""
+    shape = LayerShape(1, 2, 2, torch.float32, torch.device("cpu"))
+    cache = KVCache(3, 1, {0: shape})
+    keys, values = cache.pools(0, shape)
+    for block in range(4):
+        keys[block], values[block] = block, -block
+    elsewhere, leaving = HostCopy(1), HostCopy(1)
+    cache.swap_out(elsewhere, [3])
+    step = SchedulerOutput(
+        (), copies=((1, 2),), swap_outs=((leaving, (2,)),), swap_ins=((elsewhere, (1,)),), swapped=("a", "b")
+    )
+    ModelRunner(model.forward, cache, torch.device("cpu")).run(step)
+    assert keys[:, 0, 0, 0].tolist() == [0, 3, 1, 3]
+    assert values[:, 0, 0, 0].tolist() == [0, -3, -1, -3]
+    cache.swap_in(leaving, [3])
+    assert keys[3, 0, 0, 0] == 2
