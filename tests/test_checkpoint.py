@@ -13,6 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rrm_engine.backends.local import Solver
+from rrm_engine.bench.table import about_solver
+from rrm_engine.config import RunConfig
+from rrm_engine.engine.prepare import load_model
 from rrm_engine.errors import RrmError
 from rrm_engine.models import hub
 from rrm_engine.models.load import load_pretrained
@@ -336,7 +340,12 @@ def test_modules_for_another_purpose_are_left_alone(folder: Path) -> None:
     }
     spare["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # older versions saved it
     rewrite(folder, lambda tensors: tensors | spare)
-    load_pretrained(str(folder), "auto", CPU)
+    model = load_model(str(folder))
+    assert model.unused == ("mtp", "score", "v_head")  # and not what older versions saved
+    assert load_model("embedded").unused == ()
+    about = Solver(model, RunConfig(model=str(folder), prompt_style="embedded")).describe()
+    assert about["unused"] == ["mtp", "score", "v_head"]
+    assert about_solver(about)[1:] == ["not used of the checkpoint: mtp, score, v_head"]
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])

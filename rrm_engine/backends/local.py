@@ -181,6 +181,7 @@ class Solver:
             "attention": model.attention,
             "load_check_error": model.probe_error,
             **({"slower": model.slower} if model.slower else {}),
+            **({"unused": list(model.unused)} if model.unused else {}),
             "kv_blocks": blocks,
             "block_size": config.block_size,
             "kv_bytes_per_token": size,

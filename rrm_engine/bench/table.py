@@ -44,9 +44,10 @@ def print_closing(console: "Console", summary: Figures, rows: list[Row], concurr
 
 
 def about_solver(about: Figures) -> list[str]:
-    """What a solver tells about itself: a line, and another if its checkpoint asks for more than usual sampling."""
-    line = generation_line(about)
-    return [model_line(about)] if line is None else [model_line(about), line]
+    """What a solver tells about itself: a line, and more if its checkpoint asks for more than usual sampling, or has
+    modules that are not used."""
+    unused = f"not used of the checkpoint: {cut(', '.join(about['unused']))}" if "unused" in about else None
+    return [line for line in (model_line(about), generation_line(about), unused) if line is not None]
 
 
 def model_line(about: Figures) -> str:

@@ -23,7 +23,7 @@ from rrm_engine.models.attention import (
 from rrm_engine.models.fuse import fuse
 from rrm_engine.models.generation import Generation, read_generation
 from rrm_engine.models.lean import lean_forward
-from rrm_engine.models.load import load_pretrained, resolve_device
+from rrm_engine.models.load import UNUSED, load_pretrained, resolve_device
 from rrm_engine.models.places import register_plain_attention
 from rrm_engine.models.spread import spread
 
@@ -51,6 +51,7 @@ class LoadedModel:
     generation: Generation  # what the checkpoint says about sampling
     probe_error: float  # of the load-time check: logit difference, root mean square, relative to the logits' spread
     slower: str | None = None  # why it runs through transformers' own modules although a leaner forward was built
+    unused: tuple[str, ...] = ()  # modules of its checkpoint that it does not have, such as value heads
     stages: int = 1  # of a pipeline; as many steps may be in flight
 
     @property
@@ -144,6 +145,7 @@ def prepare_model(
         generation=read_generation(model),
         probe_error=result.error,
         slower=result.slower,
+        unused=getattr(model, UNUSED, ()),
     )
 
 

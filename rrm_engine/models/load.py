@@ -1,6 +1,7 @@
 """Hugging Face side: find and load a model; every failure is one sentence that says what to do."""
 
 import contextlib
+import io
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from rrm_engine.models.tensors import (
 
 # How a quantised checkpoint's weights are unpacked to --dtype at load, by its quant_method: transformers' classes.
 UNPACKED = {"fp8": "FineGrainedFP8Config", "mxfp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+UNUSED = "rrm_unused"  # of a loaded model: the names of the modules that its checkpoint has besides
 
 
 def resolve_device(device: str, flag: str = "--device") -> torch.device:
@@ -153,24 +155,27 @@ def _read_weights(
     wanted: Any = "auto" if dtype == "auto" else getattr(torch, dtype)
     if checkpoint.name == EMBEDDED and dtype == "auto":
         wanted = torch.float32
+    # It shows the progress of unpacking a GGUF file whatever it is told.
+    silence = contextlib.redirect_stderr(io.StringIO()) if checkpoint.gguf else contextlib.nullcontext()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=wanted,
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they come with the report
-            **_unpacking(checkpoint, config),
-            **_gguf(checkpoint),
-            **placement,
-        )
+        with silence:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=wanted,
+                attn_implementation=ATTENTION_NAME,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they come with the report
+                **_unpacking(checkpoint, config),
+                **_gguf(checkpoint),
+                **placement,
+            )
     except pickle.UnpicklingError as error:
         raise checkpoint.refusal(
             "its pytorch_model.bin holds other objects than tensors, which may be code: use a checkpoint in safetensors"
         ) from error
-    refuse_foreign_tensors(checkpoint, model, report)
+    setattr(model, UNUSED, refuse_foreign_tensors(checkpoint, model, report))
     refuse_no_numbers(checkpoint, model)
     # What was unpacked may have another type than was asked for.
     return model.to(model.dtype if dtype == "auto" else wanted) if _quant_method(config) else model

@@ -15,14 +15,16 @@ PREFIXES = {
 }
 
 
-def refuse_foreign_tensors(checkpoint: Checkpoint, model: Any, report: dict[str, Any]) -> None:
+def refuse_foreign_tensors(checkpoint: Checkpoint, model: Any, report: dict[str, Any]) -> tuple[str, ...]:
     """Refuse a checkpoint whose tensors are not the model's.
 
     ``report`` is transformers' loading info: tied weights are not in it, nor what a family is known to leave out or
-    to have left over. Whole modules at the top that the model lacks, such as value heads, are left alone.
+    to have left over. Whole modules at the top that the model lacks, such as value heads, are left alone; their names
+    are returned.
     """
     missing, mismatched = set(report["missing_keys"]), report["mismatched_keys"]
-    unexpected = {name for name in report["unexpected_keys"] if not _is_spare(name, model)}
+    spare = {name for name in report["unexpected_keys"] if _is_spare(name, model)}
+    unexpected = set(report["unexpected_keys"]) - spare
     for prefix, reason in PREFIXES.items():
         if missing and any(name.startswith(prefix) for name in report["unexpected_keys"]):
             raise checkpoint.refusal(f"the names of its tensors begin with {prefix}: {reason}")
@@ -39,6 +41,13 @@ def refuse_foreign_tensors(checkpoint: Checkpoint, model: Any, report: dict[str,
         raise checkpoint.refusal(
             f"the checkpoint {' and '.join(parts)}: it is incomplete, or its config is that of another model"
         )
+    return tuple(sorted({_module(name) for name in spare}))
+
+
+def _module(name: str) -> str:
+    """The module at the top that a tensor belongs to, or its layer."""
+    before, layers, behind = name.partition(".layers.")
+    return before + layers + behind.split(".", 1)[0] if layers else name.split(".", 1)[0]
 
 
 def _is_spare(name: str, model: Any) -> bool:
