@@ -34,6 +34,7 @@ from rrm_engine.engine.scheduler import SchedulerOutput, Work
 from rrm_engine.engine.sequence import Sequence as Tokens
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import KVCache, LayerShape
+from rrm_engine.kv.memory import is_out_of_memory
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
 from rrm_engine.models.attention import ATTENTION_NAME, Forward, PagedForward, block_multiple
@@ -119,6 +120,8 @@ def probe(
         plain = plain_runs(model, layers, devices, tokenizer)
         model.set_attn_implementation(ATTENTION_NAME)
     except Exception as e:  # whatever a family's own code raises
+        if _is_ours(e):
+            raise
         return ProbeResult(f"transformers' own run of it fails ({_brief(e)})")
     if not all(run.finite for run in plain):
         return _not_finite(model.dtype)
@@ -130,6 +133,11 @@ def probe(
             break
         slower = result.reason
     return result
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an invariant of the engine is broken, or memory has run out: neither says anything about the family."""
+    return isinstance(error, AssertionError) or is_out_of_memory(error)
 
 
 def _brief(error: Exception) -> str:
@@ -231,6 +239,8 @@ class Check:
         except FlashUnsupported as e:
             return ProbeResult(f"--attention cannot be what it is: {e}", "--attention triton and sdpa take any model")
         except Exception as e:  # whatever a family's own code raises
+            if _is_ours(e):
+                raise
             return ProbeResult(f"its forward pass fails with our attention ({_brief(e)})")
         bound, bound_of_logits = ALLOWED[self.plain[0].dtype], ALLOWED_OF_LOGITS * moved
         reason = None

@@ -112,17 +112,27 @@ def draw(
     for row, sequence in enumerate(sequences):
         by_params[sequence.sampling].append(row)
     keys = [s.noise_key for s in sequences]
-    out = torch.empty(len(sequences), dtype=torch.int64, device=logits.device) if len(by_params) > 1 else None
+    if len(by_params) == 1:
+        return _draw_rows(logits, sequences[0].sampling, range(len(sequences)), keys, positions, processed)
+    out = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
     for params, rows in by_params.items():
-        group = logits if out is None else logits.index_select(0, integers(rows, logits.device))
-        warped = processed.warped(group, rows) if processed is not None else None
-        places = [keys[row] for row in rows], [positions[row] for row in rows]
-        drawn = _draw_group(group, params, *places) if warped is None else _draw_warped(warped, params, *places)
-        if out is None:
-            return drawn
-        out.index_copy_(0, integers(rows, logits.device), drawn)
-    assert out is not None
+        index = integers(rows, logits.device)
+        out.index_copy_(0, index, _draw_rows(logits.index_select(0, index), params, rows, keys, positions, processed))
     return out
+
+
+def _draw_rows(
+    logits: torch.Tensor,
+    params: SamplingParams,
+    rows: Seq[int],
+    keys: Seq[int],
+    positions: Seq[int],
+    processed: "Processed | None",
+) -> torch.Tensor:
+    """One token for each row of ``logits``, which are the ``rows`` of the step that have ``params``."""
+    places = [keys[row] for row in rows], [positions[row] for row in rows]
+    warped = processed.warped(logits, rows) if processed is not None else None
+    return _draw_group(logits, params, *places) if warped is None else _draw_warped(warped, params, *places)
 
 
 def _reconciled(masked: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

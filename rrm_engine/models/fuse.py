@@ -154,8 +154,12 @@ def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
     # Some families store the weight's distance from one, and some multiply by it before they round.
     scales = (weight.clone(), 1 + weight, weight.float(), 1 + weight.float())
     candidates = [FusedRMSNorm(scale, float(eps)) for scale in scales]
-    best = min(candidates, key=lambda candidate: float((candidate(x) - expected).abs().max()))
+    best = min(candidates, key=lambda candidate: _distance(candidate(x), expected))
     return best if torch.allclose(best(x), expected, rtol=_ulps(x.dtype), atol=1e-6) else None
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
 
 
 def _ulps(dtype: torch.dtype) -> float:
