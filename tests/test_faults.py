@@ -6,7 +6,6 @@ out of disk or really out of memory. What must come out is what an undisturbed r
 
 import errno
 import json
-import os
 import re
 import shlex
 import shutil
@@ -339,14 +338,9 @@ def test_an_interrupt_while_everything_is_imported(after: float, folder: Path) -
     ("number", "times", "code"), [(signal.SIGINT, 3, 130), (signal.SIGTERM, 1, 143), (signal.SIGHUP, 2, 129)]
 )
 def test_a_signal_between_rows(number: int, times: int, code: int, folder: Path, whole: Path) -> None:
-    directory = folder / f"signal {number}"
-    bench = Bench(folder, *RUN, directory.name, prepare=[hear_interrupts])
-    rows = directory / "rows.jsonl"
-    while not bench.ended and not (rows.exists() and b"\n" in rows.read_bytes()):
-        time.sleep(0.002)
-    for _ in range(times):
-        os.kill(bench.process.pid or 0, number)
-        time.sleep(0.03)
+    directory, rows = folder / f"signal {number}", folder / f"signal {number}" / "rows.jsonl"
+    at_a_row = [hear_interrupts, partial(signal_itself, "rrm_engine.trace.record:RunDir.add", number, times)]
+    bench = Bench(folder, *RUN, directory.name, prepare=at_a_row)
     assert bench.wait() == code
     assert "Traceback" not in bench.err and "error" not in bench.err
     assert re.search(BROKEN_OFF, bench.out), bench.out
