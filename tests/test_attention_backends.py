@@ -130,7 +130,7 @@ def test_what_they_cannot_compute_is_refused() -> None:
 def test_a_model_they_cannot_run_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "choose_attention", lambda *_: ("varlen", VarlenAttention(varlen_attn)))
     with pytest.raises(prepare.UnsupportedModel, match=r"in float16 and bfloat16, not in float32; --attention triton"):
-        prepared(plain_model("qwen3"))
+        prepared(plain_model("qwen3"), "varlen")
 
 
 @pytest.mark.parametrize("name", ["varlen", "flash"])

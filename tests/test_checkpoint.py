@@ -198,7 +198,10 @@ def test_adapters(folder: Path, tmp_path: Path) -> None:
     [
         ({"model_type": None}, "config.json names no model_type"),
         ({"model_type": "nonesuch"}, "transformers cannot use config.json: "),
-        ({"model_type": "vit"}, "transformers cannot build what config.json describes: "),
+        ({"model_type": "vit"}, "transformers has no causal language model of the vit family"),
+        ({"model_type": "t5"}, "transformers has no causal language model of the t5 family"),
+        ({"model_type": "qwen2_vl"}, "of the qwen2_vl family, nothing that continues text alone: use a text-only"),
+        ({"model_type": "llava"}, "of the llava family"),
         ({"hidden_size": "wide"}, "config.json"),
         ({"hidden_act": "nonesuch"}, "transformers cannot build what config.json describes: KeyError('nonesuch')"),
         ({"vocab_size": -4}, "config.json"),

@@ -30,9 +30,9 @@ LONGROPE |= {"original_max_position_embeddings": 256, "factor": 2.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 
 
-def refusal(plain: Any) -> str:
+def refusal(plain: Any, attention: str = "auto") -> str:
     with pytest.raises(UnsupportedModel) as caught:
-        prepared(plain)
+        prepared(plain, attention)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -183,7 +183,7 @@ def test_a_window_that_is_one_too_wide_is_refused(monkeypatch: pytest.MonkeyPatc
 
     plain = plain_model("mistral")
     monkeypatch.setattr("rrm_engine.engine.prepare.choose_attention", lambda *_: ("wide", wide))
-    assert "it differs from plain transformers in the attention" in refusal(plain)
+    assert "it differs from plain transformers in the attention" in refusal(plain, "native")
 
 
 def test_a_cache_that_forgets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

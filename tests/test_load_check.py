@@ -1,19 +1,23 @@
 """The check at load in low precision: rounding is never refused, and small faults of every kind are, layer by layer."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from oracle import plain_model, prepared
-from rrm_kernels.reference import PagedAttention, Scores
+from oracle import COMMON, engine_for, plain_model, prepared, prompt
+from rrm_kernels.reference import PagedAttention, Scores, paged_attention
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from rrm_engine.engine import probe
 from rrm_engine.engine.plain import Plain
-from rrm_engine.engine.prepare import UnsupportedModel
+from rrm_engine.engine.prepare import LoadedModel, UnsupportedModel
 from rrm_engine.engine.probe import ALLOWED, Check, plain_runs
+from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.models.attention import ATTENTION_NAME, choose_attention, register_attention, transformers_forward
 from rrm_engine.models.fuse import fuse
 from rrm_engine.models.lean import LeanForward, lean_forward
@@ -282,3 +286,50 @@ def test_why_a_slower_forward_is_taken_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert model.slower is not None
     assert "differs from plain transformers" in model.slower
     assert not isinstance(model.forward, LeanForward)
+
+
+def test_a_router_whose_weight_the_model_reads_itself_is_left_as_it_is() -> None:
+    """It looks up the weight's type; what is packed has none to show."""
+    plain = plain_model("hunyuan_v1_moe", head_dim=16, num_experts=4, moe_topk=2, num_key_value_heads=4)
+    model = prepared(plain)
+    left = {name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+    assert left == {f"model.layers.{i}.mlp.gate.wg" for i in range(2)}
+    assert_equal_to_generate(plain, model)
+
+
+def assert_equal_to_generate(plain: Any, model: LoadedModel) -> None:
+    engine = engine_for(model)
+    prompts = [prompt(1, 37), prompt(2, 5)]
+    sequences = [engine.submit(str(i), list(tokens), 20, SamplingParams()) for i, tokens in enumerate(prompts)]
+    while engine.has_work:
+        engine.step()
+    for tokens, sequence in zip(prompts, sequences, strict=True):
+        ids = torch.tensor([tokens])
+        expected = plain.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, eos_token_id=[-1], do_sample=False
+        )
+        assert sequence.tokens == expected[0].tolist()
+
+
+def test_a_text_model_beside_an_image_encoder_of_as_many_layers() -> None:
+    text = {**COMMON, "head_dim": 16, "sliding_window": 16}
+    image = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**image, "image_size": 28, "patch_size": 14})
+    torch.manual_seed(7)
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    assert decoder_layers(plain)[0] == "model.language_model.layers"
+    assert_equal_to_generate(plain, prepared(plain))
+
+
+def failing(*_: Any) -> torch.Tensor:
+    raise RuntimeError("no such instruction")
+
+
+@pytest.mark.parametrize("fault", [failing, lambda *given: 2 * paged_attention(*given)], ids=["fails", "is wrong"])
+def test_the_torch_reference_stands_in_for_an_attention_that(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rrm_engine.engine.prepare.choose_attention", lambda *_: ("compiled", fault))
+    model = prepared(plain_model("llama"))
+    assert model.attend is paged_attention and model.slower is None
+    assert re.match(r"torch reference \(compiled: (it differs from plain|its forward pass fails)", model.attention)
+    with pytest.raises(UnsupportedModel, match=r"--attention sdpa or another --dtype|fails with our attention"):
+        prepared(plain_model("llama"), "native")

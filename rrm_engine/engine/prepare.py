@@ -1,6 +1,6 @@
 """From a published model to one the engine may run: load, fuse, and compare with its plain self."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,16 +119,23 @@ def prepare_model(
     attention_name, attend = choose_attention(attention, device, dtype)
     devices = layers or [device] * config.num_hidden_layers
 
-    def optimise(model: Any) -> Iterator[Forward]:
-        fuse(model)
-        if attend is not paged_attention and (lean := lean_forward(model, devices, attend)) is not None:
-            yield lean
-        yield transformers_forward(model, devices[-1] if spreads else None)
-
     on_device = OnOwnDevice(attend) if spreads or device.type == "cuda" else attend
-    result = probe(model, tokenizer, devices, optimise, on_device)
-    if result.reason or result.forward is None:
+
+    def optimise(model: Any, kept: Collection[nn.Module]) -> Iterator[tuple[Forward, PagedAttention]]:
+        fuse(model, kept)
+        if attend is not paged_attention and (lean := lean_forward(model, devices, attend)) is not None:
+            yield lean, on_device
+        forward = transformers_forward(model, devices[-1] if spreads else None)
+        yield forward, on_device
+        if attention == "auto" and attend is not paged_attention:
+            yield forward, paged_attention
+
+    result = probe(model, tokenizer, devices, optimise)
+    if result.reason or result.forward is None or result.attend is None:
         raise UnsupportedModel(f"{name}: {result.reason}; {result.advice}")
+    if result.attend is not on_device:
+        attention_name = f"torch reference ({attention_name}: {result.slower})"
+        result.slower = None
     return LoadedModel(
         name=name,
         model=model,
@@ -139,7 +146,7 @@ def prepare_model(
         device=device,
         shapes=result.shapes,
         attention=attention_name,
-        attend=on_device,
+        attend=result.attend,
         max_position=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         eos_ids=_eos_ids(model, tokenizer),
         generation=read_generation(model),

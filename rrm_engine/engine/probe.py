@@ -17,7 +17,7 @@ a past whose scores a soft-cap changes, if there is one; their KV is drawn, not 
 nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from rrm_kernels.flash import FlashUnsupported
 from rrm_kernels.reference import PagedAttention
+from torch import nn
 
 from rrm_engine.engine.plain import LOGITS, Past, Place, Plain, run_plain
 from rrm_engine.engine.rounding import deviation, jitter, widened
@@ -38,6 +39,7 @@ from rrm_engine.kv.memory import is_out_of_memory
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
 from rrm_engine.models.attention import ATTENTION_NAME, Forward, PagedForward, block_multiple
+from rrm_engine.models.fuse import parameters_read
 from rrm_engine.models.places import PLAIN_ATTENTION, layer_inputs
 from rrm_engine.models.spread import decoder_layers
 
@@ -75,7 +77,8 @@ class ProbeResult:
     error: float = 0.0
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     forward: Forward | None = None
-    slower: str | None = None
+    attend: PagedAttention | None = None
+    slower: str | None = None  # what was wrong with the way before it
 
 
 def refuse_known_mismatches(config: Any) -> str | None:
@@ -102,12 +105,12 @@ def probe(
     model: Any,
     tokenizer: Any,
     devices: Sequence[torch.device],
-    optimise: Callable[[Any], Iterable[Forward]],
-    attend: PagedAttention,
+    optimise: Callable[[Any, Collection[nn.Module]], Iterable[tuple[Forward, PagedAttention]]],
 ) -> ProbeResult:
     """Run two sequences plainly, then the optimised model on them packed, in chunks and decodes; compare.
 
-    ``optimise`` changes the model in place and yields ways to run it, the best first; the first that is right is
+    ``optimise`` changes the model in place, but for the linear layers that it is given, whose parameters the model's
+    own code reads; it yields ways to run it, each with its attention, the best first, and the first that is right is
     taken. Leaves the model switched to our attention. ``devices`` are those of its layers.
     """
     try:
@@ -117,7 +120,8 @@ def probe(
     num_layers = model.config.get_text_config().num_hidden_layers
     try:
         model.set_attn_implementation(PLAIN_ATTENTION)
-        plain = plain_runs(model, layers, devices, tokenizer)
+        with parameters_read(model) as read:
+            plain = plain_runs(model, layers, devices, tokenizer)
         model.set_attn_implementation(ATTENTION_NAME)
     except Exception as e:  # whatever a family's own code raises
         if _is_ours(e):
@@ -125,14 +129,22 @@ def probe(
         return ProbeResult(f"transformers' own run of it fails ({_brief(e)})")
     if not all(run.finite for run in plain):
         return _not_finite(model.dtype)
+    if reason := _without_state(plain[0].values, num_layers):
+        return ProbeResult(reason)
     result, slower = ProbeResult("there is no way to run it"), None
-    for forward in optimise(model):
+    for forward, attend in optimise(model, read):
         result = Check(forward, plain, layers, devices[0], attend).result(num_layers)
         result.slower = slower
         if result.reason is None:
             break
         slower = result.reason
     return result
+
+
+def _without_state(places: Iterable[Place], num_layers: int) -> str | None:
+    """Why layers that did not come by these places cannot be run, if there are any."""
+    missing = sorted(set(range(num_layers)) - {layer for what, layer in places if what == "attention"})
+    return f"layers {missing} never called the attention function, so their state cannot be kept" if missing else None
 
 
 def _is_ours(error: Exception) -> bool:
@@ -229,11 +241,8 @@ class Check:
         try:
             self._store_past()
             self._run_place_by_place()
-            called = {layer for what, layer in self.deviations[0] if what == "attention"}
-            if missing := sorted(set(range(num_layers)) - called):
-                return ProbeResult(
-                    f"layers {missing} never called the attention function, so their state cannot be kept"
-                )
+            if reason := _without_state(self.deviations[0], num_layers):
+                return ProbeResult(reason)
             worst, where = max(self._judged(), key=lambda judged: judged[0])
             error, moved = self._run_freely()
         except FlashUnsupported as e:
@@ -250,7 +259,7 @@ class Check:
         elif not error <= bound_of_logits:
             size = f"by {error:.2g} of the logits' spread (allowed: {bound_of_logits:.2g})"
             reason = f"a packed run differs from a plain one {size}"
-        return ProbeResult(reason, TRY_OTHERS, worst, error, dict(self.cache.shapes), self.forward)
+        return ProbeResult(reason, TRY_OTHERS, worst, error, dict(self.cache.shapes), self.forward, self.attend)
 
     def _steps(self) -> Iterator[tuple[Work, ...]]:
         pool = BlockPool(self.cache.num_blocks, self.cache.block_size, prefix_cache=False)

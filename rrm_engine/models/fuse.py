@@ -1,6 +1,8 @@
 """Fewer and faster operations: projections of one input merged, weights packed on CPU, norms in one kernel."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,11 +121,40 @@ class FusedRMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
-def fuse(model: nn.Module) -> None:
+class _Watched(nn.Linear):
+    """A linear layer that notes itself in ``seen`` when its parameters are read from outside of its own forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        return F.linear(x, weight, bias)
+
+    def __getattr__(self, name: str) -> Any:  # asked for what lies in no __dict__, as parameters do
+        if name in self._parameters:
+            self.__dict__["seen"].add(self)
+        return super().__getattr__(name)
+
+
+@contextmanager
+def parameters_read(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """The linear layers of ``model`` whose weight or bias some other module's code reads in this context."""
+    seen: set[nn.Module] = set()
+    watched = [module for module in model.modules() if type(module) is nn.Linear]
+    for module in watched:
+        module.__class__, module.__dict__["seen"] = _Watched, seen
+    try:
+        yield seen
+    finally:
+        for module in watched:
+            module.__class__ = nn.Linear
+            del module.__dict__["seen"]
+
+
+def fuse(model: nn.Module, kept: Collection[nn.Module] = ()) -> None:
     """Merge and pack the linear layers of ``model`` and fuse its RMS norms, in place.
 
     Only exact ``nn.Linear`` modules and norms that compute the same are touched; hooks placed by accelerate mark
-    modules that are left alone.
+    modules that are left alone, as those ``kept`` are.
     """
     with torch.no_grad():
         for module in list(model.modules()):
@@ -133,11 +164,11 @@ def fuse(model: nn.Module) -> None:
         for module in list(model.modules()):
             for names in MERGES:
                 parts = [getattr(module, name, None) for name in names]
-                if all(_plain_linear(part) for part in parts) and _mergeable(parts):  # type: ignore[arg-type]
+                if all(_plain_linear(part, kept) for part in parts) and _mergeable(parts):  # type: ignore[arg-type]
                     _merge(module, names, parts)  # type: ignore[arg-type]
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear) and _plain_linear(child) and child.weight.device.type == "cpu":
+                if isinstance(child, nn.Linear) and _plain_linear(child, kept) and child.weight.device.type == "cpu":
                     setattr(module, name, PackedLinear(child.weight, child.bias))
 
 
@@ -167,8 +198,8 @@ def _ulps(dtype: torch.dtype) -> float:
     return 2 * torch.finfo(dtype).eps
 
 
-def _plain_linear(module: nn.Module | None) -> bool:
-    return type(module) is nn.Linear and not hasattr(module, "_hf_hook")
+def _plain_linear(module: nn.Module | None, kept: Collection[nn.Module]) -> bool:
+    return type(module) is nn.Linear and module not in kept and not hasattr(module, "_hf_hook")
 
 
 def _mergeable(parts: Sequence[nn.Linear]) -> bool:

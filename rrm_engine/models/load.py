@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from rrm_engine.errors import RrmError
@@ -136,6 +137,12 @@ def _read_tokenizer(checkpoint: Checkpoint, config: Any, trust_remote_code: bool
 
 def _build(checkpoint: Checkpoint, config: Any, dtype: str, trust_remote_code: bool) -> Any:
     """The model without its weights."""
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not (own and trust_remote_code):
+        raise checkpoint.refusal(
+            f"transformers has no causal language model of the {config.model_type} family, nothing that continues "
+            f"text alone: use a text-only checkpoint"
+        )
     published = torch.float32 if checkpoint.name == EMBEDDED else getattr(config.get_text_config(), "dtype", None)
     wanted = (published or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     with _about(checkpoint, "transformers cannot build what config.json describes"), torch.device("meta"):

@@ -16,10 +16,14 @@ Places = dict[str, torch.device]
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of a causal LM's layers and its name. Raises RrmError if it has none."""
+    """The list of a causal LM's layers and its name. Raises RrmError if it has none.
+
+    Those of an image encoder beside them, of which there may be as many, are not taken for them.
+    """
     count = model.config.get_text_config().num_hidden_layers
+    decoder = set(model.get_decoder().modules())
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if module in decoder and isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise RrmError(f"{type(model).__name__} has no list of {count} layers that --placement pipeline could split")
 

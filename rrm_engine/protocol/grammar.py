@@ -124,7 +124,10 @@ class EventGrammars:
         own = tokenizer.eos_token_id
         eos = sorted({*eos_ids, *([own] if own is not None else [])})
         if not eos:
-            raise RrmError("a grammar needs an end-of-sequence token, and this tokenizer names none")
+            raise RrmError(
+                "a grammar needs an end-of-sequence token, and neither the tokenizer nor the model names one: name one "
+                "in tokenizer_config.json (eos_token), or give --constrain off"
+            )
         self.eos_ids = frozenset(eos)
         try:
             self._tokenizer = from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos, slices=_SLICES)
