@@ -47,14 +47,14 @@ if __name__ == "__main__":
 import torch
 from transformers import GenerationConfig
 
-from rrm_engine.bench.environment import environment
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
-from rrm_engine.models.load import load_pretrained, resolve_device
+from rrm_engine.loading.load import load_pretrained, resolve_device
+from rrm_engine.loading.prepare import LoadedModel, load_model
+from rrm_engine.runs.environment import environment
 
 Run = Callable[[list[list[int]], int], None]
 HF_BLOCK = 256  # tokens of a KV block of transformers' continuous batching

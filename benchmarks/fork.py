@@ -32,11 +32,11 @@ if __name__ == "__main__":
 
 import torch
 
-from rrm_engine.bench.environment import environment
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
 from rrm_engine.kv.pool import BlockPool
+from rrm_engine.runs.environment import environment
 
 LENGTHS = (512, 2048, 8192, 32768)
 BLOCK_SIZE = 16

@@ -21,7 +21,7 @@ from begin import flags_first
 
 from rrm_engine.command_line import Parser
 from rrm_engine.errors import RrmError
-from rrm_engine.models.geometry import GEOMETRIES
+from rrm_engine.loading.geometry import GEOMETRIES
 
 LIMIT_S = 470.0
 
@@ -45,8 +45,8 @@ import torch
 from gpu import decode, graphs, kernels, logits, moves, peers, pipeline, report, sharing
 from gpu.lab import Lab, Section
 
-from rrm_engine.bench.environment import environment
-from rrm_engine.models.load import resolve_device
+from rrm_engine.loading.load import resolve_device
+from rrm_engine.runs.environment import environment
 
 
 def sections() -> list[Section]:

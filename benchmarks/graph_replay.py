@@ -28,7 +28,7 @@ from begin import add_replay_settings, flags_first
 from rrm_engine.command_line import Parser
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible, plural
-from rrm_engine.models.geometry import GEOMETRIES, PREFIX
+from rrm_engine.loading.geometry import GEOMETRIES, PREFIX
 from rrm_engine.replay.generate import SHAPES, generate
 from rrm_engine.replay.variant import HELP, Variant, parse_variant
 
@@ -62,9 +62,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rrm_engine.bench.environment import environment
-from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.kv.cache import bytes_per_block
+from rrm_engine.loading.prepare import LoadedModel, load_model
 from rrm_engine.replay.check import ReplayMismatch
 from rrm_engine.replay.driver import Contender, Memory, Ours, blocks_needed
 from rrm_engine.replay.graph import Graph
@@ -74,6 +73,7 @@ from rrm_engine.replay.reader import read_graphs, write_graphs
 from rrm_engine.replay.recorded import recorded_graphs
 from rrm_engine.replay.report import rich_table
 from rrm_engine.replay.split import recorded_pairs, sentence, split
+from rrm_engine.runs.environment import environment
 
 
 def load(name: str, args: argparse.Namespace) -> LoadedModel:

@@ -39,13 +39,13 @@ if __name__ == "__main__":
 
 import torch
 
-from rrm_engine.bench.environment import environment
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
+from rrm_engine.loading.prepare import LoadedModel, load_model
+from rrm_engine.runs.environment import environment
 
 BLOCK = 16
 

@@ -40,8 +40,8 @@ import torch
 import torch.nn.functional as F
 from rrm_kernels.products import NativeLinear
 
-from rrm_engine.bench.environment import environment
 from rrm_engine.models.fuse import onednn_product
+from rrm_engine.runs.environment import environment
 
 CACHES = 96 << 20  # bytes; more than any cache here holds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -47,10 +47,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rrm_engine.bench.environment import environment
 from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
 from rrm_engine.engine.replicas import AnyEngine, Replicas
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
@@ -58,7 +56,9 @@ from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.host import SwapCosts
 from rrm_engine.kv.pool import BlockPool
-from rrm_engine.models.load import load_pretrained, resolve_device
+from rrm_engine.loading.load import load_pretrained, resolve_device
+from rrm_engine.loading.prepare import LoadedModel, prepare_model
+from rrm_engine.runs.environment import environment
 
 GREEDY = SamplingParams()
 MAX_DEPTH = 3

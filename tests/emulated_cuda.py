@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.cpp_extension import include_paths, library_paths
 from triton.runtime.interpreter import InterpretedFunction
 
-from rrm_engine.kv.transfer import _copy_stream
+from rrm_engine.device.transfer import _copy_stream
 
 aten = torch.ops.aten
 GUARD = """

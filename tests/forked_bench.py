@@ -23,11 +23,11 @@ import torch
 from rrm_kernels.reference import PagedBatch
 
 from rrm_engine.backends import local
+from rrm_engine.device import memory
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
-from rrm_engine.kv import memory
-from rrm_engine.trace import record
-from rrm_engine.trace.record import Row, RunDir
+from rrm_engine.runs import directory
+from rrm_engine.runs.directory import Row, RunDir
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 SERVER = mp.get_context("forkserver")
@@ -210,7 +210,7 @@ def write_rows_before_events() -> None:
         add(self, row)
         self._trace = trace
         if trace is not None:
-            with record._saying("trace.jsonl cannot be written"):
+            with directory._saying("trace.jsonl cannot be written"):
                 trace.flush()
 
     RunDir.add = added  # type: ignore[method-assign]
@@ -218,7 +218,7 @@ def write_rows_before_events() -> None:
 
 def leave_torn_lines() -> None:
     """A torn last line is not cut off."""
-    record.mend_tail = lambda path: False  # type: ignore[assignment]
+    directory.mend_tail = lambda path: False  # type: ignore[assignment]
 
 
 def skip_torn_lines() -> None:
@@ -241,7 +241,7 @@ def accept_torn_lines() -> None:
 def _load_those(read_torn: Callable[[bytes, Row], Row | None]) -> Callable[[RunDir], None]:
     def load(self: RunDir) -> None:
         for line in (self.path / "rows.jsonl").read_bytes().splitlines():
-            row = record._parse(line) or read_torn(line, self.rows[-1])
+            row = directory._parse(line) or read_torn(line, self.rows[-1])
             if row is not None:
                 self.rows.append(row)
 

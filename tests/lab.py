@@ -17,8 +17,8 @@ from tokenizers import pre_tokenizers
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.config import RunConfig
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
 from rrm_engine.engine.sequence import Sequence
+from rrm_engine.loading.prepare import LoadedModel, prepare_model
 
 STYLE = """
 name = "terse"

@@ -18,8 +18,8 @@ from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged
 from rrm_kernels.triton_attention import TritonAttention
 
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
 from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.loading.prepare import LoadedModel, prepare_model
 from rrm_engine.models import attention, lean
 
 

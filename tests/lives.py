@@ -15,7 +15,7 @@ import torch
 
 from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.layout import Drawn
+from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.runner import pack
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work

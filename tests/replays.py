@@ -4,7 +4,7 @@ from typing import Any
 
 from oracle import VOCABULARY
 
-from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.replay.driver import Memory, Ours, Replayed, blocks_needed
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.reader import parse_graph

@@ -17,8 +17,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.config import RunConfig
-from rrm_engine.engine import prepare
 from rrm_engine.errors import RrmError
+from rrm_engine.loading import prepare
 from rrm_engine.models import attention
 from rrm_engine.models.attention import choose_attention
 

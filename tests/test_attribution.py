@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from traced import edited, known_graph, recursive
 
+from rrm_engine.runs.checks import build, critical_path_tokens
+from rrm_engine.runs.directory import row_key
+from rrm_engine.runs.reader import TraceError, read_run
+from rrm_engine.runs.timeline import Event, Incomplete, JobTrace
 from rrm_engine.trace.attribution import PARTS, attribute
-from rrm_engine.trace.checks import build, critical_path_tokens
 from rrm_engine.trace.cli import main
-from rrm_engine.trace.reader import TraceError, read_run
-from rrm_engine.trace.record import row_key
-from rrm_engine.trace.timeline import Event, Incomplete, JobTrace
 
 # the recorded runs are worth the tests
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from rrm_engine.backends.local import Solver
 from rrm_engine.bench.table import about_solver
 from rrm_engine.config import RunConfig
-from rrm_engine.engine.prepare import load_model
 from rrm_engine.errors import RrmError
-from rrm_engine.models import hub
-from rrm_engine.models.load import load_pretrained
+from rrm_engine.loading import hub
+from rrm_engine.loading.load import load_pretrained
+from rrm_engine.loading.prepare import load_model
 
 SOURCE = Path(str(files("rrm_engine.data") / "embedded_model"))
 CPU = torch.device("cpu")

@@ -21,14 +21,14 @@ from rrm_kernels.triton_layer import TritonLayer
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.config import RunConfig
-from rrm_engine.engine import captured
-from rrm_engine.engine.captured import StaticSteps
+from rrm_engine.engine import static_steps
+from rrm_engine.engine.cuda_graphs import CudaGraphs, Share
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
-from rrm_engine.engine.recorder import CudaGraphs, Share
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.static_steps import StaticSteps
 from rrm_engine.kv.pool import NULL_BLOCK
+from rrm_engine.loading.prepare import LoadedModel, prepare_model
 from rrm_engine.models import lean
 from rrm_engine.models.lean import LeanForward, Stage
 
@@ -89,7 +89,7 @@ def test_the_lean_forward_on_triton_equals_plain_transformers(family: str) -> No
     model = loaded(plain_model(family, num_hidden_layers=1))
     assert isinstance(model.forward, LeanForward)
     assert isinstance(model.forward.stages[0].kernels, TritonLayer)
-    assert model.probe_error < 1e-4
+    assert model.load_check_error < 1e-4
 
 
 def test_padded_steps_on_triton_equal_plain_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_padding_that_writes_to_a_real_block_is_noticed(
 ) -> None:
     """Negative control."""
     pair = Pair(on_torch[1])
-    monkeypatch.setattr(captured, "PADDING_SLOT", pair.engines[0].pool.block_size)  # the first real block
+    monkeypatch.setattr(static_steps, "PADDING_SLOT", pair.engines[0].pool.block_size)  # the first real block
     pair.submit(3, 9, 3)
     assert pair.run() > 0.01
 
@@ -291,7 +291,7 @@ def test_steps_that_are_too_large_are_not_padded(
     on_torch: tuple[Any, LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, model = on_torch
-    monkeypatch.setattr(captured, "SIZES", (1, 2, 4))
+    monkeypatch.setattr(static_steps, "SIZES", (1, 2, 4))
     engine = engine_for(model)
     steps = with_runner(engine, model, eager=False)
     keys = watch(steps, monkeypatch)

@@ -21,12 +21,12 @@ from emulated_streams import Stream
 from launched import engine_on, on_cuda, reference_attention
 
 from rrm_engine.config import WaitPolicy
+from rrm_engine.device.transfer import Readback
+from rrm_engine.engine.cuda_graphs import CudaGraphs, Share
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import prepare_model
-from rrm_engine.engine.recorder import CudaGraphs, Share
 from rrm_engine.engine.replicas import Replicas
 from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.transfer import Readback
+from rrm_engine.loading.prepare import prepare_model
 from rrm_engine.models.attention import OnOwnDevice
 from rrm_engine.models.lean import LeanForward
 

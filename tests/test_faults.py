@@ -43,9 +43,9 @@ from forked_bench import (
     write_rows_before_events,
 )
 
-from rrm_engine.kv.memory import is_out_of_memory
-from rrm_engine.trace.reader import read_run
-from rrm_engine.trace.record import row_key
+from rrm_engine.device.memory import is_out_of_memory
+from rrm_engine.runs.directory import row_key
+from rrm_engine.runs.reader import read_run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
 TASKS = {
@@ -339,7 +339,7 @@ def test_an_interrupt_while_everything_is_imported(after: float, folder: Path) -
 )
 def test_a_signal_between_rows(number: int, times: int, code: int, folder: Path, whole: Path) -> None:
     directory, rows = folder / f"signal {number}", folder / f"signal {number}" / "rows.jsonl"
-    at_a_row = [hear_interrupts, partial(signal_itself, "rrm_engine.trace.record:RunDir.add", number, times)]
+    at_a_row = [hear_interrupts, partial(signal_itself, "rrm_engine.runs.directory:RunDir.add", number, times)]
     bench = Bench(folder, *RUN, directory.name, prepare=at_a_row)
     assert bench.wait() == code
     assert "Traceback" not in bench.err and "error" not in bench.err

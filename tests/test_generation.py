@@ -15,8 +15,7 @@ from traced import save_model
 from transformers import GenerationConfig
 
 from rrm_engine.bench.cli import main as bench
-from rrm_engine.engine.layout import Drawn
-from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.processors import Processors, Transcripts
 from rrm_engine.engine.replicas import AnyEngine, Replicas
 from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
@@ -24,7 +23,8 @@ from rrm_engine.engine.scheduler import WaitPolicy
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
-from rrm_engine.models.generation import HONOURED, WARPERS, WITHOUT_EFFECT, read_generation
+from rrm_engine.loading.generation import HONOURED, WARPERS, WITHOUT_EFFECT, read_generation
+from rrm_engine.loading.prepare import LoadedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
 Settings = dict[str, Any]

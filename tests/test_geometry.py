@@ -9,8 +9,8 @@ from oracle import VOCABULARY
 from replays import FLAT, drawn, memory_for, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rrm_engine.engine.prepare import load_model, prepare_model
-from rrm_engine.models.geometry import GEOMETRIES, random_model
+from rrm_engine.loading.geometry import GEOMETRIES, random_model
+from rrm_engine.loading.prepare import load_model, prepare_model
 
 
 @pytest.mark.parametrize(

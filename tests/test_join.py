@@ -151,8 +151,8 @@ def test_the_embedded_model() -> None:
 
 
 def test_a_model_whose_keys_cannot_be_moved_is_refused(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrm_engine.engine.rotary.TOLERANCE", {})
-    monkeypatch.setattr("rrm_engine.engine.rotary.LOW_PRECISION_TOLERANCE", -1.0)
+    monkeypatch.setattr("rrm_engine.loading.rotary.TOLERANCE", {})
+    monkeypatch.setattr("rrm_engine.loading.rotary.LOW_PRECISION_TOLERANCE", -1.0)
     with pytest.raises(ValueError, match=r"^tiny: KV of layer 0 cannot be moved.*use --join text$"):
         lab.solver(join="splice")
     lab.solver()

@@ -8,8 +8,8 @@ from oracle import FAMILIES, VARIANTS, compiled, engine_for, plain_model, prepar
 from rrm_kernels.native import NativeLayer, load_native_layer
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from rrm_engine.engine.prepare import prepare_model
 from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.loading.prepare import prepare_model
 from rrm_engine.models.lean import LeanForward
 
 LEAN = {"llama", "mistral", "qwen2", "qwen3"}
@@ -143,7 +143,7 @@ def test_a_lean_forward_that_is_wrong_is_not_used(native: NativeLayer, monkeypat
     plain = plain_model("qwen3")
     model = prepared(plain)
     assert not isinstance(model.forward, LeanForward)
-    assert model.probe_error < 1e-3
+    assert model.load_check_error < 1e-3
 
 
 def test_bf16_logits_agree_with_transformers_forward(native: NativeLayer) -> None:
@@ -152,6 +152,6 @@ def test_bf16_logits_agree_with_transformers_forward(native: NativeLayer) -> Non
     errors = {}
     for attention in ("auto", "sdpa"):
         model = prepare_model(plain_model("qwen3").to(torch.bfloat16), tokenizer, "qwen3", attention=attention)
-        errors[type(model.forward).__name__] = model.probe_error
+        errors[type(model.forward).__name__] = model.load_check_error
     assert errors.keys() == {"LeanForward", "function"}
     assert max(errors.values()) < 0.1

@@ -21,8 +21,8 @@ from rrm_engine.bench.tasks import Task, TaskSet
 from rrm_engine.command import say
 from rrm_engine.legible import legible, legible_key, spelled
 from rrm_engine.replay.report import rich_table
+from rrm_engine.runs.directory import RunDir
 from rrm_engine.trace.cli import main
-from rrm_engine.trace.record import RunDir
 
 HOSTILE = [
     "\x1b[31mred", "\x1b]0;title", "\x9b2J", "a\nb\r\nc\x85d\u2028e", "\u202eright to left", "\u2066a\u2069", "\a\b\0",

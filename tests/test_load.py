@@ -13,9 +13,9 @@ from oracle import MOE, plain_model, prepared
 from rrm_kernels import reference
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rrm_engine.engine import probe
-from rrm_engine.engine.prepare import UnsupportedModel, load_model
-from rrm_engine.models.load import resolve_device
+from rrm_engine.loading import check
+from rrm_engine.loading.load import resolve_device
+from rrm_engine.loading.prepare import UnsupportedModel, load_model
 
 LINEAR = {
     "linear_num_key_heads": 2,
@@ -141,7 +141,7 @@ def test_attention_that_cannot_be_replaced(family: str, tmp_path: Path) -> None:
 
 
 def test_a_layer_that_never_calls_our_attention() -> None:
-    """What the known families are refused for by name, an unknown one is by the probe."""
+    """What the known families are refused for by name, an unknown one is by the load check."""
     plain = plain_model("qwen3")
     first = plain.model.layers[0].self_attn
     first.forward = lambda hidden_states, **_: (hidden_states * 0, None)
@@ -155,7 +155,7 @@ def test_a_layer_that_never_calls_our_attention() -> None:
 def test_the_probe_passes_what_is_right(family: str) -> None:
     """Counterpart of the tests below: the measured error is far from the bound."""
     model = prepared(plain_model(family))
-    assert 0 <= model.probe_error < 1e-4
+    assert 0 <= model.load_check_error < 1e-4
 
 
 def test_a_broken_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_a_broken_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = refusal(plain_model("qwen3"))
     assert re.search(r"it differs from plain transformers in the attention (of layer|at token) \d+, by ", reason)
     assert (
-        f"times what rounding does (allowed: {probe.ALLOWED[torch.float32]:g}); try --attention sdpa or another --dtype"
+        f"times what rounding does (allowed: {check.ALLOWED[torch.float32]:g}); try --attention sdpa or another --dtype"
         in reason
     )
 
@@ -182,7 +182,7 @@ def test_a_window_that_is_one_too_wide_is_refused(monkeypatch: pytest.MonkeyPatc
         return attend(*given, replace(scores, window=scores.window and scores.window + 1))
 
     plain = plain_model("mistral")
-    monkeypatch.setattr("rrm_engine.engine.prepare.choose_attention", lambda *_: ("wide", wide))
+    monkeypatch.setattr("rrm_engine.loading.prepare.choose_attention", lambda *_: ("wide", wide))
     assert "it differs from plain transformers in the attention" in refusal(plain, "native")
 
 

@@ -13,15 +13,15 @@ from rrm_kernels.reference import PagedAttention, Scores, paged_attention
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from rrm_engine.engine import probe
-from rrm_engine.engine.plain import Plain
-from rrm_engine.engine.prepare import LoadedModel, UnsupportedModel
-from rrm_engine.engine.probe import ALLOWED, Check, plain_runs
 from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.loading import check
+from rrm_engine.loading.check import ALLOWED, Check, plain_runs
+from rrm_engine.loading.places import PLAIN_ATTENTION, register_plain_attention
+from rrm_engine.loading.plain import Plain
+from rrm_engine.loading.prepare import LoadedModel, UnsupportedModel
 from rrm_engine.models.attention import ATTENTION_NAME, choose_attention, register_attention, transformers_forward
 from rrm_engine.models.fuse import fuse
 from rrm_engine.models.lean import LeanForward, lean_forward
-from rrm_engine.models.places import PLAIN_ATTENTION, register_plain_attention
 from rrm_engine.models.spread import decoder_layers
 
 CPU = torch.device("cpu")
@@ -103,14 +103,14 @@ def swapped(case: Case, monkeypatch: pytest.MonkeyPatch) -> PagedAttention:
 
 def changed_step(change: Callable[[Any], None]) -> Change:
     def pack_otherwise(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-        pack = probe.pack
+        pack = check.pack
 
         def changed(*given: Any) -> Any:
             step = pack(*given)
             change(step)
             return step
 
-        monkeypatch.setattr(probe, "pack", changed)
+        monkeypatch.setattr(check, "pack", changed)
 
     return pack_otherwise
 
@@ -327,7 +327,7 @@ def failing(*_: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("fault", [failing, lambda *given: 2 * paged_attention(*given)], ids=["fails", "is wrong"])
 def test_the_torch_reference_stands_in_for_an_attention_that(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrm_engine.engine.prepare.choose_attention", lambda *_: ("compiled", fault))
+    monkeypatch.setattr("rrm_engine.loading.prepare.choose_attention", lambda *_: ("compiled", fault))
     model = prepared(plain_model("llama"))
     assert model.attend is paged_attention and model.slower is None
     assert re.match(r"torch reference \(compiled: (it differs from plain|its forward pass fails)", model.attention)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from lab import Lab
 
-from rrm_engine.kv import memory
-from rrm_engine.kv.memory import container_room, free_memory
+from rrm_engine.device import memory
+from rrm_engine.device.memory import container_room, free_memory
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -129,7 +129,7 @@ def test_the_default_of_kv_blocks_fits_under_ulimit() -> None:
     script = (
         "import psutil, resource\n"
         "from rrm_engine import RunConfig, Solver\n"
-        "from rrm_engine.models.load import load_pretrained\n"
+        "from rrm_engine.loading.load import load_pretrained\n"
         "import rrm_engine.backends.local\n"
         "limit = psutil.Process().memory_info().vms + (200 << 20)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"

@@ -19,7 +19,7 @@ assert sys.path[0] in ("", {where!r}), sys.path
 from transformers.utils import import_utils
 import_utils.is_kernels_available = lambda *args, **kwargs: True
 from transformers import LlamaForCausalLM
-import kernels, rrm_kernels.reference, rrm_engine.models.load
+import kernels, rrm_kernels.reference, rrm_engine.loading.load
 print(kernels.__file__)
 """
 

@@ -12,9 +12,9 @@ import pytest
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb2
 from traced import known_graph, recursive
 
+from rrm_engine.runs.reader import RunTrace, read_run
 from rrm_engine.trace.cli import main
 from rrm_engine.trace.perfetto import session_shifts
-from rrm_engine.trace.reader import RunTrace, read_run
 
 
 @pytest.fixture

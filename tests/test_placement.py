@@ -23,8 +23,6 @@ from rrm_engine.bench.cli import main
 from rrm_engine.bench.tasks import load_tasks
 from rrm_engine.config import RunConfig, WaitPolicy
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.placement import kv_bytes_per_token, parse_devices, plan_memory, split
-from rrm_engine.engine.prepare import load_planned, prepare_model
 from rrm_engine.engine.replicas import SLACK, Replicas
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, draw
@@ -33,11 +31,13 @@ from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
+from rrm_engine.loading.load import load_skeleton
+from rrm_engine.loading.placement import kv_bytes_per_token, parse_devices, plan_memory, split
+from rrm_engine.loading.prepare import load_planned, prepare_model
 from rrm_engine.models import lean
 from rrm_engine.models.attention import ATTENTION_NAME, PagedForward, register_attention, transformers_forward
 from rrm_engine.models.fuse import fuse
 from rrm_engine.models.lean import LeanForward, Stage
-from rrm_engine.models.load import load_skeleton
 from rrm_engine.models.spread import places, spread, tied_modules
 
 CPU, OTHER, META = torch.device("cpu"), torch.device("cpu:1"), torch.device("meta")
@@ -265,8 +265,8 @@ def test_auto_takes_one_device_only_if_the_model_fits_there(monkeypatch: pytest.
     assert all(p.device == META for p in skeleton.parameters())
     two = [CPU, META]  # two devices that are not the same
     for free, kind in ((1 << 40, "single"), (40 << 20, "pipeline")):
-        monkeypatch.setattr("rrm_engine.kv.memory.free_memory", lambda device, free=free: free)
-        monkeypatch.setattr("rrm_engine.engine.placement.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("rrm_engine.device.memory.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("rrm_engine.loading.placement.free_memory", lambda device, free=free: free)
         plan = plan_memory(skeleton, two, "auto")
         assert (plan.kind, len(plan.stages)) == (kind, 1 if kind == "single" else 2)
         assert plan_memory(skeleton, [CPU, CPU], "auto", useful=1).kind == "single"
@@ -275,7 +275,7 @@ def test_auto_takes_one_device_only_if_the_model_fits_there(monkeypatch: pytest.
     assert sum(stage.weights for stage in plan.stages) == weights + tied
     both = plan_memory(skeleton, [CPU, CPU], "replicate")
     assert both.room == plan_memory(skeleton, [CPU], "single").room // 2
-    monkeypatch.setattr("rrm_engine.kv.memory.free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr("rrm_engine.device.memory.free_memory", lambda device: 1 << 20)
     with pytest.raises(ValueError, match=r"the model does not fit, memory plan, replicate.*--devices"):
         plan_memory(skeleton, [CPU, CPU], "replicate")
 

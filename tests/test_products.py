@@ -10,8 +10,8 @@ from rrm_kernels.build import load_library
 from rrm_kernels.native import load_native, load_native_layer
 from rrm_kernels.products import Kind, NativeLinear, NativeUnavailable
 
-from rrm_engine.engine.prepare import UnsupportedModel
 from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.loading.prepare import UnsupportedModel
 from rrm_engine.models import fuse
 from rrm_engine.models.fuse import PackedLinear
 

@@ -25,6 +25,7 @@ from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput
 from rrm_engine.models.fuse import PackedLinear
+from rrm_engine.runs.reader import read_run
 from rrm_engine.trace.cli import main as trace_command
 from rrm_engine.trace.kernel_names import KERNELS
 from rrm_engine.trace.perfetto import ranges_of
@@ -38,7 +39,6 @@ from rrm_engine.trace.profile_reader import (
     range_table,
     read_profile,
 )
-from rrm_engine.trace.reader import read_run
 
 STEPS = 20
 FORWARDS = ("prefill", "decode", "prefill+decode")

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from replays import BLOCK, CARRIED, CONCLUSIONS, DEEP, FLAT, NAMES, PLAN, PREFIX, PROMPT, drawn, memory_for, run
 
-from rrm_engine.engine.prepare import LoadedModel
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.scheduler import SchedulerOutput
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.table import BlockTable
+from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.replay.check import check_transcripts
 from rrm_engine.replay.driver import Memory, Ours, Replayed
 from rrm_engine.replay.graph import Graph

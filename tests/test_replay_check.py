@@ -9,9 +9,9 @@ import torch
 from oracle import plain_model, wrong_tokens
 from replays import CARRIED, CONTINUATION, DEEP, FLAT, NAMES, PLAN, PREFIX, PROMPT, drawn, memory_for, run
 
-from rrm_engine.engine.layout import lay_out
-from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.engine.packing import lay_out
 from rrm_engine.kv.cache import KVCache
+from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.replay.check import ReplayMismatch, check_logits, check_transcripts
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.measure import best_logits, check, limit_pools

@@ -14,7 +14,7 @@ import pytest
 from rrm_engine.bench.run import plan
 from rrm_engine.bench.tasks import Task
 from rrm_engine.config import RunConfig
-from rrm_engine.trace.record import Row, RunDir, RunDirError, mend_tail, row_key
+from rrm_engine.runs.directory import Row, RunDir, RunDirError, mend_tail, row_key
 
 TASKS = [Task(str(i), f"problem {i}") for i in range(4)]
 
@@ -127,7 +127,7 @@ def test_a_directory_in_use_or_unwritable_is_refused(tmp_path: Path) -> None:
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from rrm_engine.trace.record import RunDir
+    from rrm_engine.runs.directory import RunDir
     directory = RunDir.create(Path(sys.argv[1]))
     if sys.argv[2] == "while run.json is written":
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
     script = """
         import resource, sys
         from pathlib import Path
-        from rrm_engine.trace.record import RunDir, RunDirError
+        from rrm_engine.runs.directory import RunDir, RunDirError
         directory = RunDir.create(Path(sys.argv[1]))
         directory.write_manifest({"resumed": []})
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -205,7 +205,7 @@ def test_killed_over_and_over_every_row_comes_once(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
-        from rrm_engine.trace.record import RunDir
+        from rrm_engine.runs.directory import RunDir
         path = Path(sys.argv[1])
         directory = RunDir.resume(path)
         for number in range(len(directory.rows), 400):

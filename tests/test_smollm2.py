@@ -19,8 +19,8 @@ from rrm_engine.backends.local import Solver
 from rrm_engine.backends.result import Job
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
 from rrm_engine.graph.types import Status
+from rrm_engine.loading.prepare import LoadedModel, prepare_model
 
 TEXT = (
     "Natural numbers are used for counting and for ordering. Some definitions begin with zero, others with one. "

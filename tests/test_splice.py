@@ -15,14 +15,14 @@ from test_scheduler_properties import MORE, SETTINGS, SHARE, WHO, assert_noticed
 from transformers import DynamicCache
 
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel
-from rrm_engine.engine.rotary import find_rotary
 from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv import cache as kv_cache
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
+from rrm_engine.loading.prepare import LoadedModel
+from rrm_engine.loading.rotary import find_rotary
 
 REFUSED = {"opt", "gpt2", "deepseek_v3", "cohere2"}  # learned positions, MLA, interleaved
 SPLICED = sorted(FAMILIES.keys() - REFUSED)

@@ -17,7 +17,7 @@ from rrm_engine.bench.rows import make_row
 from rrm_engine.bench.summary import mcnemar, median_interval, pairs, summarise, wilson
 from rrm_engine.bench.table import print_closing, speedup, splice_line
 from rrm_engine.graph.types import Status
-from rrm_engine.trace.record import Row
+from rrm_engine.runs.directory import Row
 
 
 def row(task: str, mode: str, *, right: bool | None = True, sample: int = 0, **measured: Any) -> Row:

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.result import Job
 from rrm_engine.bench.cli import main as bench
-from rrm_engine.engine.prepare import prepare_model
 from rrm_engine.errors import RrmError
+from rrm_engine.loading.prepare import prepare_model
 from rrm_engine.protocol.detokenize import Detokenizer
 from rrm_engine.protocol.events import Atomic, Await, Child, ParsedEvent
 from rrm_engine.protocol.grammar import EventGrammars, ThinkingMatcher, event_grammar

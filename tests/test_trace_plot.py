@@ -12,11 +12,11 @@ from traced import known_graph, recursive
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
 
-from rrm_engine.trace.checks import build
+from rrm_engine.runs.checks import build
+from rrm_engine.runs.reader import read_run
+from rrm_engine.runs.timeline import JobTrace
 from rrm_engine.trace.cli import main
 from rrm_engine.trace.plot import COLOURS, MOST_ROWS, QUEUED, WAITING, draw
-from rrm_engine.trace.reader import read_run
-from rrm_engine.trace.timeline import JobTrace
 
 Bars = dict[str, list[tuple[str, float, float]]]
 

@@ -73,7 +73,7 @@ def test_chosen_by_name_it_passes_the_check_at_load() -> None:
     model = prepared(plain_model("qwen3", num_hidden_layers=1), "triton")
     assert model.attention == "Triton kernels, interpreted"
     assert isinstance(model.attend, TritonAttention)
-    assert model.probe_error < 1e-4
+    assert model.load_check_error < 1e-4
 
 
 def test_where_it_cannot_run_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

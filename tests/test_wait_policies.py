@@ -11,9 +11,7 @@ from test_engine_oracle import prompt as tokens
 from test_scheduler_properties import live_through
 
 from rrm_engine.config import WaitPolicy
-from rrm_engine.engine.costs import measure_swap_costs
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.scheduler import SchedulerOutput
 from rrm_engine.engine.sequence import Sequence
@@ -21,6 +19,8 @@ from rrm_engine.kv.cache import KVCache, LayerShape
 from rrm_engine.kv.host import HostCopy, HostSpace, SwapCosts
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
+from rrm_engine.loading.prepare import LoadedModel
+from rrm_engine.loading.swap_costs import measure_swap_costs
 
 POLICIES = get_args(WaitPolicy)
 CHEAP_COPIES, DEAR_COPIES = SwapCosts(1e-6, 1e-3), SwapCosts(1e-3, 1e-6)

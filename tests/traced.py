@@ -12,11 +12,11 @@ from rrm_engine.bench.progress import SilentDisplay
 from rrm_engine.bench.run import execute, plan
 from rrm_engine.bench.tasks import Task
 from rrm_engine.config import RunConfig
+from rrm_engine.runs.checks import build
+from rrm_engine.runs.directory import RunDir
+from rrm_engine.runs.reader import read_run
+from rrm_engine.runs.timeline import Event, JobTrace
 from rrm_engine.trace.attribution import Attribution, attribute, is_attributed
-from rrm_engine.trace.checks import build
-from rrm_engine.trace.reader import read_run
-from rrm_engine.trace.record import RunDir
-from rrm_engine.trace.timeline import Event, JobTrace
 
 SHAPES = [
     '{"type":"child","id":"c1","task":"Find a + b.","depends_on":[]}\n{"type":"child","id":"c2","task":"',

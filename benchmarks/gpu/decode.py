@@ -6,13 +6,13 @@ from time import perf_counter
 import torch
 
 from gpu.lab import BLOCK_SIZE, Lab, Row, random_tokens
+from rrm_engine.device.memory import free_memory
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.cache import KVCache, bytes_per_block
-from rrm_engine.kv.memory import free_memory
 from rrm_engine.kv.pool import BlockPool
+from rrm_engine.loading.prepare import LoadedModel
 
 # What becomes of the host's work: hidden behind the device's, in its way with few launches, or with all of them.
 HOST_WORK = {"lookahead": (False, True), "graphs": (False, False), "eager": (True, False)}

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
-from rrm_engine.models.geometry import GEOMETRIES, random_model
+from rrm_engine.loading.geometry import GEOMETRIES, random_model
+from rrm_engine.loading.prepare import LoadedModel, prepare_model
 
 Row = dict[str, Any]
 BLOCK_SIZE = 16

@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpu.lab import BLOCK_SIZE, Lab, Row, random_tokens
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel, prepare_model
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
+from rrm_engine.loading.prepare import LoadedModel, prepare_model
 
 COMMON: dict[str, Any] = {
     "vocab_size": 500,
@@ -87,7 +87,7 @@ def _compare(lab: Lab, plain: Any, model: LoadedModel, family: str, eager: bool)
         "forward": type(model.forward).__name__,
         "attention": model.attention,
         "eager": eager,
-        "load_check_error": model.probe_error,
+        "load_check_error": model.load_check_error,
         "agreement": same / (tokens * len(LENGTHS)),
         "graphs": sum(len(share.graphs) for share in runner.static.shares) if runner.static else 0,
     }

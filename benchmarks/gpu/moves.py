@@ -8,16 +8,16 @@ from rrm_kernels.rope import rotation
 from rrm_kernels.tile import INTERPRETED
 
 from gpu.lab import BLOCK_SIZE, Lab, Row, random_tokens
+from rrm_engine.device.transfer import integers
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel
-from rrm_engine.engine.rotary import find_rotary
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache, bytes_per_block
 from rrm_engine.kv.host import HostCopy
 from rrm_engine.kv.pool import BlockPool
-from rrm_engine.kv.transfer import integers
+from rrm_engine.loading.prepare import LoadedModel
+from rrm_engine.loading.rotary import find_rotary
 
 GREEDY = SamplingParams()
 

@@ -17,20 +17,20 @@ from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.backends.runtime import Runtime
 from rrm_engine.backends.settings import describe_sampling, phase_plans, resolve
 from rrm_engine.config import RunConfig
-from rrm_engine.engine.costs import measure_swap_costs
+from rrm_engine.device.memory import in_units, is_out_of_memory, refuse_out_of_memory
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.placement import MemoryPlan, parse_devices, plan_memory
-from rrm_engine.engine.prepare import LoadedModel, load_model, load_planned
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.replicas import AnyEngine, Replicas
-from rrm_engine.engine.rotary import find_rotary
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Limits
 from rrm_engine.kv.cache import KVCache, bytes_per_block
-from rrm_engine.kv.memory import in_units, is_out_of_memory, refuse_out_of_memory
 from rrm_engine.kv.pool import BlockPool
-from rrm_engine.models.load import load_skeleton, too_large
+from rrm_engine.loading.load import load_skeleton, too_large
+from rrm_engine.loading.placement import MemoryPlan, parse_devices, plan_memory
+from rrm_engine.loading.prepare import LoadedModel, load_model, load_planned
+from rrm_engine.loading.rotary import find_rotary
+from rrm_engine.loading.swap_costs import measure_swap_costs
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
 from rrm_engine.trace.profile import STEPS, Profile
@@ -179,7 +179,7 @@ class Solver:
             "dtype": config.dtype,
             "device": config.device if config.devices is None else f"{config.devices} ({config.placement})",
             "attention": model.attention,
-            "load_check_error": model.probe_error,
+            "load_check_error": model.load_check_error,
             **({"slower": model.slower} if model.slower else {}),
             **({"unused": list(model.unused)} if model.unused else {}),
             "kv_blocks": blocks,

@@ -9,15 +9,15 @@ import torch
 
 from rrm_engine.backends.node import MatcherFactory, PhasePlan
 from rrm_engine.config import RunConfig
-from rrm_engine.engine.prepare import LoadedModel
+from rrm_engine.device.memory import free_memory, in_units, kv_room
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Matcher
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Limits, Phase
 from rrm_engine.kv.cache import bytes_per_block_on_devices
-from rrm_engine.kv.memory import free_memory, in_units, kv_room
+from rrm_engine.loading.generation import refuse_unusable
+from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.models.attention import block_multiple
-from rrm_engine.models.generation import refuse_unusable
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.protocol.style import SAMPLING, Style

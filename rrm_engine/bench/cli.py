@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrm_engine.bench.environment import environment, package_version
 from rrm_engine.bench.flags import (
     DEFAULT_TASKS,
     PROGRAM,
@@ -37,9 +36,10 @@ from rrm_engine.command import (
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import plural, spelled
-from rrm_engine.models.checkpoint import refuse_damaged
+from rrm_engine.loading.checkpoint import refuse_damaged
+from rrm_engine.runs.directory import ERRORS, RunDir, RunDirError
+from rrm_engine.runs.environment import environment, package_version
 from rrm_engine.trace.profile_reader import PROFILE, SUMMARY, ProfileError
-from rrm_engine.trace.record import ERRORS, RunDir, RunDirError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,7 +12,7 @@ from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.bench.grader import Grader, GraderClosed, Verdict
 from rrm_engine.bench.progress import Display
 from rrm_engine.graph.types import Status
-from rrm_engine.trace.record import Row, RunDir, RunDirError
+from rrm_engine.runs.directory import Row, RunDir, RunDirError
 
 UNRECORDED = ("job", "traceback")  # of a result's fields: the one is spelled out in a row, the other has its own file
 

@@ -11,7 +11,7 @@ from rrm_engine.bench.rows import RowWriter
 from rrm_engine.bench.tasks import Task
 from rrm_engine.command import check_interrupt
 from rrm_engine.config import RunConfig
-from rrm_engine.trace.record import Row, RunDir, row_key
+from rrm_engine.runs.directory import Row, RunDir, row_key
 
 POLICY_GROUPS = ("graph", "memory")  # groups of settings that every row carries
 

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rrm_engine.trace.record import Row
+from rrm_engine.runs.directory import Row
 
 DIRECT, RECURSIVE = "direct", "rrm"
 Z95 = 1.959964

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rrm_engine.bench.progress import first_line
 from rrm_engine.bench.summary import RECURSIVE
 from rrm_engine.legible import legible_key, plural
-from rrm_engine.trace.record import Row, row_key
+from rrm_engine.runs.directory import Row, row_key
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,7 +13,7 @@ from typing import Any
 from rrm_engine.bench.readers import SUFFIXES, Fields, Record, TaskError, read_file, read_jsonl
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible, legible_key
-from rrm_engine.models.hub import download
+from rrm_engine.loading.hub import download
 from rrm_engine.protocol.final import extract_final
 
 ID_FIELD = "id"

@@ -8,7 +8,8 @@ from time import monotonic
 import torch
 
 from rrm_engine.config import WaitPolicy
-from rrm_engine.engine.layout import Drawn
+from rrm_engine.device.transfer import Readback
+from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.processors import Processed, Processors
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.runner import ModelRunner
@@ -20,7 +21,6 @@ from rrm_engine.kv.host import HostSpace
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
-from rrm_engine.kv.transfer import Readback
 
 
 class NoRoom(RrmError):

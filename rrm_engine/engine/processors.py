@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from rrm_engine.engine.layout import Drawn
+from rrm_engine.device.transfer import integers, to_device
+from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
-from rrm_engine.kv.transfer import integers, to_device
-from rrm_engine.models.generation import Rules, make_rules, process
+from rrm_engine.loading.generation import Rules, make_rules, process
 
 Scores = torch.Tensor  # fp32 [rows, vocabulary]
 

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from rrm_kernels.reference import DecodeGroup, PagedAttention, PagedBatch, PrefillChunk, paged_attention
 
-from rrm_engine.engine.captured import static_steps
-from rrm_engine.engine.layout import Drawn, lay_out
+from rrm_engine.device.transfer import integers
+from rrm_engine.engine.packing import Drawn, lay_out
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
+from rrm_engine.engine.static_steps import static_steps
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import NULL_BLOCK
-from rrm_engine.kv.transfer import integers
 from rrm_engine.models.attention import Forward, PagedForward, batch_on
 
 
@@ -51,7 +51,7 @@ class ModelRunner:
         self.cache = cache
         self.device = device
         self.ranges = Ranges()
-        self.rotary: Mapping[int, torch.Tensor] = {}  # what splices need: see engine/rotary.py
+        self.rotary: Mapping[int, torch.Tensor] = {}  # what splices need: see loading/rotary.py
 
     @torch.inference_mode()
     def run(self, step: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:

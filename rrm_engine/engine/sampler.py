@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rrm_engine.kv.transfer import integers, to_device
+from rrm_engine.device.transfer import integers, to_device
 
 if TYPE_CHECKING:
     from rrm_engine.engine.processors import Processed

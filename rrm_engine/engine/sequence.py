@@ -14,7 +14,7 @@ from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
 
 if TYPE_CHECKING:
-    from rrm_engine.models.generation import Rules
+    from rrm_engine.loading.generation import Rules
 
 
 class State(Enum):

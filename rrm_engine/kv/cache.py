@@ -7,9 +7,9 @@ from itertools import groupby
 import torch
 from rrm_kernels.rope import rerotate
 
+from rrm_engine.device.transfer import integers
 from rrm_engine.kv.host import HostCopy
 from rrm_engine.kv.table import BlockCopy
-from rrm_engine.kv.transfer import integers
 
 
 @dataclass(frozen=True, slots=True)

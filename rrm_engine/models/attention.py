@@ -20,10 +20,10 @@ from rrm_kernels.triton_attention import TritonUnavailable, load_triton
 from rrm_kernels.varlen import load_varlen
 from transformers import AttentionInterface
 
+from rrm_engine.device.transfer import hand_over, to_device
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.transfer import hand_over, to_device
-from rrm_engine.models.places import Exchange
+from rrm_engine.loading.places import Exchange
 
 ATTENTION_NAME = "rrm_paged"
 

@@ -17,8 +17,8 @@ from rrm_kernels.reference import PagedAttention, Scores
 from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, load_triton_layer
 from torch import nn
 
+from rrm_engine.device.transfer import hand_over
 from rrm_engine.kv.cache import LayerShape
-from rrm_engine.kv.transfer import hand_over
 from rrm_engine.models.attention import PagedForward
 from rrm_engine.models.fuse import FusedRMSNorm, MergedPart, PackedLinear
 

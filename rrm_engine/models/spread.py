@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from rrm_engine.device.transfer import hand_over
 from rrm_engine.errors import RrmError
-from rrm_engine.kv.transfer import hand_over
 from rrm_engine.models.attention import PagedForward
 
 Places = dict[str, torch.device]

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rrm_engine.engine.layout import Drawn
-from rrm_engine.engine.probe import LARGEST
+from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
+from rrm_engine.loading.check import LARGEST
 from rrm_engine.replay.graph import Graph
 
 SHOWN = 3

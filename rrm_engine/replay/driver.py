@@ -7,10 +7,7 @@ from typing import Protocol
 
 import torch
 
-from rrm_engine.engine.costs import measure_swap_costs
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.prepare import LoadedModel
-from rrm_engine.engine.rotary import find_rotary
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.errors import RrmError
@@ -18,6 +15,9 @@ from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.host import SwapCosts
 from rrm_engine.kv.pool import NULL_BLOCK, BlockPool
 from rrm_engine.kv.span import Span
+from rrm_engine.loading.prepare import LoadedModel
+from rrm_engine.loading.rotary import find_rotary
+from rrm_engine.loading.swap_costs import measure_swap_costs
 from rrm_engine.replay.check import RecordingRunner
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.variant import Variant

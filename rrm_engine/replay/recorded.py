@@ -9,10 +9,10 @@ from pathlib import Path
 from rrm_engine.legible import legible_key
 from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, Step
 from rrm_engine.replay.reader import GraphError, contains
-from rrm_engine.trace.checks import check_samples, check_whole
-from rrm_engine.trace.reader import TraceError, json_lines
-from rrm_engine.trace.record import row_key
-from rrm_engine.trace.timeline import FALLBACK, ROOT, Event, Incomplete, JobTrace, follow_nodes
+from rrm_engine.runs.checks import check_samples, check_whole
+from rrm_engine.runs.directory import row_key
+from rrm_engine.runs.reader import TraceError, json_lines
+from rrm_engine.runs.timeline import FALLBACK, ROOT, Event, Incomplete, JobTrace, follow_nodes
 
 
 def recorded_graphs(directory: Path) -> list[Graph]:

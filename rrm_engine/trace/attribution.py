@@ -34,7 +34,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rrm_engine.trace.timeline import FALLBACK, ROOT, Interval, JobTrace, Stretch
+from rrm_engine.runs.timeline import FALLBACK, ROOT, Interval, JobTrace, Stretch
 
 RECURSIVE = "rrm"
 PARTS = ("root", "children", "straggler", "prefill", "queued", "gaps")

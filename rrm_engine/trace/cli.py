@@ -7,10 +7,10 @@ from typing import Any
 
 from rrm_engine.command import OK, guarded, say
 from rrm_engine.legible import legible, plural, spelled
+from rrm_engine.runs.reader import SHOWN_KEYS, RunTrace, TraceError, read_run
 from rrm_engine.trace.attribution import PARTS, RECURSIVE, Attribution, as_json, attribute, is_attributed, medians
 from rrm_engine.trace.command import make_parser, write_json
 from rrm_engine.trace.profile_reader import PROFILE, STEP, RecordedProfile, read_profile
-from rrm_engine.trace.reader import SHOWN_KEYS, RunTrace, TraceError, read_run
 
 PROGRAM = "python -m rrm_engine.trace"
 INCOMPLETE = 1

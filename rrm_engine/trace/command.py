@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.command_line import Parser
-from rrm_engine.trace.reader import TraceError
-from rrm_engine.trace.record import ESCAPED
+from rrm_engine.runs.directory import ESCAPED
+from rrm_engine.runs.reader import TraceError
 
 
 def make_parser(program: str, description: str, epilog: str) -> Parser:

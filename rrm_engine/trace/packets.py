@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rrm_engine.trace.record import ESCAPED
+from rrm_engine.runs.directory import ESCAPED
 
 Notes = Mapping[str, Any] | None
 SEQUENCE = 1  # everything is written by one writer

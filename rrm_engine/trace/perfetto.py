@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.legible import legible
+from rrm_engine.runs.reader import TraceError
+from rrm_engine.runs.timeline import NAMES, NO_ROOM, Event, JobTrace, Stretch
 from rrm_engine.trace.packets import Packets
 from rrm_engine.trace.profile_reader import Range, RecordedProfile
-from rrm_engine.trace.reader import TraceError
-from rrm_engine.trace.timeline import NAMES, NO_ROOM, Event, JobTrace, Stretch
 
 COUNTERS = ("sequences running", "sequences queued", "sequences waiting")
 BLOCKS = {"blocks": "KV blocks used", "pinned": "KV blocks pinned", "offloaded": "KV blocks offloaded"}  # by field

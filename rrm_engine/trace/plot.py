@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.legible import legible_key
+from rrm_engine.runs.directory import row_key
+from rrm_engine.runs.reader import TraceError
+from rrm_engine.runs.timeline import NAMES, ROOT, JobTrace, Stretch
 from rrm_engine.trace.attribution import attribute, is_attributed
-from rrm_engine.trace.reader import TraceError
-from rrm_engine.trace.record import row_key
-from rrm_engine.trace.timeline import NAMES, ROOT, JobTrace, Stretch
 
 DIRECT = "direct"  # the mode
 MOST_ROWS = 6  # of a run in one picture

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from rrm_engine.device.transfer import wait_for
 from rrm_engine.engine.ranges import HasSequence, Ranges
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence
-from rrm_engine.kv.transfer import wait_for
 from rrm_engine.trace.kernel_names import named_kernels
 from rrm_engine.trace.profile_reader import ENTRY, PROFILE, RANGE, STEP, SUMMARY, ProfileError, from_chrome, range_table
 

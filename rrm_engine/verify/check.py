@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from rrm_engine.engine.probe import LARGEST
 from rrm_engine.engine.sampler import noise_key
 from rrm_engine.engine.sequence import Matcher
+from rrm_engine.loading.check import LARGEST
 from rrm_engine.verify.recording import NodeRecord, Segment
 from rrm_engine.verify.redraw import Draw, Settings, apply_grammar, draw_all, reconciled
 

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _verify(options: argparse.Namespace) -> int:
     if not options.quiet:
         say(f"Reading {options.run} and loading its model ...")
-    from rrm_engine.kv.memory import is_out_of_memory
+    from rrm_engine.device.memory import is_out_of_memory
     from rrm_engine.verify.recording import read_recording
     from rrm_engine.verify.report import print_report
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from rrm_engine.engine.prepare import LoadedModel
 from rrm_engine.engine.runner import pack
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import Work
@@ -13,8 +12,9 @@ from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
+from rrm_engine.loading.load import load_pretrained
+from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.models.attention import PagedForward
-from rrm_engine.models.load import load_pretrained
 from rrm_engine.verify.recording import NodeRecord
 
 

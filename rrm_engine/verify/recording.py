@@ -9,10 +9,10 @@ from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible_key
 from rrm_engine.protocol.thinking import Marks, Thought
-from rrm_engine.trace.checks import check_samples, check_whole
-from rrm_engine.trace.reader import TraceError, chosen_jobs, json_lines, refuse_unknown
-from rrm_engine.trace.record import Row, row_key
-from rrm_engine.trace.timeline import Event, Incomplete, JobTrace, follow_nodes
+from rrm_engine.runs.checks import check_samples, check_whole
+from rrm_engine.runs.directory import Row, row_key
+from rrm_engine.runs.reader import TraceError, chosen_jobs, json_lines, refuse_unknown
+from rrm_engine.runs.timeline import Event, Incomplete, JobTrace, follow_nodes
 
 
 class VerifyError(RrmError):

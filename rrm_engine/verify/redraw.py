@@ -14,7 +14,7 @@ import torch
 
 from rrm_engine.engine.sampler import SamplingParams, keyed_gumbel
 from rrm_engine.engine.sequence import Matcher
-from rrm_engine.models.generation import Rules, make_rules
+from rrm_engine.loading.generation import Rules, make_rules
 
 NEVER = -math.inf
 BISECTIONS = 12

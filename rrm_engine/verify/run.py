@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from rrm_engine.engine.prepare import LoadedModel, load_model
 from rrm_engine.engine.sequence import Matcher
 from rrm_engine.legible import legible_key
+from rrm_engine.loading.prepare import LoadedModel, load_model
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.verify import redraw

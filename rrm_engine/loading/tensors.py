@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from rrm_engine.models.checkpoint import Checkpoint, shortened
+from rrm_engine.loading.checkpoint import Checkpoint, shortened
 
 # What tools leave in front of every name, and where it comes from.
 PREFIXES = {

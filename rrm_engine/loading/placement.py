@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from rrm_engine.device.memory import free_memory, in_units, kv_room
 from rrm_engine.errors import RrmError
-from rrm_engine.kv.memory import free_memory, in_units, kv_room
-from rrm_engine.models.load import resolve_device
+from rrm_engine.loading.load import resolve_device
 from rrm_engine.models.spread import Places, decoder_layers, places, tied_modules
 
 Kind = Literal["single", "pipeline", "replicate"]

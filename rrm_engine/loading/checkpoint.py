@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.errors import RrmError
-from rrm_engine.models.geometry import find_geometry
-from rrm_engine.models.gguf_header import MAGIC, Damaged, GgufHeader, read_header
-from rrm_engine.models.hub import download
+from rrm_engine.loading.geometry import find_geometry
+from rrm_engine.loading.gguf_header import MAGIC, Damaged, GgufHeader, read_header
+from rrm_engine.loading.hub import download
 
 EMBEDDED = "embedded"
 LFS_POINTER = b"version https://git-lfs"

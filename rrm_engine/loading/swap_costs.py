@@ -2,10 +2,10 @@
 
 from time import perf_counter
 
+from rrm_engine.device.transfer import wait_for
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.host import HostCopy, SwapCosts
-from rrm_engine.kv.transfer import wait_for
 
 REPEATS = 3  # the first one warms up; the fastest counts
 MOST_BLOCKS = 64

@@ -6,8 +6,8 @@ The events are counted, every node goes through its life in order (see timeline.
 
 from itertools import pairwise
 
-from rrm_engine.trace.record import Row
-from rrm_engine.trace.timeline import FALLBACK, NO_ROOM, ROOT, Event, Incomplete, JobTrace, follow_nodes
+from rrm_engine.runs.directory import Row
+from rrm_engine.runs.timeline import FALLBACK, NO_ROOM, ROOT, Event, Incomplete, JobTrace, follow_nodes
 
 TOLERANCE, TOLERANCE_S = 0.02, 0.02  # of a row's latency against its events: the larger of the two
 

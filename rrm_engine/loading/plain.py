@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from rrm_engine.engine.rounding import jitter, rounding_scale
-from rrm_engine.models.places import layer_inputs
+from rrm_engine.loading.places import layer_inputs
+from rrm_engine.loading.rounding import jitter, rounding_scale
 
 LOGITS = "logits"
 Place = tuple[str, int]  # what, and of which layer

@@ -2,9 +2,9 @@
 
 A packed, chunked run in bf16 is never a plain one: rounding alone can move a deep model's logits by as much as a wrong
 scale would. So nothing is compared that has come through many layers. Transformers' own run notes what it has at each
-place of each layer (``models/places.py``); ours, packed, in chunks and decodes, over blocks, is given the plain run's
+place of each layer (``loading/places.py``); ours, packed, in chunks and decodes, over blocks, is given the plain run's
 value at each of these places and must have found the same there itself. What may differ is what rounding does at that
-place, which is measured, not assumed (``engine/rounding.py``), so that a bound of ``ALLOWED`` times that holds for any
+place, which is measured, not assumed (``loading/rounding.py``), so that a bound of ``ALLOWED`` times that holds for any
 dtype, depth and family. Layers that are right one by one are then run once as they will be, and the logits compared
 with how far rounding at every place moves our own.
 
@@ -27,20 +27,20 @@ from rrm_kernels.flash import FlashUnsupported
 from rrm_kernels.reference import PagedAttention
 from torch import nn
 
-from rrm_engine.engine.plain import LOGITS, Past, Place, Plain, run_plain
-from rrm_engine.engine.rounding import deviation, jitter, widened
+from rrm_engine.device.memory import is_out_of_memory
 from rrm_engine.engine.runner import ModelRunner, pack
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
 from rrm_engine.engine.sequence import Sequence as Tokens
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import KVCache, LayerShape
-from rrm_engine.kv.memory import is_out_of_memory
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
+from rrm_engine.loading.places import PLAIN_ATTENTION, layer_inputs
+from rrm_engine.loading.plain import LOGITS, Past, Place, Plain, run_plain
+from rrm_engine.loading.rounding import deviation, jitter, widened
 from rrm_engine.models.attention import ATTENTION_NAME, Forward, PagedForward, block_multiple
 from rrm_engine.models.fuse import parameters_read
-from rrm_engine.models.places import PLAIN_ATTENTION, layer_inputs
 from rrm_engine.models.spread import decoder_layers
 
 # Of what rounding does. In bf16 and fp16 every product, norm and sum is rounded to the type again, however it was
@@ -64,7 +64,7 @@ TEXTS = (
 
 
 @dataclass(slots=True)
-class ProbeResult:
+class LoadCheck:
     """``reason`` is None if the model may be used, else ``advice`` is what to do; ``shapes`` are the layers' KV shapes.
 
     ``deviation`` is the farthest that a place lies off, in multiples of what rounding does there; ``error`` that of
@@ -101,12 +101,12 @@ def refuse_known_mismatches(config: Any) -> str | None:
 
 
 @torch.inference_mode()
-def probe(
+def check_model(
     model: Any,
     tokenizer: Any,
     devices: Sequence[torch.device],
     optimise: Callable[[Any, Collection[nn.Module]], Iterable[tuple[Forward, PagedAttention]]],
-) -> ProbeResult:
+) -> LoadCheck:
     """Run two sequences plainly, then the optimised model on them packed, in chunks and decodes; compare.
 
     ``optimise`` changes the model in place, but for the linear layers that it is given, whose parameters the model's
@@ -126,12 +126,12 @@ def probe(
     except Exception as e:  # whatever a family's own code raises
         if _is_ours(e):
             raise
-        return ProbeResult(f"transformers' own run of it fails ({_brief(e)})")
+        return LoadCheck(f"transformers' own run of it fails ({_brief(e)})")
     if not all(run.finite for run in plain):
         return _not_finite(model.dtype)
     if reason := _without_state(plain[0].values, num_layers):
-        return ProbeResult(reason)
-    result, slower = ProbeResult("there is no way to run it"), None
+        return LoadCheck(reason)
+    result, slower = LoadCheck("there is no way to run it"), None
     for forward, attend in optimise(model, read):
         result = Check(forward, plain, layers, devices[0], attend).result(num_layers)
         result.slower = slower
@@ -160,10 +160,10 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _not_finite(dtype: torch.dtype) -> ProbeResult:
+def _not_finite(dtype: torch.dtype) -> LoadCheck:
     if dtype == torch.float16:
-        return ProbeResult("it overflows in float16, in plain transformers too", "use --dtype bfloat16 or float32")
-    return ProbeResult("plain transformers computes NaN or infinite values with it", "its weights seem to be damaged")
+        return LoadCheck("it overflows in float16, in plain transformers too", "use --dtype bfloat16 or float32")
+    return LoadCheck("plain transformers computes NaN or infinite values with it", "its weights seem to be damaged")
 
 
 def plain_runs(model: Any, layers: Any, devices: Sequence[torch.device], tokenizer: Any) -> list[Plain]:
@@ -236,21 +236,21 @@ class Check:
         size = -(-BLOCK_SIZE // block_multiple(attend)) * block_multiple(attend)
         self.cache = KVCache(sum(-(-(p.past_tokens + len(p.tokens)) // size) for p in plain), size)
 
-    def result(self, num_layers: int) -> ProbeResult:
+    def result(self, num_layers: int) -> LoadCheck:
         """Run it and judge."""
         try:
             self._store_past()
             self._run_place_by_place()
             if reason := _without_state(self.deviations[0], num_layers):
-                return ProbeResult(reason)
+                return LoadCheck(reason)
             worst, where = max(self._judged(), key=lambda judged: judged[0])
             error, moved = self._run_freely()
         except FlashUnsupported as e:
-            return ProbeResult(f"--attention cannot be what it is: {e}", "--attention triton and sdpa take any model")
+            return LoadCheck(f"--attention cannot be what it is: {e}", "--attention triton and sdpa take any model")
         except Exception as e:  # whatever a family's own code raises
             if _is_ours(e):
                 raise
-            return ProbeResult(f"its forward pass fails with our attention ({_brief(e)})")
+            return LoadCheck(f"its forward pass fails with our attention ({_brief(e)})")
         bound, bound_of_logits = ALLOWED[self.plain[0].dtype], ALLOWED_OF_LOGITS * moved
         reason = None
         if not worst <= bound:
@@ -259,7 +259,7 @@ class Check:
         elif not error <= bound_of_logits:
             size = f"by {error:.2g} of the logits' spread (allowed: {bound_of_logits:.2g})"
             reason = f"a packed run differs from a plain one {size}"
-        return ProbeResult(reason, TRY_OTHERS, worst, error, dict(self.cache.shapes), self.forward, self.attend)
+        return LoadCheck(reason, TRY_OTHERS, worst, error, dict(self.cache.shapes), self.forward, self.attend)
 
     def _steps(self) -> Iterator[tuple[Work, ...]]:
         pool = BlockPool(self.cache.num_blocks, self.cache.block_size, prefix_cache=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from rrm_engine.trace.record import Row
+from rrm_engine.runs.directory import Row
 
 Event = dict[str, Any]
 Interval = tuple[float, float]

@@ -18,11 +18,11 @@ from rrm_kernels.sharing import SharingCost, SharingPlan
 from rrm_kernels.staging import Staging
 from rrm_kernels.triton_attention import plan_sharing
 
-from rrm_engine.engine.layout import Drawn, Layout, lay_out
-from rrm_engine.engine.recorder import Calls, CudaGraphs, Inputs, Key, Share
+from rrm_engine.device.transfer import hand_over
+from rrm_engine.engine.cuda_graphs import Calls, CudaGraphs, Inputs, Key, Share
+from rrm_engine.engine.packing import Drawn, Layout, lay_out
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.transfer import hand_over
 from rrm_engine.models.attention import Forward, PagedForward
 from rrm_engine.models.lean import LeanForward, Stage
 

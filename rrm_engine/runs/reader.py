@@ -8,9 +8,9 @@ from typing import Any
 
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible, legible_key
-from rrm_engine.trace.checks import build
-from rrm_engine.trace.record import row_key
-from rrm_engine.trace.timeline import Event, Incomplete, JobTrace
+from rrm_engine.runs.checks import build
+from rrm_engine.runs.directory import row_key
+from rrm_engine.runs.timeline import Event, Incomplete, JobTrace
 
 BULKY = ("token_ids",)  # not needed here
 OF_ROWS = {"id", "mode", "sample", "status", "latency_s"}

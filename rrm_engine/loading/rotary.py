@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from rrm_kernels.rope import rerotate
 
-from rrm_engine.engine.prepare import LoadedModel, UnsupportedModel
 from rrm_engine.engine.runner import pack
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import Work
@@ -13,6 +12,7 @@ from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
+from rrm_engine.loading.prepare import LoadedModel, UnsupportedModel
 from rrm_engine.models.attention import PagedForward, block_multiple
 
 TOKENS = 24

@@ -15,16 +15,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from rrm_engine.errors import RrmError
-from rrm_engine.models import generation
-from rrm_engine.models.attention import ATTENTION_NAME, register_attention
-from rrm_engine.models.checkpoint import EMBEDDED, Checkpoint, find, inspect
-from rrm_engine.models.geometry import find_geometry, random_model
-from rrm_engine.models.tensors import (
+from rrm_engine.loading import generation
+from rrm_engine.loading.checkpoint import EMBEDDED, Checkpoint, find, inspect
+from rrm_engine.loading.geometry import find_geometry, random_model
+from rrm_engine.loading.tensors import (
     refuse_foreign_tensors,
     refuse_missing_rows,
     refuse_no_numbers,
     refuse_partial_blocks,
 )
+from rrm_engine.models.attention import ATTENTION_NAME, register_attention
 
 # How a quantised checkpoint's weights are unpacked to --dtype at load, by its quant_method: transformers' classes.
 UNPACKED = {"fp8": "FineGrainedFP8Config", "mxfp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}

@@ -9,10 +9,13 @@ from rrm_kernels.reference import PagedAttention, paged_attention
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from rrm_engine.engine.placement import MemoryPlan
-from rrm_engine.engine.probe import UNSUPPORTED, probe, refuse_known_mismatches
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import LayerShape
+from rrm_engine.loading.check import UNSUPPORTED, check_model, refuse_known_mismatches
+from rrm_engine.loading.generation import Generation, read_generation
+from rrm_engine.loading.load import UNUSED, load_pretrained, resolve_device
+from rrm_engine.loading.placement import MemoryPlan
+from rrm_engine.loading.places import register_plain_attention
 from rrm_engine.models.attention import (
     Forward,
     OnOwnDevice,
@@ -21,10 +24,7 @@ from rrm_engine.models.attention import (
     transformers_forward,
 )
 from rrm_engine.models.fuse import fuse
-from rrm_engine.models.generation import Generation, read_generation
 from rrm_engine.models.lean import lean_forward
-from rrm_engine.models.load import UNUSED, load_pretrained, resolve_device
-from rrm_engine.models.places import register_plain_attention
 from rrm_engine.models.spread import spread
 
 
@@ -49,7 +49,7 @@ class LoadedModel:
     max_position: int
     eos_ids: frozenset[int]
     generation: Generation  # what the checkpoint says about sampling
-    probe_error: float  # of the load-time check: logit difference, root mean square, relative to the logits' spread
+    load_check_error: float  # root mean square of the logits' difference, relative to their spread
     slower: str | None = None  # why it runs through transformers' own modules although a leaner forward was built
     unused: tuple[str, ...] = ()  # modules of its checkpoint that it does not have, such as value heads
     stages: int = 1  # of a pipeline; as many steps may be in flight
@@ -130,7 +130,7 @@ def prepare_model(
         if attention == "auto" and attend is not paged_attention:
             yield forward, paged_attention
 
-    result = probe(model, tokenizer, devices, optimise)
+    result = check_model(model, tokenizer, devices, optimise)
     if result.reason or result.forward is None or result.attend is None:
         raise UnsupportedModel(f"{name}: {result.reason}; {result.advice}")
     if result.attend is not on_device:
@@ -150,7 +150,7 @@ def prepare_model(
         max_position=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
         eos_ids=_eos_ids(model, tokenizer),
         generation=read_generation(model),
-        probe_error=result.error,
+        load_check_error=result.error,
         slower=result.slower,
         unused=getattr(model, UNUSED, ()),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rrm_kernels.reference import PagedBatch
 
-from rrm_engine.kv.transfer import hand_over
+from rrm_engine.device.transfer import hand_over
 
 MAX_GRAPH_BYTES = 2 << 30
 LEAST_FREE_BYTES = 1 << 30  # of device memory; with less nothing is captured, for a step may need it
