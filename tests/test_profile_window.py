@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, record_function
 import rrm_engine.trace.profile as profile_module
 from rrm_engine import Solver
 from rrm_engine.bench.tasks import load_tasks
+from rrm_engine.config import RunConfig
 from rrm_engine.trace.profile import WARM_UP, Profile, ProfileError
 from rrm_engine.trace.profile_reader import read_profile
 
@@ -60,7 +61,9 @@ def test_the_benchmark_compares_with_an_engine_without_ranges() -> None:
         assert "ranges" not in inspect.unwrap(without).__code__.co_names
 
 
-def test_an_interrupted_run_leaves_a_profile_of_what_there_was(solver: Solver, tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_a_profile_of_what_there_was(tmp_path: Path) -> None:
+    solver = Solver.load(RunConfig())
+
     def interrupt(event: dict[str, Any]) -> None:
         if event["event"] == "pause":
             raise KeyboardInterrupt
