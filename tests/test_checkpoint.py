@@ -5,10 +5,13 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +20,7 @@ from rrm_engine.backends.local import Solver
 from rrm_engine.bench.table import about_solver
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
-from rrm_engine.loading import hub
+from rrm_engine.loading import checkpoint, hub
 from rrm_engine.loading.load import load_pretrained
 from rrm_engine.loading.prepare import load_model
 
@@ -387,6 +390,34 @@ def test_a_checkpoint_without_tokenizer(folder: Path) -> None:
     assert "the directory has no tokenizer (tokenizer.json): copy" in refusal(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_a_sentencepiece_tokenizer_without_its_package(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "find_spec", lambda _: None)
+    (folder / "tokenizer.json").unlink()
+    (folder / name).write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    assert f"its tokenizer is there as {name} alone, which" in (message := refusal(folder))
+    assert message.endswith("pip install sentencepiece protobuf")
+    (folder / name).write_bytes(b"IQ== 0\n")
+    assert "sentencepiece protobuf" not in refusal(folder)  # this one is tiktoken's
+
+
+def test_a_tokenizer_without_an_end_or_padding(folder: Path) -> None:
+    """Nothing is padded, and what the generation_config calls the end is one; without either there is no grammar."""
+    ends = {"eos_token": None, "pad_token": None}
+    change(folder, "tokenizer_config.json", **ends)
+    config = RunConfig(model=str(folder), prompt_style="embedded", constrain="on")
+    with closing(Solver.load(config)) as solver:
+        assert solver.solve("(a) Zeno begins at 2 and repeats one step 3 times: add 8. Find the result.").answer
+    for name in ("config.json", "generation_config.json"):
+        change(folder, name, eos_token_id=None)
+    with pytest.raises(RrmError, match=r"a grammar needs an end-of-sequence token, .* or give --constrain off"):
+        Solver.load(config)
+    with closing(Solver.load(replace(config, constrain="off", direct_max_tokens=5))) as solver:
+        assert solver.solve("Find 1 + 1.", mode="direct").finish_reasons
+
+
 @pytest.mark.parametrize("content", ["{}", '{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'])
 def test_a_tokenizer_that_is_none(folder: Path, content: str) -> None:
     (folder / "tokenizer.json").write_text(content)
@@ -460,6 +491,63 @@ def test_other_gguf_files(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert "the directory has no config.json" in refusal(path)
+
+
+def tiny_gguf(path: Path, blocks: int = 2, without: str = "") -> Path:
+    """A random Llama of two layers whose header counts ``blocks``, one tensor left out."""
+    from gguf import GGUFWriter
+    from tokenizers import pre_tokenizers
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<|endoftext|>"]
+    width, inner = 32, 48
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_block_count(blocks)
+    writer.add_context_length(256)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(len(tokens) - 1)
+    shapes = {"token_embd": (len(tokens), width), "output": (len(tokens), width), "output_norm": (width,)}
+    for i in range(2):
+        shapes |= {f"blk.{i}.{part}_norm": (width,) for part in ("attn", "ffn")}
+        shapes |= {f"blk.{i}.attn_{part}": (width, width) for part in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{i}.ffn_{part}": (inner, width) for part in ("gate", "up")}
+        shapes |= {f"blk.{i}.ffn_down": (width, inner)}
+    generator = np.random.default_rng(0)
+    for name in shapes.keys() - {without}:
+        writer.add_tensor(f"{name}.weight", generator.standard_normal(shapes[name], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_with_all_its_tensors(tmp_path: Path) -> None:
+    assert len(load_model(str(tiny_gguf(tmp_path / "x.gguf")), "float32", "cpu").shapes) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"without": "blk.1.ffn_up"}, "the checkpoint lacks model.layers.1.mlp.up_proj.weight: it is incomplete"),
+        ({"without": "output_norm"}, "the checkpoint lacks model.norm.weight: it is incomplete"),
+        ({"without": "token_embd"}, "the checkpoint lacks model.embed_tokens.weight: it is incomplete"),
+        ({"blocks": 3}, "the checkpoint lacks model.layers.2."),
+        ({"blocks": 1}, "has tensors of 2 layers where its header counts 1: "),
+    ],
+    ids=str,
+)
+def test_a_gguf_file_whose_tensors_are_not_those_of_its_header(
+    tmp_path: Path, changed: dict[str, Any], reason: str
+) -> None:
+    assert reason in refusal(tiny_gguf(tmp_path / "x.gguf", **changed))
 
 
 # the hub

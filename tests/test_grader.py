@@ -34,6 +34,9 @@ def grade(answer, expected):
     if answer == "memory": return bytearray(1 << 45) == b""
     if answer == "crash": os.abort()
     if answer == "prints": print("noise", flush=True); os.write(1, b"noise\\n")
+    if answer == "slow":
+        grading.SECONDS = 0.1
+        return real("FINAL: " + "\\\\cdot ".join(f"\\\\sin({i}x)" for i in range(2, 20)), "\\\\pi x")
     if answer == "deep": return grade(answer, expected)
     return real(answer, expected)
 grading.grade = grade
@@ -56,6 +59,12 @@ def test_verdicts(grader: Grader) -> None:
     assert grader.grade("\ud800 FINAL: 204\n", "204") == Verdict(True)
     assert grader.grade("prints", "1") == Verdict(False)
     assert grader.grade("FINAL: " + "9" * 5000, "9" * 5000) == Verdict(True)
+
+
+def test_gradings_own_limit_is_said(grader: Grader) -> None:
+    grader.seconds = 30
+    assert grader.grade("slow", "1") == Verdict(False, "grading took more than 0.1 s")
+    assert grader.grade("FINAL: 1", "1") == Verdict(True)
 
 
 @pytest.mark.parametrize("answer", ["power", "loop"])

@@ -259,6 +259,22 @@ def test_float16_on_cpu() -> None:
     assert min(case.deviations(scale(1.05)(case, pytest.MonkeyPatch()))) > 1.5 * ALLOWED[torch.float16]
 
 
+def test_float16_holds_the_scores_though_not_what_they_are_scaled_from() -> None:
+    """As in some published Qwen2.5: large biases, so that a query times a key is beyond 65,504 before it is scaled."""
+    model = plain_model("qwen2", hidden_size=256, num_attention_heads=2)
+    for layer in model.model.layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            with torch.no_grad():
+                part.bias[:] = 30.0
+    ids = torch.tensor([prompt(1, 20)])
+    model = model.to(torch.float16)
+    model.set_attn_implementation("eager")
+    assert not model(ids).logits.isfinite().all()
+    model.set_attn_implementation("sdpa")
+    assert model(ids).logits.isfinite().all()
+    assert prepared(model).forward is not None
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [

@@ -105,7 +105,7 @@ def serve() -> None:
     """What the process does: a verdict, as a line of JSON, for each answer that comes in as one."""
     import traceback
 
-    from rrm_engine.bench.grading import grade
+    from rrm_engine.bench.grading import TooSlow, grade
 
     _be_modest()
     replies = os.fdopen(os.dup(1), "w")
@@ -116,6 +116,8 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody handles SIGPROF: the kernel ends the process
         try:
             reply = {"correct": grade(answer, expected)}
+        except TooSlow as error:
+            reply = {"correct": False, "problem": str(error)}
         except Exception as error:
             problem = f"grading failed: {type(error).__name__}: {error}"
             reply = {"correct": False, "problem": problem, "traceback": traceback.format_exc()}

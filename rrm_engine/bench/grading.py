@@ -61,10 +61,14 @@ class OutOfTime(BaseException):
     """The time for a verdict is over; sympy swallows every Exception."""
 
 
+class TooSlow(Exception):
+    """No verdict within SECONDS."""
+
+
 def grade(answer: str, expected: str | None) -> bool | None:
     """Whether ``answer`` states ``expected``; None when nothing is expected.
 
-    Raises nothing. Takes at most a few times SECONDS on a POSIX main thread; elsewhere, and inside a huge power that
+    Raises TooSlow, after at most a few times SECONDS, on a POSIX main thread; elsewhere, and inside a huge power that
     `_EXPLOSIVE` does not foresee, only the caller can set a limit.
     """
     if expected is None:
@@ -170,7 +174,7 @@ def _items(text: str) -> list[str]:
 
 
 def _math_equal(text: str, wanted: str) -> bool:
-    """math-verify's verdict. False for what it cannot read, or not within its time."""
+    """math-verify's verdict. False for what it cannot read. Raises TooSlow."""
     if _EXPLOSIVE.search(text) or _EXPLOSIVE.search(wanted):
         return False
     from latex2sympy2_extended import NormalizationConfig
@@ -188,7 +192,9 @@ def _math_equal(text: str, wanted: str) -> bool:
             gold, found = read(wanted), read(text)
             equal = gold and found and verify(gold, found, timeout_seconds=None)
             return bool(equal) and _close(gold[0], found[0])
-    except (OutOfTime, Exception):  # sympy raises whatever it likes; what cannot be compared is not equal
+    except OutOfTime:
+        raise TooSlow(f"grading took more than {SECONDS:g} s") from None
+    except Exception:  # sympy raises whatever it likes; what cannot be compared is not equal
         return False
 
 

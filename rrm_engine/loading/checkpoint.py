@@ -7,11 +7,13 @@ in transformers is known: a configuration, a tokenizer or tensors that do not fi
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER = "tokenizer.json"
 # Any of these holds a vocabulary; the tokenizer's class knows which.
-VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tekken.json")
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+OTHER_VOCABULARIES = ("vocab.json", "vocab.txt", "tekken.json")
 READ_BY_TRANSFORMERS = (
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *(TOKENIZER, "vocab.json"),
@@ -142,10 +145,17 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _inspect_tokenizer(checkpoint: Checkpoint) -> None:
     names = {path.name for path in checkpoint.folder.iterdir()}
     custom = any(name.endswith((".tiktoken", ".py")) for name in names)
-    if not custom and not names & {TOKENIZER, *VOCABULARIES}:
+    if not custom and not names & {TOKENIZER, *SENTENCEPIECE, *OTHER_VOCABULARIES}:
         raise checkpoint.refusal(
             f"the directory has no tokenizer ({TOKENIZER}): copy the tokenizer's files of the model that it was made of"
         )
+    if not custom and not names & {TOKENIZER, *OTHER_VOCABULARIES} and find_spec("sentencepiece") is None:
+        name = min(names & set(SENTENCEPIECE))
+        if _starts_with(checkpoint.folder / name, b"\n"):  # else it is one of tiktoken
+            raise checkpoint.refusal(
+                f"its tokenizer is there as {name} alone, which transformers reads with one more package: "
+                f"pip install sentencepiece protobuf"
+            )
 
 
 def _inspect_weights(checkpoint: Checkpoint) -> None:
@@ -212,9 +222,21 @@ def _inspect_gguf(checkpoint: Checkpoint) -> None:
         raise _unreadable(checkpoint, "the GGUF file", error) from error
     if missing := _missing_metadata(header):
         raise checkpoint.refusal(f"the GGUF file lacks {missing}: it is not one of a language model, or was cut down")
+    _refuse_more_blocks(checkpoint, header)
     if header.metadata.get("split.count", 1) > 1:
         raise checkpoint.refusal(
             f"the GGUF file is one of {header.metadata['split.count']} parts: join them with llama-gguf-split --merge"
+        )
+
+
+def _refuse_more_blocks(checkpoint: Checkpoint, header: GgufHeader) -> None:
+    """transformers reads as many layers as the header counts, and leaves others alone without a word."""
+    counted = header.metadata.get(f"{header.metadata['general.architecture']}.block_count")
+    found = {int(name.split(".")[1]) for name in header.tensors if re.match(r"blk\.\d+\.", name)}
+    if counted is not None and found and max(found) >= counted:
+        raise checkpoint.refusal(
+            f"the GGUF file has tensors of {max(found) + 1} layers where its header counts {counted}: it was edited "
+            f"or badly converted"
         )
 
 

@@ -4,6 +4,7 @@ They are each layer's ``inputs`` (the hidden states; those of the layer behind t
 its attention the ``queries``, ``keys`` and ``values``, rotated and normed, and the result, ``attention``.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,9 +85,15 @@ def plain_attention(
     parts = {"queries": query, "keys": key[:, :, past:], "values": value[:, :, past:]}
     parts = {what: rrm_exchange(what, layer, x.transpose(1, 2)).transpose(1, 2) for what, x in parts.items()}
 
+    before = 1.0
+    if query.dtype == torch.float16 and (scaling := options.get("scaling")):
+        # Eager attention scales what queries and keys make, which float16 may not hold. A power of two moves exactly.
+        before = 2.0 ** math.floor(math.log2(scaling))
+        options["scaling"] = scaling / before
+
     def attend(query: torch.Tensor, new_key: torch.Tensor, new_value: torch.Tensor) -> Any:
         keys, values = torch.cat([key[:, :, :past], new_key], 2), torch.cat([value[:, :, :past], new_value], 2)
-        return eager(module, query, keys, values, *args, **options)
+        return eager(module, before * query, keys, values, *args, **options)
 
     out, weights = attend(*parts.values())
     others = (attend(*(rrm_exchange.moved(x[:1].expand_as(x)) for x in parts.values())) for _ in range(AGAIN))
