@@ -47,12 +47,13 @@ if __name__ == "__main__":
     flags_first(build_parser)
 
 from rrm_engine import RunConfig, Solver
-from rrm_engine.backends import job, local
-from rrm_engine.backends.result import Job
+from rrm_engine.backends import local
 from rrm_engine.bench.tasks import load_tasks
 from rrm_engine.engine import engine, runner
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.runs.environment import environment
+from rrm_engine.solver import job
+from rrm_engine.solver.result import Job
 
 MODULES = (engine, runner, job, local)
 AS_IS, WITHOUT, AGAIN = ARMS = ("as is", "without ranges", "as is again")

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rrm_engine.backends.local import Solver
-    from rrm_engine.backends.result import Job, JobResult
     from rrm_engine.config import RunConfig
     from rrm_engine.errors import RrmError
+    from rrm_engine.solver.result import Job, JobResult
 
     __version__: str
 
@@ -27,8 +27,8 @@ __all__ = ["Job", "JobResult", "RrmError", "RunConfig", "Solver", "__version__"]
 
 _LAZY = {
     "Solver": "rrm_engine.backends.local",
-    "Job": "rrm_engine.backends.result",
-    "JobResult": "rrm_engine.backends.result",
+    "Job": "rrm_engine.solver.result",
+    "JobResult": "rrm_engine.solver.result",
     "RunConfig": "rrm_engine.config",
     "RrmError": "rrm_engine.errors",
 }

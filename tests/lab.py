@@ -15,10 +15,10 @@ from oracle import chat_model, chat_tokenizer, sample
 from tokenizers import pre_tokenizers
 
 from rrm_engine.backends.local import Solver
-from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
+from rrm_engine.solver.result import Job, JobResult
 
 STYLE = """
 name = "terse"

@@ -14,15 +14,15 @@ import pytest
 from driven import NODES, TASK, TOKENS, Driven
 from forked_bench import break_forward
 
-from rrm_engine.backends import events
-from rrm_engine.backends.job import JobRun
 from rrm_engine.backends.local import Solver
-from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.events import Atomic
+from rrm_engine.solver import events
+from rrm_engine.solver.job import JobRun
+from rrm_engine.solver.result import Job, JobResult
 
 Act = Callable[[JobRun, str], str | None]
 Events = list[dict[str, Any]]

@@ -16,11 +16,11 @@ from tiny_tokenizers import ADDED, KINDS, SPECIAL
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from rrm_engine.backends.result import Job
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.encode import Content, TextEncoder
+from rrm_engine.solver.result import Job
 
 # Turns with control tokens at both ends.
 BLOCKS = """{%- for m in messages %}<|im_start|>{{ m.role }}

@@ -10,10 +10,10 @@ from tiny_tokenizers import BYTES, KINDS
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
-from rrm_engine.backends.node import NodeRun
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.detokenize import Detokenizer
 from rrm_engine.protocol.encode import TextEncoder
+from rrm_engine.solver.node import NodeRun
 
 BROKEN = [0xE4, 0xB8, 0xAD, 0xC3, 0xA9, 0x0A, 0xFF, 0x41, 0xF0, 0x9F]
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.bench.grader import Grader, GraderClosed, Verdict
 from rrm_engine.bench.progress import SilentDisplay
 from rrm_engine.bench.rows import RowWriter
 from rrm_engine.graph.types import Status
 from rrm_engine.runs.directory import Row, RunDir, RunDirError
+from rrm_engine.solver.result import Job, JobResult
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 

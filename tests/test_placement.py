@@ -18,7 +18,6 @@ from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rrm_engine.backends.local import Solver
-from rrm_engine.backends.result import Job
 from rrm_engine.bench.cli import main
 from rrm_engine.bench.tasks import load_tasks
 from rrm_engine.config import RunConfig, WaitPolicy
@@ -39,6 +38,7 @@ from rrm_engine.models.attention import ATTENTION_NAME, PagedForward, register_a
 from rrm_engine.models.fuse import fuse
 from rrm_engine.models.lean import LeanForward, Stage
 from rrm_engine.models.spread import places, spread, tied_modules
+from rrm_engine.solver.result import Job
 
 CPU, OTHER, META = torch.device("cpu"), torch.device("cpu:1"), torch.device("meta")
 POLICIES = get_args(WaitPolicy)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from rrm_engine import RunConfig, Solver
-from rrm_engine.backends.result import Job
 from rrm_engine.loading.prepare import load_model
 from rrm_engine.replay.driver import Memory, Ours, Replayed, blocks_needed
 from rrm_engine.replay.generate import SHAPES, generate
@@ -19,6 +18,7 @@ from rrm_engine.replay.split import sentence, split
 from rrm_engine.replay.variant import parse_variant
 from rrm_engine.replay.walk import Resume, Start, Walk
 from rrm_engine.runs.directory import RunDir
+from rrm_engine.solver.result import Job
 
 SHIPPED = Path(__file__).parents[1] / "benchmarks" / "graphs"
 TWO: dict[str, Any] = {

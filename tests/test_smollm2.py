@@ -16,11 +16,11 @@ from oracle import engine_for, wrong_tokens
 from test_engine_oracle import Script
 
 from rrm_engine.backends.local import Solver
-from rrm_engine.backends.result import Job
 from rrm_engine.config import RunConfig
 from rrm_engine.engine.engine import Engine
 from rrm_engine.graph.types import Status
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
+from rrm_engine.solver.result import Job
 
 TEXT = (
     "Natural numbers are used for counting and for ordering. Some definitions begin with zero, others with one. "

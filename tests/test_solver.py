@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import rrm_engine
 from rrm_engine.backends.local import Solver
-from rrm_engine.backends.result import Job
 from rrm_engine.config import RunConfig
 from rrm_engine.loading.prepare import LoadedModel, load_model
+from rrm_engine.solver.result import Job
 
 # exactness
 

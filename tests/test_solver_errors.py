@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lab import JOBS, TASKS, VOCABULARY, Lab, Recorded, idle
 
-from rrm_engine.backends.result import Job
+from rrm_engine.solver.result import Job
 
 
 def test_closing_a_stream_in_the_middle_frees_everything(lab: Lab, reference: Recorded) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lab import JOBS, TASKS, Lab, Recorded
 
-from rrm_engine.backends.result import JobResult
+from rrm_engine.solver.result import JobResult
 
 
 def test_stream_yields_the_text_while_it_is_written_and_the_result_last(lab: Lab) -> None:

@@ -9,12 +9,12 @@ import pytest
 from lab import JOBS, STYLE, TASKS, Lab, Recorded, idle
 
 from rrm_engine import Job, JobResult, RrmError, RunConfig, Solver
-from rrm_engine.backends.job import JobRun
 from rrm_engine.backends.join import Joiner
-from rrm_engine.backends.node import NodeRun
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.protocol.grammar import EventMatcher
 from rrm_engine.protocol.parser import EventParser
+from rrm_engine.solver.job import JobRun
+from rrm_engine.solver.node import NodeRun
 
 VICTIM = "t1"
 

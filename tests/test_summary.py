@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.bench.grader import Verdict
 from rrm_engine.bench.progress import describe_row
 from rrm_engine.bench.rows import make_row
@@ -18,6 +17,7 @@ from rrm_engine.bench.summary import mcnemar, median_interval, pairs, summarise,
 from rrm_engine.bench.table import print_closing, speedup, splice_line
 from rrm_engine.graph.types import Status
 from rrm_engine.runs.directory import Row
+from rrm_engine.solver.result import Job, JobResult
 
 
 def row(task: str, mode: str, *, right: bool | None = True, sample: int = 0, **measured: Any) -> Row:

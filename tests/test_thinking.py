@@ -14,7 +14,6 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.backends.local import Solver
-from rrm_engine.backends.result import Job
 from rrm_engine.bench.cli import main as bench
 from rrm_engine.errors import RrmError
 from rrm_engine.loading.prepare import prepare_model
@@ -23,6 +22,7 @@ from rrm_engine.protocol.events import Atomic, Await, Child, ParsedEvent
 from rrm_engine.protocol.grammar import EventGrammars, ThinkingMatcher, event_grammar
 from rrm_engine.protocol.parser import LAYOUT_REPAIRS, EventParser
 from rrm_engine.protocol.thinking import DEFAULT, KNOWN, Marks, Thought, find_marks
+from rrm_engine.solver.result import Job
 from rrm_engine.verify import verify_run
 
 HARMONY = KNOWN[1]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rrm_engine.backends.node import NodeRun
 from rrm_engine.engine.replicas import AnyEngine
 from rrm_engine.graph.types import Conclusion
 from rrm_engine.kv.span import Span
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import final_of
+from rrm_engine.solver.node import NodeRun
 
 Render = Callable[[Sequence[Conclusion]], str]  # the user turn that hands conclusions over
 Placed = tuple[int, Span]  # index in the tokens of a turn

@@ -10,10 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from rrm_engine.backends.events import Emit, Events
-from rrm_engine.backends.job import JobRun
 from rrm_engine.backends.join import Join
-from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.backends.runtime import Runtime
 from rrm_engine.backends.settings import describe_sampling, phase_plans, resolve
 from rrm_engine.config import RunConfig
@@ -33,6 +30,9 @@ from rrm_engine.loading.rotary import find_rotary
 from rrm_engine.loading.swap_costs import measure_swap_costs
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
+from rrm_engine.solver.events import Emit, Events
+from rrm_engine.solver.job import JobRun
+from rrm_engine.solver.result import Job, JobResult
 from rrm_engine.trace.profile import STEPS, Profile
 
 ONE_THREAD_PARAMETERS = 20_000_000

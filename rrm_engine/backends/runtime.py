@@ -7,11 +7,11 @@ from typing import Literal
 from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.backends.join import Join
-from rrm_engine.backends.node import PhasePlan
 from rrm_engine.engine.replicas import AnyEngine
 from rrm_engine.graph.types import Limits, Phase
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import Style
+from rrm_engine.solver.node import PhasePlan
 
 
 @dataclass(frozen=True, slots=True)

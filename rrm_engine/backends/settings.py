@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from rrm_engine.backends.node import MatcherFactory, PhasePlan
 from rrm_engine.config import RunConfig
 from rrm_engine.device.memory import free_memory, in_units, kv_room
 from rrm_engine.engine.sampler import SamplingParams
@@ -22,6 +21,7 @@ from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.protocol.style import SAMPLING, Style
 from rrm_engine.protocol.thinking import Marks, Thought
+from rrm_engine.solver.node import MatcherFactory, PhasePlan
 
 # The flag of each phase's token budget; the graph phase is the planner's.
 BUDGETS = {

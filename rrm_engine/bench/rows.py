@@ -8,11 +8,11 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.bench.grader import Grader, GraderClosed, Verdict
 from rrm_engine.bench.progress import Display
 from rrm_engine.graph.types import Status
 from rrm_engine.runs.directory import Row, RunDir, RunDirError
+from rrm_engine.solver.result import Job, JobResult
 
 UNRECORDED = ("job", "traceback")  # of a result's fields: the one is spelled out in a row, the other has its own file
 

@@ -5,13 +5,13 @@ from contextlib import closing
 from dataclasses import fields
 from typing import Any, Protocol
 
-from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.bench.progress import Display
 from rrm_engine.bench.rows import RowWriter
 from rrm_engine.bench.tasks import Task
 from rrm_engine.command import check_interrupt
 from rrm_engine.config import RunConfig
 from rrm_engine.runs.directory import Row, RunDir, row_key
+from rrm_engine.solver.result import Job, JobResult
 
 POLICY_GROUPS = ("graph", "memory")  # groups of settings that every row carries
 

@@ -9,12 +9,7 @@ from dataclasses import asdict
 from time import monotonic
 from typing import Any
 
-from rrm_engine.backends.events import Events
 from rrm_engine.backends.join import Joiner
-from rrm_engine.backends.meter import Meter
-from rrm_engine.backends.node import Grammar, NodeRun, PhasePlan
-from rrm_engine.backends.outcome import outcome
-from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.backends.runtime import Runtime
 from rrm_engine.backends.shadow import Shadows
 from rrm_engine.engine.engine import NoRoom, Sampled
@@ -37,6 +32,11 @@ from rrm_engine.graph.types import Stop as StopNode
 from rrm_engine.protocol.detokenize import Detokenizer
 from rrm_engine.protocol.events import Atomic, Done, Malformed, ParsedEvent
 from rrm_engine.protocol.parser import EventParser
+from rrm_engine.solver.events import Events
+from rrm_engine.solver.metering import Meter
+from rrm_engine.solver.node import Grammar, NodeRun, PhasePlan
+from rrm_engine.solver.outcome import outcome
+from rrm_engine.solver.result import Job, JobResult
 
 PREVIEW = 200  # characters of the prompt kept in a row
 

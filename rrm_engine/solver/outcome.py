@@ -6,13 +6,13 @@ from dataclasses import asdict
 from time import monotonic
 from typing import Any
 
-from rrm_engine.backends.meter import Meter
-from rrm_engine.backends.node import NodeRun
-from rrm_engine.backends.result import Job, JobResult
 from rrm_engine.backends.settings import BUDGETS
 from rrm_engine.backends.shadow import SpliceReport
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.types import EndReason, Finish, Phase
+from rrm_engine.solver.metering import Meter
+from rrm_engine.solver.node import NodeRun
+from rrm_engine.solver.result import Job, JobResult
 
 # What the graph machine calls it when a child is refused for a limit.
 REFUSALS = {"max_depth": "over_depth", "max_sibling_width": "over_width", "max_nodes": "over_nodes"}
