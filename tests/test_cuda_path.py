@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import engine_for, plain_model, prepared, prompt
-from test_engine_oracle import live_graph, mistakes, short_graph
+from scripts_of_graphs import live_graph, mistakes, short_graph
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
 from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged

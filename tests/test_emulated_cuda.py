@@ -11,9 +11,8 @@ import torch
 from lab import JOBS, Lab, recorded
 from oracle import plain_model, prompt
 from rrm_kernels.staging import Staging
-from test_engine_oracle import GREEDY, crowded, live_graph, mistakes, short_graph
-from test_generation import IN_A_GRAPH, Settled
-from test_wait_policies import policy_engine, waiting_graph
+from scripts_of_graphs import GREEDY, crowded, live_graph, mistakes, policy_engine, short_graph, waiting_graph
+from settled import IN_A_GRAPH, Settled
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
 from emulated_cuda import Emulation, OnDevice, emulated

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from oracle import engine_for, plain_model, prepared, prompt
-from test_engine_oracle import Script, crowded, live_graph
-from test_wait_policies import policy_engine, waiting_graph
+from scripts_of_graphs import crowded, live_graph, policy_engine, waiting_graph
+from settled import IN_A_GRAPH, Settings, Settled, generated
 from traced import save_model
 from transformers import GenerationConfig
 
 from rrm_engine.bench.cli import main as bench
 from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.processors import Processors, Transcripts
-from rrm_engine.engine.replicas import AnyEngine, Replicas
+from rrm_engine.engine.replicas import Replicas
 from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
 from rrm_engine.engine.scheduler import WaitPolicy
 from rrm_engine.engine.sequence import Sequence
@@ -27,7 +27,6 @@ from rrm_engine.loading.generation import HONOURED, WARPERS, WITHOUT_EFFECT, rea
 from rrm_engine.loading.prepare import LoadedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
-Settings = dict[str, Any]
 ENDS = list(range(4, 500, 9))  # so many that a random model meets them
 BUDGET = 16
 WIDE = [[*range(2, 302, 2)], [*range(1, 301, 2)]]  # prompts with many tokens of the vocabulary
@@ -55,13 +54,6 @@ CASES: dict[str, tuple[Settings, list[list[int]]]] = {
     "suppressed and penalised": ({"suppress_tokens": [*range(0, 500, 2)], "repetition_penalty": 1.7}, []),
 }
 FILTERS = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}  # of sampling alone
-IN_A_GRAPH: list[Settings] = [
-    {"repetition_penalty": 2.5},
-    {"no_repeat_ngram_size": 1, "suppress_tokens": [*range(0, 500, 3)]},
-    {"repetition_penalty": 1.8, "begin_suppress_tokens": [*range(0, 500, 2)], "renormalize_logits": True},
-    {"encoder_repetition_penalty": 0.6, "sequence_bias": [[[5], 4.0], [[5, 9], 9.0], [[17], 3.0]]},
-    {"bad_words_ids": [*([i] for i in range(0, 500, 2)), *([1, i] for i in range(500))], "forced_eos_token_id": 4},
-]
 
 
 @pytest.fixture(scope="module")
@@ -73,45 +65,6 @@ def plain() -> Any:
 @pytest.fixture(scope="module")
 def tiny(plain: Any) -> LoadedModel:
     return prepared(plain)
-
-
-def generated(plain: Any, tokens: list[int], settings: Settings, budget: int, ends: list[int] | None) -> list[int]:
-    """What ``generate`` writes behind ``tokens``."""
-    config = GenerationConfig(**settings, eos_token_id=ends, pad_token_id=0, do_sample=False, max_new_tokens=budget)
-    return plain.generate(torch.tensor([tokens]), generation_config=config)[0, len(tokens) :].tolist()
-
-
-class Settled:
-    """Gives an engine's sequences settings in turn, whatever they are submitted with, and notes their phases."""
-
-    def __init__(self, engine: AnyEngine, choices: list[Settings]) -> None:
-        self.settings: dict[str, Settings] = {}
-        self.phases: dict[str, list[tuple[int, int]]] = {}  # tokens in front, budget
-        submit, resume = engine.submit, engine.resume
-
-        def settled(key: str, tokens: list[int], budget: int, sampling: SamplingParams, **options: Any) -> Sequence:
-            self.settings[key] = choices[len(self.settings) % len(choices)]
-            self.phases[key] = [(len(tokens), budget)]
-            return submit(key, tokens, budget, SamplingParams.of(self.settings[key]), **options)
-
-        def resumed(sequence: Sequence, tokens: list[int], budget: int, *more: Any) -> None:
-            resume(sequence, tokens, budget, *more)
-            self.phases[sequence.key].append((len(sequence.tokens), budget))
-
-        engine.submit, engine.resume = settled, resumed  # type: ignore[method-assign, assignment]
-
-    def unlike_generate(self, plain: Any, script: Script, choices: list[Settings] | None = None) -> list[str]:
-        """Keys of the sequences that have other tokens than ``generate`` writes, phase by phase, behind the transcript.
-
-        ``choices`` are the settings of ``generate``, where they are not those of the engine.
-        """
-        wrong = []
-        for index, (key, tokens) in enumerate((key, script.done[key]) for key in self.settings if key in script.done):
-            settings = self.settings[key] if choices is None else choices[index % len(choices)]
-            for (first, budget), (_, stop) in zip(self.phases[key], script.ranges[key], strict=True):
-                if generated(plain, tokens[:first], settings, budget, None)[: stop - first] != tokens[first:stop]:
-                    wrong.append(key)
-        return wrong
 
 
 # one setting

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lab import JOBS, SMALLEST, Lab, Recorded, idle, recorded, wrong_tokens
-from test_verify import Event, rewrite
+from traced import Event, rewrite
 
 from rrm_engine import RunConfig, Solver
 from rrm_engine.backends.join import Kept, _locate

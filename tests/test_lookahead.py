@@ -10,9 +10,8 @@ from lab import JOBS, TASKS, Lab, Recorded, recorded, wrong_tokens
 from lab import SETTINGS as LAB_SETTINGS
 from lives import EOS, Life, prompt, submitted
 from oracle import engine_for, plain_model, prepared
-from test_engine_oracle import crowded, live_graph, mistakes
-from test_scheduler_properties import ACTIONS, SETTINGS, assert_noticed, live_through, lives
-from test_wait_policies import assert_tokens_equal
+from random_lives import ACTIONS, SETTINGS, assert_noticed, live_through, lives
+from scripts_of_graphs import assert_tokens_equal, crowded, live_graph, mistakes
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.settings import _lookahead

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from lives import Life, made_up, prompt, submitted
-from test_scheduler_properties import ACTIONS, SETTINGS, assert_noticed, live_through, lives
+from random_lives import ACTIONS, SETTINGS, assert_noticed, live_through, lives
 
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.scheduler import Scheduler

@@ -12,8 +12,7 @@ import pytest
 import torch
 from oracle import FAMILIES, engine_for, plain_model, prepared, prompt
 from rrm_kernels.reference_layer import ReferenceLayer
-from test_engine_oracle import GREEDY, crowded, live_graph, mistakes
-from test_wait_policies import assert_tokens_equal
+from scripts_of_graphs import GREEDY, assert_tokens_equal, crowded, live_graph, mistakes
 from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 

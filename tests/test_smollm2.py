@@ -13,7 +13,7 @@ import torch
 from lab import Recorded
 from lab import wrong_tokens as sampled_otherwise
 from oracle import engine_for, wrong_tokens
-from test_engine_oracle import Script
+from scripts_of_graphs import Script
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.config import RunConfig

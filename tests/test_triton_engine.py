@@ -7,7 +7,7 @@ import torch
 from oracle import engine_for, plain_model, prepared
 from rrm_kernels.sharing import SharingCost
 from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, load_triton
-from test_engine_oracle import Script, mistakes, short_graph
+from scripts_of_graphs import Script, mistakes, short_graph
 
 from rrm_engine.models.attention import choose_attention
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import chat_model, chat_tokenizer
 from safetensors.torch import load_file, save_file
+from traced import rewrite
 
 from rrm_engine.bench.cli import main as bench
 from rrm_engine.engine.sampler import SamplingParams, noise_key
@@ -87,15 +88,6 @@ def sampled(record: Callable[..., Path]) -> Path:
 @pytest.fixture
 def copied(sampled: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sampled, tmp_path / "run"))
-
-
-def rewrite(run: Path, change: Callable[[Event], None]) -> None:
-    """Change events of a trace."""
-    path = run / "trace.jsonl"
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    for event in events:
-        change(event)
-    path.write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
 def broken(checks: list[NodeCheck]) -> list[NodeCheck]:

@@ -5,13 +5,21 @@ from typing import Any, get_args
 import pytest
 import torch
 from lives import Life, prompt, submitted, two_waiting_parents
-from oracle import engine_for, plain_model, prepared
-from test_engine_oracle import GREEDY, Script, mistakes
-from test_engine_oracle import prompt as tokens
-from test_scheduler_properties import live_through
+from oracle import plain_model, prepared
+from oracle import prompt as tokens
+from random_lives import live_through
+from scripts_of_graphs import (
+    CHEAP_COPIES,
+    DEAR_COPIES,
+    GREEDY,
+    Script,
+    assert_tokens_equal,
+    mistakes,
+    policy_engine,
+    waiting_graph,
+)
 
 from rrm_engine.config import WaitPolicy
-from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.scheduler import SchedulerOutput
 from rrm_engine.engine.sequence import Sequence
@@ -23,7 +31,6 @@ from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.loading.swap_costs import measure_swap_costs
 
 POLICIES = get_args(WaitPolicy)
-CHEAP_COPIES, DEAR_COPIES = SwapCosts(1e-6, 1e-3), SwapCosts(1e-3, 1e-6)
 
 
 def waiting_parent(life: Life, length: int = 10) -> Sequence:
@@ -146,47 +153,6 @@ def test_a_table_in_host_memory_comes_back_before_it_grows() -> None:
 
 
 # real forwards
-
-
-def waiting_graph(engine: Engine) -> Script:
-    """A root that forks, waits twice, beside another root and children; nothing is shared but by design."""
-    script = Script(engine)
-    root = script.submit("root", tokens(1, 37), 9)
-    other = script.submit("other", tokens(2, 5), 30, root=1)
-    script.run(until=12)
-    at = len(root.tokens)
-    forked = script.submit("root.a", [*root.tokens, *tokens(3, 6)], 20, depth=1, fork_of=(root, at))
-    engine.pause(root)
-    engine.wait(root)
-    script.run()
-    fresh = script.submit("root.b", tokens(1, 24) + tokens(4, 9), 15, depth=1)
-    engine.wait(forked)
-    script.run()
-    script.resume(root, tokens(5, 30), 8)
-    script.run()
-    engine.wait(root)
-    script.resume(forked, tokens(8, 5), 4)
-    script.run()
-    script.resume(root, tokens(7, 3), 7)
-    script.run()
-    script.finish(root, other, forked, fresh)
-    return script
-
-
-def policy_engine(model: Any, policy: WaitPolicy, blocks: int = 200, **changes: Any) -> Engine:
-    engine = engine_for(model, blocks, wait_policy=policy, host_blocks=blocks, **changes)
-    if policy == "auto":
-        engine.scheduler.costs = CHEAP_COPIES
-    return engine
-
-
-def assert_tokens_equal(plain: Any, policy: WaitPolicy, **changes: Any) -> None:
-    """With room for everything, and in a pool in which memory runs out."""
-    model = prepared(plain)
-    for blocks in (200, 30):
-        engine = policy_engine(model, policy, blocks, max_sequence_tokens=110, **changes)
-        assert mistakes(plain, waiting_graph(engine)) == {}
-        assert engine.pool.num_used == engine.space.num_used == 0
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

@@ -110,3 +110,12 @@ def known_graph() -> JobTrace:
     add(8192, "finish", tokens=53, events=20)
     row = {"id": "x", "mode": "rrm", "sample": 0, "status": "graph", "latency_s": t, "preemptions": 0}
     return build("x/rrm/0", 0, events, {**row, "nodes": 3, "resumes": 1, "critical_path_tokens": 5 + 9 + 3})
+
+
+def rewrite(run: Path, change: Callable[[Event], None]) -> None:
+    """Change events of a trace."""
+    path = run / "trace.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    for event in events:
+        change(event)
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
