@@ -1,8 +1,8 @@
 """Every node's greedy tokens in fp32 equal plain transformers on that node's own transcript."""
 
 import pytest
+from graph_scripts import GREEDY, Script, live_graph, mistakes
 from oracle import FAMILIES, engine_for, plain_model, prepared, prompt
-from scripts_of_graphs import GREEDY, Script, live_graph, mistakes
 
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa"])

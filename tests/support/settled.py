@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from scripts_of_graphs import Script
+from graph_scripts import Script
 from transformers import GenerationConfig
 
 from rrm_engine.engine.replicas import AnyEngine

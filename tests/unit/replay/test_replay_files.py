@@ -20,7 +20,7 @@ from rrm_engine.replay.walk import Resume, Start, Walk
 from rrm_engine.runs.directory import RunDir
 from rrm_engine.solver.result import Job
 
-SHIPPED = Path(__file__).parents[1] / "benchmarks" / "graphs"
+SHIPPED = Path(__file__).parents[3] / "benchmarks" / "graphs"
 TWO: dict[str, Any] = {
     "id": "two",
     "seed": 7,

@@ -4,11 +4,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from lives import Life, prompt, submitted, two_waiting_parents
-from oracle import plain_model, prepared
-from oracle import prompt as tokens
-from random_lives import live_through
-from scripts_of_graphs import (
+from graph_scripts import (
     CHEAP_COPIES,
     DEAR_COPIES,
     GREEDY,
@@ -18,6 +14,10 @@ from scripts_of_graphs import (
     policy_engine,
     waiting_graph,
 )
+from lives import Life, prompt, submitted, two_waiting_parents
+from oracle import plain_model, prepared
+from oracle import prompt as tokens
+from random_lives import live_through
 
 from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.runner import ModelRunner

@@ -16,7 +16,7 @@ from embedded.wording import random_task
 
 from rrm_engine.protocol.style import load_style
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
-SCRIPT = Path(__file__).with_name("triton_compile.py")
+SCRIPT = Path(__file__).parents[2] / "support" / "triton_compile.py"
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
@@ -23,7 +23,7 @@ def test_all_kernels_compile_for_an_absent_gpu(tmp_path: Path) -> None:
     done = compile_kernels(tmp_path, "bfloat16")
     assert done.returncode == 0, done.stderr
     names = {line.split("'")[1] for line in done.stdout.splitlines()}
-    kernels = Path(__file__).parent.parent / "kernels/rrm_kernels"
+    kernels = Path(__file__).parents[3] / "kernels/rrm_kernels"
     written = {
         line.removeprefix("def ").split("(")[0]
         for file in kernels.glob("*.py")

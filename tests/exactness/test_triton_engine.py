@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from graph_scripts import Script, mistakes, short_graph
 from oracle import engine_for, plain_model, prepared
 from rrm_kernels.sharing import SharingCost
 from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, load_triton
-from scripts_of_graphs import Script, mistakes, short_graph
 
 from rrm_engine.models.attention import choose_attention
 

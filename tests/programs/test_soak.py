@@ -16,7 +16,7 @@ from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.table import BlockTable
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 MOST_LIVES = 60
 
 

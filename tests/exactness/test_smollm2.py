@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from graph_scripts import Script
 from lab import Recorded
 from lab import wrong_tokens as sampled_otherwise
 from oracle import engine_for, wrong_tokens
-from scripts_of_graphs import Script
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.config import RunConfig

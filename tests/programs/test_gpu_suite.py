@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What a machine for measurements may lack: the suite loads no model that needs them.
 ABSENT = ("llguidance", "math_verify", "perfetto", "gguf", "matplotlib", "flash_attn")
 

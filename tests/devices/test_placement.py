@@ -10,9 +10,9 @@ from typing import Any, cast, get_args
 
 import pytest
 import torch
+from graph_scripts import GREEDY, assert_tokens_equal, crowded, live_graph, mistakes
 from oracle import FAMILIES, engine_for, plain_model, prepared, prompt
 from rrm_kernels.reference_layer import ReferenceLayer
-from scripts_of_graphs import GREEDY, assert_tokens_equal, crowded, live_graph, mistakes
 from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 

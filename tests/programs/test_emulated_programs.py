@@ -14,7 +14,7 @@ from emulated_cuda import emulated
 from rrm_engine.bench.cli import main
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="real devices are there")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EVERY = ["--wait-policy", "auto"]  # measures what copies cost when it starts
 
 

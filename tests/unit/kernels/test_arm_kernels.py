@@ -20,7 +20,7 @@ def results(compiler: str, flags: tuple[str, ...], run: list[str], folder: Path)
     """What ``kernels_alone.cpp`` prints, compiled so and run so."""
     program = folder / compiler
     sources = [str(files("rrm_kernels").joinpath(name)) for name in SOURCES if name.endswith(".cpp")]
-    command = [compiler, *COMPILE, *flags, str(Path(__file__).with_name("kernels_alone.cpp")), *sources]
+    command = [compiler, *COMPILE, *flags, str(Path(__file__).parents[2] / "support" / "kernels_alone.cpp"), *sources]
     subprocess.run([*command, "-o", str(program)], check=True, timeout=300)
     done = subprocess.run([*run, str(program)], check=True, capture_output=True, text=True, timeout=300)
     lines = [line.split() for line in done.stdout.splitlines()]

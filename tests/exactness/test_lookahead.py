@@ -5,13 +5,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from graph_scripts import assert_tokens_equal, crowded, live_graph, mistakes
 from hypothesis import given
 from lab import JOBS, TASKS, Lab, Recorded, recorded, wrong_tokens
 from lab import SETTINGS as LAB_SETTINGS
 from lives import EOS, Life, prompt, submitted
 from oracle import engine_for, plain_model, prepared
 from random_lives import ACTIONS, SETTINGS, assert_noticed, live_through, lives
-from scripts_of_graphs import assert_tokens_equal, crowded, live_graph, mistakes
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.settings import _lookahead

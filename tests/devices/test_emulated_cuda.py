@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from graph_scripts import GREEDY, crowded, live_graph, mistakes, policy_engine, short_graph, waiting_graph
 from lab import JOBS, Lab, recorded
 from oracle import plain_model, prompt
 from rrm_kernels.staging import Staging
-from scripts_of_graphs import GREEDY, crowded, live_graph, mistakes, policy_engine, short_graph, waiting_graph
 from settled import IN_A_GRAPH, Settled
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from graph_scripts import GREEDY
 from hypothesis import given
 from hypothesis import strategies as st
 from lives import Life, Memory, base, prompt, submitted
 from oracle import FAMILIES, engine_for, plain_model, prepared
 from oracle import prompt as tokens
 from random_lives import MORE, SETTINGS, SHARE, WHO, assert_noticed, live_through, lives
-from scripts_of_graphs import GREEDY
 from transformers import DynamicCache
 
 from rrm_engine.engine.engine import Engine

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from graph_scripts import live_graph, mistakes, short_graph
 from oracle import engine_for, plain_model, prepared, prompt
-from scripts_of_graphs import live_graph, mistakes, short_graph
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
 from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged

@@ -14,7 +14,7 @@ from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.measure import COUNTERS, measure, summarise
 from rrm_engine.replay.report import HEADER, markdown_table, rich_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 class Clockwork:

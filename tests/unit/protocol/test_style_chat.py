@@ -286,7 +286,7 @@ def test_default_style() -> None:
     assert default_style("llama", "x") == "instruct"
 
 
-OWN = (Path(__file__).parents[1] / "rrm_engine/protocol/styles/instruct.toml").read_text()
+OWN = (Path(__file__).parents[3] / "rrm_engine/protocol/styles/instruct.toml").read_text()
 
 
 def own(tmp_path: Path, old: str = "", new: str = "") -> Path:

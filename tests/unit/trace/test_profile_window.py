@@ -49,7 +49,7 @@ def test_off_makes_no_range_and_on_makes_them_in_its_window_only(
 
 
 def test_the_benchmark_compares_with_an_engine_without_ranges() -> None:
-    path = Path(__file__).parents[1] / "benchmarks" / "profile_overhead.py"
+    path = Path(__file__).parents[3] / "benchmarks" / "profile_overhead.py"
     spec = importlib.util.spec_from_file_location("profile_overhead", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

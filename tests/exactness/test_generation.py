@@ -8,8 +8,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from graph_scripts import crowded, live_graph, policy_engine, waiting_graph
 from oracle import engine_for, plain_model, prepared, prompt
-from scripts_of_graphs import crowded, live_graph, policy_engine, waiting_graph
 from settled import IN_A_GRAPH, Settings, Settled, generated
 from traced import save_model
 from transformers import GenerationConfig
