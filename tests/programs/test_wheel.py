@@ -51,7 +51,8 @@ def test_the_wheel_holds_code_model_tasks_and_styles(wheel: Path) -> None:
         f"rrm_kernels/{path.relative_to(ROOT / 'kernels' / 'rrm_kernels')}"
         for path in (ROOT / "kernels" / "rrm_kernels").rglob("*.py")
     }
-    assert sources | data | model | kernels <= held
+    typed = {"rrm_engine/py.typed", "rrm_kernels/py.typed"}
+    assert sources | data | model | kernels | typed <= held
     assert not any(name.startswith("kernels/") for name in held)
 
 
