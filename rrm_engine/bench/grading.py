@@ -50,6 +50,7 @@ _NOT = re.compile(r"\b(?:not|isn't|never|neither)\b(?: equal(?: to)?)?[\s}$\\(]*
 _FORMULA = re.compile(r"\$[^$]*\$|\\\((?:[^\\]|\\[^)])*\\\)")
 _LISTED = re.compile(r"\s*(?:,|;|,?\s*(?:and|or))\s*")
 _BASE = re.compile(r"\d_\{?(\d+)\}?(?!\w)")
+_CURRENT = re.compile(r"(?<![A-Za-z\\])[Ii](?=(?:_(?:\w|\{\w+\}))?\s*=)")  # in "I = 5" it is no imaginary unit
 _NOON = re.compile(r"\b([ap])\.?\s?m\b")
 # Exponents and factorials that sympy would expand for ever, deep in C where no timeout reaches.
 _EXPLOSIVE = re.compile(
@@ -181,6 +182,7 @@ def _math_equal(text: str, wanted: str) -> bool:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     def read(text: str) -> Any:
+        text = _CURRENT.sub("y", text)
         notation = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
         kinds = [LatexExtractionConfig(normalization_config=notation), ExprExtractionConfig()]
         return parse(text if "$" in text or "\\(" in text else f"${text}$", kinds, parsing_timeout=None)

@@ -399,6 +399,12 @@ def test_ways_to_state_other_answers(answer: str, expected: str, verdict: bool) 
     assert grade(answer, expected) is verdict
 
 
+@pytest.mark.parametrize(("said", "wanted"), [("I = 5", "I = 7"), ("$I_p=5t$", "$I=7t$"), ("$I=e^{-t}$", "$I=3$")])
+def test_a_current_is_not_the_imaginary_unit(said: str, wanted: str) -> None:
+    assert grade(f"FINAL: {said}", wanted) is False
+    assert grade(f"FINAL: {wanted}", wanted) is True
+
+
 def test_nothing_expected_is_not_graded() -> None:
     assert grade("FINAL: 204", None) is None
 
