@@ -61,7 +61,8 @@ from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import Literal
 
-from rrm_engine.graph.node import ALIVE, OVER, Node, NodeState
+from rrm_engine.graph.node import Node
+from rrm_engine.graph.states import ALIVE, OVER, TRANSITIONS, NodeState
 from rrm_engine.graph.types import (
     Cancel,
     Command,
@@ -231,7 +232,7 @@ class GraphMachine:
         return None
 
     def _refuse(self, parent: Node, child: Node, repair: str, why: str) -> None:
-        child.state = NodeState.REFUSED
+        self._set_state(child, NodeState.REFUSED)
         child.conclusion = Conclusion(child.id, f"failed: not started, {why}", ok=False)
         parent.refusals += 1
         self._note(parent, repair, f"Child {child.id} was not started: {why}.")
@@ -388,7 +389,7 @@ class GraphMachine:
             node = heappop(self._turns)[-1]
             if node.state is NodeState.READY:
                 self._start(node)
-            elif node.state is NodeState.RESUMABLE:  # else it was cancelled in the queue
+            elif node.state is NodeState.RESUMABLE:  # else it was ready and has been cancelled
                 self._resume(node)
         out, self._out = self._out, []
         return out
@@ -421,6 +422,7 @@ class GraphMachine:
         return node
 
     def _set_state(self, node: Node, state: NodeState) -> None:
+        assert (node.state, state) in TRANSITIONS, f"{node.path}: no way from {node.state} to {state}"
         self._running += (state is NodeState.RUNNING) - (node.state is NodeState.RUNNING)
         node.state = state
 

@@ -3,26 +3,9 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 
+from rrm_engine.graph.states import INITIAL, NodeState
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
-
-
-class NodeState(StrEnum):
-    """Where a node is in its life; RUNNING is the only state in which it decodes."""
-
-    BLOCKED = "blocked"  # declared, not started: a dependency has not concluded
-    READY = "ready"  # not started: waits for its turn
-    RUNNING = "running"
-    AWAITING = "awaiting"  # paused or ended by itself: an awaited child has not concluded
-    RESUMABLE = "resumable"  # paused or ended by itself: waits for its turn to go on
-    CONCLUDED = "concluded"
-    CANCELLED = "cancelled"
-    REFUSED = "refused"  # never became a node; its failed conclusion says why
-
-
-ALIVE = frozenset({NodeState.RUNNING, NodeState.AWAITING, NodeState.RESUMABLE})
-OVER = frozenset({NodeState.CONCLUDED, NodeState.CANCELLED, NodeState.REFUSED})
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +19,7 @@ class Node:
     serial: int  # order of declaration in the whole graph
     parent: "Node | None" = field(default=None, repr=False)
     depth: int = 0
-    state: NodeState = NodeState.BLOCKED
+    state: NodeState = INITIAL
     started: bool = False
     end: EndReason | None = None  # why its decoding last stopped by itself
     conclusion: Conclusion | None = None

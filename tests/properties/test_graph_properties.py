@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from random import Random
 
 import pytest
-from graphs import Contract, Violation, require
+from graphs import Contract, require
 from hypothesis import given
 from hypothesis import strategies as st
 from searched import searched
 
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.node import Node
+from rrm_engine.graph.states import OVER, TRANSITIONS, NodeState
 from rrm_engine.graph.types import Command, EndReason, Limits, Phase, Resume, Start, Status
 from rrm_engine.protocol.events import Atomic, Await, Child, Done, Event, Malformed
 
@@ -112,6 +113,31 @@ def test_the_contract_holds_on_many_seeds_and_the_runs_are_worth_it() -> None:
         given_to += sum(bool(d.path and set(d.event.depends_on) - d.dropped) for d in contract.declared.values())
     assert set(statuses) == set(Status)
     assert min(nodes, resumes, given_to) > 1000
+
+
+def test_random_runs_take_every_transition_of_the_table_and_no_other() -> None:
+    taken: set[tuple[NodeState, NodeState]] = set()
+
+    class Watched(GraphMachine):
+        def _set_state(self, node: Node, state: NodeState) -> None:
+            taken.add((node.state, state))
+            super()._set_state(node, state)
+
+    for seed in range(300):
+        run_chaos(Random(seed), Watched)
+    assert taken == set(TRANSITIONS)
+
+
+@pytest.mark.parametrize("before", NodeState)
+def test_a_transition_that_is_not_in_the_table_is_refused(before: NodeState) -> None:
+    others = [after for after in NodeState if (before, after) not in TRANSITIONS]
+    assert set(others) >= {before} and (before not in OVER or len(others) == len(NodeState))
+    for after in others:
+        machine = GraphMachine("the task", Limits())
+        root = machine.nodes["root"]
+        root.state = before
+        with pytest.raises(AssertionError, match=f"root: no way from {before} to {after}"):
+            machine._set_state(root, after)
 
 
 # models that write a well-formed graph
@@ -265,7 +291,7 @@ def caught(new: Machine = GraphMachine, seeds: int = 300) -> bool:
         try:
             run_chaos(Random(seed), new)
             require(run_plan(plan, Random(seed), limits, new) == fold(plan, []), "a wrong answer")
-        except Violation:
+        except AssertionError:  # a Violation, or a transition that is not in the machine's table
             return True
     return False
 

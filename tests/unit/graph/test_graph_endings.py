@@ -3,7 +3,7 @@
 import pytest
 from graphs import brief, child, resume_of, started
 
-from rrm_engine.graph.node import NodeState
+from rrm_engine.graph.states import NodeState
 from rrm_engine.graph.types import Conclusion, EndReason, Finish, Pause, Phase, Resume, Start, Status, Stop
 from rrm_engine.protocol.events import Atomic, Await, Done, Malformed
 

@@ -4,7 +4,7 @@ import pytest
 from graphs import brief, child, resume_of, started
 
 from rrm_engine.graph.machine import MAX_NOTES, GraphMachine
-from rrm_engine.graph.node import NodeState
+from rrm_engine.graph.states import NodeState
 from rrm_engine.graph.types import (
     Cancel,
     Conclusion,
