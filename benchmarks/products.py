@@ -111,6 +111,7 @@ def main() -> None:
                     print(f"{dtype} {shape:>12} {rows:5} rows:", end="")
                     for name, t in seconds.items():
                         print(f"  {name} {t * 1e3:.3f} ms {flops / t / 1e9:.0f} GF/s {size / t / 1e9:.1f} GB/s", end="")
+                        print(f" ({size / t / memory['copy']:.0%} of copy)" if rows == 1 else "", end="")
                     print(flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,8 @@ constexpr int ROWS = 4;
 constexpr int LINES = 2, TILE = LINES * LANES;  // columns done at once
 constexpr int STEP = 64 / VECTOR;               // vectors of a panel done at once: a line of the cache
 constexpr int64_t RUN = 64;                     // inputs of one row that lie side by side
-constexpr int64_t CHUNK = 120;                  // rows a weight is read for at once
+constexpr int64_t CHUNK = 120;                  // rows a weight is read for at once, at most
+constexpr int64_t FEW = 48;                     // at least, before the depth is done in several passes
 constexpr int64_t PART = 8192;                  // bytes of a panel that stay in the first cache for all rows
 constexpr int64_t NEAR = 384 << 10;             // bytes of inputs that stay in the second cache for all tiles
 constexpr int64_t WORTH_THREADS = 1 << 17;      // multiply-adds
@@ -41,6 +42,9 @@ inline Bits line(const Bits* from) {
     std::memcpy(&out, from, sizeof out);
     return out;
 }
+
+// What is read through the pointer from here on is read anew: registers are too few to keep it.
+inline void again(const Bits*& panel) { asm("" : "+r"(panel)); }
 
 // The ways to multiply: what x and the output hold, and the inputs made of x. They go 64 bytes of every panel at a time,
 // DEPTHS depths in STEP vectors.
@@ -81,14 +85,14 @@ struct Halves {  // both halves of every 32 bits made fp32
     static inline void multiply(Lanes (&sums)[N][LINES], const Bits* panel, int64_t length, const Input* x) {
 #pragma GCC unroll 4
         for (int at = 0; at < STEP; at++) {
-            Lanes even[LINES], odd[LINES];
+            Lanes weights[LINES];
 #pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) {
-                const Bits both = line(panel + i * length + at);
-                even[i] = (Lanes)(both << 16), odd[i] = (Lanes)(both & 0xffff0000u);
-            }
-            Fp32::add(sums, even, x + 2 * at);
-            Fp32::add(sums, odd, x + 2 * at + 1);
+            for (int i = 0; i < LINES; i++) weights[i] = (Lanes)(line(panel + i * length + at) << 16);
+            Fp32::add(sums, weights, x + 2 * at);
+            again(panel);
+#pragma GCC unroll 2
+            for (int i = 0; i < LINES; i++) weights[i] = (Lanes)(line(panel + i * length + at) & 0xffff0000u);
+            Fp32::add(sums, weights, x + 2 * at + 1);
         }
     }
 };
@@ -255,9 +259,14 @@ void multiply_chunk(const Linear& s, const typename P::Value* x, typename P::Val
 
 template <typename P>
 bool multiply_all(const Linear& s, const void* x, void* out, int64_t rows) {
-    for (int64_t row = 0; row < rows; row += CHUNK) {
+    // As many rows at once as leave their inputs in the second cache; passes over the depth cost more, fewer rows most.
+    const int64_t input_bytes = whole(s.depth, RUN) * RUN * sizeof(typename P::Input);
+    const int64_t near = NEAR / input_bytes / ROWS * ROWS;
+    const int64_t chunks = whole(rows, near >= FEW ? std::min(near, CHUNK) : CHUNK);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t row = rows * chunk / chunks, count = rows * (chunk + 1) / chunks - row;
         multiply_chunk<P>(s, (const typename P::Value*)x + row * s.depth, (typename P::Value*)out + row * s.columns,
-                          std::min(CHUNK, rows - row));
+                          count);
     }
     return true;
 }

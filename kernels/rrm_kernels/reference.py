@@ -13,6 +13,8 @@ import torch.nn.functional as F
 if TYPE_CHECKING:
     from rrm_kernels.metadata import RaggedMetadata
 
+CAUSAL_PIECE = 128  # rows of a prefill chunk that are attended at once
+
 
 @dataclass(slots=True)
 class DecodeGroup:
@@ -129,13 +131,17 @@ def attend_chunks(
     kv_heads, value_width = value_cache.shape[2], value_cache.shape[3]
     per_kv = heads // kv_heads
     for chunk in chunks:
-        count = chunk.stop - chunk.start
-        q = query[chunk.start : chunk.stop].view(count, kv_heads, per_kv, width)
-        q = q.permute(1, 2, 0, 3).reshape(1, kv_heads, per_kv * count, width)
-        k, v = (_gather(cache, chunk.table[None])[:, :, : chunk.length] for cache in (key_cache, value_cache))
-        mask = _chunk_mask(chunk, scores.window, query).repeat(per_kv, 1)
-        result = _attend(q, k, v, mask, scores)
-        out[chunk.start : chunk.stop] = result.view(heads, count, value_width).transpose(0, 1)
+        keys, values = (_gather(cache, chunk.table[None])[:, :, : chunk.length] for cache in (key_cache, value_cache))
+        mask = _chunk_mask(chunk, scores.window, query)
+        for start in range(chunk.start, chunk.stop, CAUSAL_PIECE):
+            stop = min(start + CAUSAL_PIECE, chunk.stop)
+            # What no row of the piece sees is left out: keys behind the last row's, and before the first one's window.
+            end = chunk.length - (chunk.stop - stop)
+            first = max(0, end - (stop - start) + 1 - scores.window) if scores.window else 0
+            k, v = keys[:, :, first:end], values[:, :, first:end]
+            seen = mask[start - chunk.start : stop - chunk.start, first:end].repeat(per_kv, 1)
+            q = query[start:stop].view(-1, kv_heads, per_kv, width).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, width)
+            out[start:stop] = _attend(q, k, v, seen, scores).view(heads, -1, value_width).transpose(0, 1)
 
 
 def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:

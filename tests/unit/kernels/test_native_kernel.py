@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import VARIANTS, compiled
-from rrm_kernels import build
+from rrm_kernels import build, reference
 from rrm_kernels.native import NativeUnavailable, load_native
 from rrm_kernels.reference import DecodeGroup, PagedBatch, PrefillChunk, Scores, paged_attention
 
@@ -75,7 +75,9 @@ def test_both_equal_attention_written_out(
     window: int | None,
     softcap: float | None,
     sinks: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(reference, "CAUSAL_PIECE", 3)  # the chunks are done in more than one piece
     case = Case(heads, kv_heads, key_width, value_width, dtype)
     scale = 1 / math.sqrt(key_width)
     expected = case.written_out(scale, window, softcap, sinks)
