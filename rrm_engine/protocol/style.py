@@ -3,25 +3,32 @@
 A packaged style lies in ``styles/``; a user's own is loaded by its path and has the same keys:
 
     name, description    texts
+    base                 another style, by name or by a path from this file on: what is not set here is as there
     trained_on_events    the model writes the events without a grammar
     [thinking]           direct, graph, solver, continuation = true | false
     [budgets]            direct, planner, solver, continuation = tokens
     [sampling.thinking]  any of temperature, top_p, top_k, min_p, repetition_penalty; may be left out, as may
     [sampling.plain]
+    [phrases]            plain texts of any name, which every template may use: {{ name }}; may be left out
     [system]             direct, recursive
     [user]               direct, graph, solver, resume, solve, fork
 
 What a user template may use is what ``VARIABLES`` says for its kind: ``task``, ``given`` (objects with ``id``,
 ``answer`` and ``final``, the answer's last ``FINAL: ...`` or else the whole answer; none: []), ``conclusions`` (the
 same, with ``ok``), ``notes``, ``rule``, ``id`` (of the child that forks), ``max_width``, ``depth_left`` (levels of
-children the node may still have below it; 0: it must solve its task itself). A system template may use none of them:
-every node of a recursive run has the same system text, so that its KV blocks are shared.
+children the node may still have below it; 0: it must solve its task itself), and the phrases. A system template may
+use phrases alone: every node of a recursive run has the same system text, so that its KV blocks are shared.
+
+A style that builds on another has a name and a description of its own and changes single keys of the other's tables; a
+base may have a base in turn.
 """
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol
@@ -169,21 +176,57 @@ def load_style(name_or_path: str | Path) -> Style:
 
     Raises RrmError, saying what is wrong and in which file, for a style that is unknown or cannot be used.
     """
-    asked = str(name_or_path)
-    path = Path(name_or_path)
+    return _Loader(str(name_or_path), _read_with_bases(name_or_path)).style()
+
+
+def _read_with_bases(name_or_path: str | Path) -> dict[str, Any]:
+    """The data of a style, completed with what it leaves to its base and that one to its own."""
+    asked, folder, whose = str(name_or_path), Path(), ""
+    data: dict[str, Any] | None = None
+    chain: dict[str, str] = {}  # by real path, as asked for
+    while True:
+        file = _locate(asked, folder, whose)
+        place = os.path.realpath(str(file))
+        if place in chain:
+            raise RrmError(f"prompt style {name_or_path} builds on itself: {' -> '.join([*chain.values(), asked])}")
+        chain[place] = asked
+        read = _read(file, asked + whose)
+        base = read.pop("base", None)
+        data = read if data is None else _completed(data, read)
+        if base is None:
+            return data
+        if not isinstance(base, str):
+            raise RrmError(f"prompt style {asked}{whose}: base must be a text")
+        asked, folder, whose = base, Path(place).parent, f" (the base of {asked})"
+
+
+def _locate(asked: str, folder: Path, whose: str) -> Traversable:
+    path = Path(asked)
     if path.suffix == ".toml" or len(path.parts) > 1:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RrmError(f"prompt style {asked} cannot be read: {error}") from error
-    elif asked in (names := style_names()):
-        text = (resources.files(__package__) / "styles" / f"{asked}.toml").read_text(encoding="utf-8")
-    else:
-        raise RrmError(f"there is no prompt style {asked!r}; there are {', '.join(names)}, or a TOML file's path")
+        return folder / path
+    if asked in (names := style_names()):
+        return resources.files(__package__) / "styles" / f"{asked}.toml"
+    raise RrmError(f"there is no prompt style {asked!r}{whose}; there are {', '.join(names)}, or a TOML file's path")
+
+
+def _read(file: Traversable, called: str) -> dict[str, Any]:
     try:
-        return _Loader(asked, tomllib.loads(text)).style()
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RrmError(f"prompt style {called} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
-        raise RrmError(f"prompt style {asked} is not valid TOML: {error}") from error
+        raise RrmError(f"prompt style {called} is not valid TOML: {error}") from error
+
+
+def _completed(own: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """``own`` and, of what it leaves open, ``base``; its name and description are its own."""
+
+    def over(below: Any, above: Any) -> Any:
+        if isinstance(below, dict) and isinstance(above, dict):
+            return below | {key: over(below.get(key), value) for key, value in above.items()}
+        return above
+
+    return over({key: value for key, value in base.items() if key not in ("name", "description")}, own)
 
 
 class _Loader:
@@ -202,6 +245,7 @@ class _Loader:
             "thinking",
             "budgets",
             "sampling",
+            "phrases",
             "system",
             "user",
         )
@@ -209,6 +253,7 @@ class _Loader:
         sampling = self.data.get("sampling", {})
         self.expect("sampling", sampling, dict)
         self.refuse_unknown("sampling.", sampling, ("thinking", "plain"))
+        self.jinja.globals.update(self.phrases())
         budgets = self.table("budgets", BUDGETS, int)
         for key, tokens in budgets.items():
             if tokens < 1:
@@ -259,6 +304,15 @@ class _Loader:
                 raise self.complaint(f"sampling.{key}.{name} must be a number, at least 0")
         return MappingProxyType(table)
 
+    def phrases(self) -> dict[str, str]:
+        phrases: dict[str, str] = self.data.get("phrases", {})
+        self.expect("phrases", phrases, dict)
+        for key, text in phrases.items():
+            self.expect(f"phrases.{key}", text, str)
+            if key in _FULL:
+                raise self.complaint(f"phrases.{key}: templates are given another {key}; choose another name")
+        return phrases
+
     def templates(self, table: str, variables: Mapping[str, tuple[str, ...]]) -> dict[str, jinja2.Template]:
         """Compiled templates by key, each rendered with what it gets: what is wrong is found here, not in mid-run."""
         compiled = {}
@@ -267,7 +321,7 @@ class _Loader:
             try:
                 used = meta.find_undeclared_variables(self.jinja.parse(source))
                 if unknown := used - set(names) - self.jinja.globals.keys():
-                    known = ", ".join(names) or "nothing"
+                    known = ", ".join([*names, *self.data.get("phrases", {})]) or "nothing"
                     raise self.complaint(f"{table}.{key} uses {', '.join(sorted(unknown))}; it may use {known}")
                 template = compiled[f"{table}.{key}"] = self.jinja.from_string(source)
                 for sample in (_FULL, _BARE):

@@ -319,7 +319,10 @@ def test_own_style_by_path(tmp_path: Path) -> None:
         ("{{ task }}", "{{ given[0].final }}", "user.direct: list object has no element 0"),
         ("{{ task }}", "{% for i in range(999999999) %}x{% endfor %}", "user.direct: Range too big"),
         ("{{ task }}", "{% include 'x' %}", "user.direct: "),
-        ("You reason recursively.", "{{ task }}", "system.recursive uses task; it may use nothing"),
+        ("You reason recursively.", "{{ task }}", "system.recursive uses task; it may use finish, example_of_order"),
+        ("finish =", "finished =", "user.direct uses finish; it may use task, given, max_width, depth_left, finished"),
+        ("finish =", "rule = 'x'\nfinish =", "phrases.rule: templates are given another rule"),
+        ("finish =", "extra = 3\nfinish =", "phrases.extra must be a text"),
     ],
 )
 def test_broken_style_is_refused_by_name(tmp_path: Path, old: str, new: str, complaint: str) -> None:
@@ -327,6 +330,61 @@ def test_broken_style_is_refused_by_name(tmp_path: Path, old: str, new: str, com
     with pytest.raises(ValueError, match=re.escape(complaint)) as error:
         load_style(path)
     assert str(path) in str(error.value)
+
+
+def write(folder: Path, **styles: str) -> Path:
+    """Styles by file name; the path of the first."""
+    for name, text in styles.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder / f"{next(iter(styles))}.toml"
+
+
+NAMED = 'name = "mine"\ndescription = "d"\n'
+
+
+def test_a_style_changes_single_keys_of_its_base(tmp_path: Path) -> None:
+    path = write(tmp_path, mine=f'base = "qwen3"\n{NAMED}[budgets]\nsolver = 7\n[phrases]\nfinish = "The end: {{{{"')
+    mine, qwen = load_style(path), load_style("qwen3")
+    assert (mine.name, mine.description) == ("mine", "d")
+    assert mine.budgets == {**qwen.budgets, "solver": 7} and mine.thinking == qwen.thinking
+    assert mine.sampling(True) == qwen.sampling(True)
+    assert mine.system("recursive") == qwen.system("recursive")
+    assert mine.user("solve", **dict.fromkeys(VARIABLES["solve"], ())).splitlines()[0].endswith("The end: {{")
+
+
+def test_bases_are_found_from_the_file_that_names_them(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    path = write(tmp_path, mine=f'base = "deep/other.toml"\n{NAMED}')
+    write(tmp_path / "deep", other=f'base = "third.toml"\n{NAMED}[budgets]\nsolver = 7')
+    write(tmp_path / "deep", third=f'base = "instruct"\n{NAMED}[budgets]\nsolver = 8\ndirect = 9')
+    style = load_style(path)
+    assert style.budgets == {"direct": 9, "planner": 1024, "solver": 7, "continuation": 1536}
+
+
+@pytest.mark.parametrize(
+    ("styles", "complaint"),
+    [
+        (
+            {"a": 'base = "b.toml"', "b": 'base = "./a.toml"'},
+            r"a\.toml builds on itself: \S*a.toml -> b.toml -> ./a.toml",
+        ),
+        ({"a": 'base = "a.toml"'}, "a.toml -> a.toml"),
+        ({"a": 'base = "nonesuch"'}, r"no prompt style 'nonesuch' \(the base of \S*a\.toml\); there are embedded, "),
+        ({"a": 'base = "b.toml"', "b": 'base = ""'}, r"no prompt style '' \(the base of b\.toml\)"),
+        ({"a": 'base = "b.toml"'}, r"prompt style b\.toml \(the base of \S*a\.toml\) cannot be read: "),
+        ({"a": 'base = "b.toml"', "b": "["}, r"prompt style b\.toml \(the base of \S*a\.toml\) is not valid TOML"),
+        ({"a": "base = 3"}, r"prompt style \S*a\.toml: base must be a text"),
+        ({"a": 'base = "instruct"'}, r"a\.toml: name is missing"),
+        ({"a": f'base = "instruct"\n{NAMED}thinking = 3'}, r"a\.toml: thinking must be a table"),
+        ({"a": f'base = "instruct"\n{NAMED}[user]\nfirk = ""'}, r"a\.toml: unknown key user\.firk"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused_in_one_sentence(
+    tmp_path: Path, styles: dict[str, str], complaint: str
+) -> None:
+    with pytest.raises(RrmError, match=complaint) as error:
+        load_style(write(tmp_path, **styles))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", USER)
