@@ -16,6 +16,37 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read while triton is imported, by whoever imports it first
 
 load_profiles()
+# Where tests run whole engines, models or programs, or compilers of other machines.
+SLOW = (
+    "exactness/",
+    "devices/",
+    "programs/",
+    "unit/bench/test_grad",
+    "unit/kernels/test_arm",
+    "unit/kernels/test_triton",
+    "unit/loading/test_load_check",
+    "unit/replay/",
+    "unit/solver/",
+    "unit/test_legible",
+    "unit/trace/",
+    "unit/verify/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks by where a test lies and what it uses: ``slow`` (which scripts/test --fast leaves out), ``triton`` and
+    ``real_model``.
+    """
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent).as_posix()
+        fixtures = getattr(item, "fixturenames", ())
+        if "published_smollm2" in fixtures:
+            item.add_marker("real_model")
+        if "triton" in item.path.name or {"cuda", "fast"} & set(fixtures):
+            item.add_marker("triton")
+        if place.startswith(SLOW) or "published_smollm2" in fixtures:
+            item.add_marker("slow")
+
 
 if TYPE_CHECKING:
     from emulated_cuda import Emulation

@@ -403,6 +403,7 @@ def test_a_sentencepiece_tokenizer_without_its_package(
     assert "sentencepiece protobuf" not in refusal(folder)  # this one is tiktoken's
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_an_end_or_padding(folder: Path) -> None:
     """Nothing is padded, and what the generation_config calls the end is one; without either there is no grammar."""
     ends = {"eos_token": None, "pad_token": None}

@@ -124,6 +124,7 @@ def test_the_limits_of_the_process_count(system: System, monkeypatch: pytest.Mon
     assert free_memory(CPU) == 0
 
 
+@pytest.mark.slow
 def test_the_default_of_kv_blocks_fits_under_ulimit() -> None:
     """Nobody gave --kv-blocks: the pool is as large as the process may get, whatever the machine has."""
     script = (
