@@ -10,13 +10,11 @@ from rrm_kernels.flash import FlashUnavailable, load_flash
 from rrm_kernels.metadata import RaggedMetadata
 from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores
 from rrm_kernels.reference_layer import ReferenceLayer
-from rrm_kernels.rope import rerotate, rotation
 from rrm_kernels.sharing import SharingCost, find_shared_runs
 from rrm_kernels.triton_attention import TritonUnavailable, load_triton
 from rrm_kernels.varlen import load_varlen
 
 from gpu.lab import Lab, Row, Skip
-from rrm_engine.engine.sampler import keyed_gumbel as noise_reference
 
 Options = tuple[int | None, float | None, bool]  # window, soft-cap, sinks
 PLAIN: Options = (None, None, False)
@@ -86,16 +84,13 @@ def run(lab: Lab, rows: list[Row]) -> None:
     except TritonUnavailable as error:
         raise Skip(f"Triton's kernels cannot run: {error}") from error
     for dtype in (torch.float32, torch.bfloat16):
-        for name, shape, difference in (*_attention(lab, dtype, attend), *_layer(lab, dtype), *_cache(lab, dtype)):
+        for name, shape, difference in (*_attention(lab, dtype, attend), *_layer(lab, dtype)):
             bound = BOUNDS[dtype]
             label = str(dtype).removeprefix("torch.")
             rows.append(
                 {"kernel": name, "dtype": label, "shape": shape, "error": difference, "bound": bound}
                 | {"ok": difference <= bound}
             )
-    noise = _noise(lab)
-    rows.append({"kernel": "keyed noise", "dtype": "float64", "shape": "5 x 1500", "error": noise, "bound": 1e-9})
-    rows[-1]["ok"] = noise <= 1e-9
     if wrong := [f"{row['kernel']} {row['dtype']} {row['shape']}" for row in rows if not row["ok"]]:
         raise AssertionError(f"{len(wrong)} of {len(rows)} comparisons are off: {'; '.join(wrong[:5])}")
 
@@ -164,39 +159,6 @@ def _layer(lab: Lab, dtype: torch.dtype) -> Iterator[tuple[str, str, float]]:
     names = ("norm", "add norm", "silu mul", "residual", "rope: queries", "rope: keys", "rope: values")
     for name, found, expected in zip(names, *results, strict=True):
         yield name, f"{rows} x {width}", _difference(found, expected.float())
-
-
-def _cache(lab: Lab, dtype: torch.dtype) -> Iterator[tuple[str, str, float]]:
-    from rrm_kernels.cache_ops import copy_blocks, rerotate_keys, store_kv
-
-    generator = torch.Generator().manual_seed(2)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(lab.device, dtype)
-
-    pools = [random(9, 3, 2, 20), random(9, 3, 2, 7)]
-    expected = [pool.clone() for pool in pools]
-    slots = torch.tensor([17, 3, 4], device=lab.device)
-    new = [random(3, 2, 20), random(3, 2, 7)]
-    for pool, values in zip(expected, new, strict=True):
-        reference.store_kv(pool, values, slots)
-        reference.copy_blocks(pool, *torch.tensor([[1, 4], [2, 5]], device=lab.device).unbind(1))
-    store_kv(pools[0], pools[1], new[0], new[1], slots)
-    copy_blocks(pools, pools, [(1, 4), (2, 5)])
-    yield "store and copy", "9 blocks", max(_difference(a, b.float()) for a, b in zip(pools, expected, strict=True))
-    frequencies = (1e4 ** -(torch.arange(8) / 8)).to(lab.device)
-    moves = torch.tensor([5, -900, 12_345], device=lab.device)
-    wanted = rerotate(pools[0].flatten(0, 1)[slots], moves, frequencies)
-    rerotate_keys(pools[0], slots, *rotation(moves, frequencies))
-    yield "re-rotate", "3 keys", _difference(pools[0].flatten(0, 1)[slots], wanted.float())
-
-
-def _noise(lab: Lab) -> float:
-    from rrm_kernels.noise import keyed_gumbel
-
-    keys = torch.tensor([1, -5, 2**62, 7, 0], device=lab.device)
-    positions, ids = keys % 1000, torch.arange(1500, device=lab.device).repeat(5, 1)
-    return _difference(keyed_gumbel(keys, positions, ids), noise_reference(keys, positions, ids))
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,11 +4,7 @@ import statistics
 from collections.abc import Callable
 from time import perf_counter
 
-from rrm_kernels.rope import rotation
-from rrm_kernels.tile import INTERPRETED
-
 from gpu.lab import BLOCK_SIZE, Lab, Row, random_tokens
-from rrm_engine.device.transfer import integers
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
@@ -57,39 +53,11 @@ def _block_moves(lab: Lab, runner: ModelRunner, context: int) -> list[Row]:
         ("bring back", back, size),
         ("splice", lambda: cache.splice(sources, targets, [7] * len(sources), runner.rotary), 2 * size),
     ]
-    if lab.on_cuda or INTERPRETED:
-        moves += _kernel_moves(runner, list(zip(ids, others, strict=True)), sources, targets, size)
     rows = []
     for name, move, moved in moves:
         seconds = lab.seconds(move, repeats=3, warm=1)
         rows.append({"what": name, "tokens": context, "us": 1e6 * seconds, "gb_per_s": moved / seconds / 1e9})
     return rows
-
-
-def _kernel_moves(
-    runner: ModelRunner, pairs: list[tuple[int, int]], sources: list[int], targets: list[int], size: int
-) -> list[tuple[str, Callable[[], None], int]]:
-    """The same with Triton's kernels, to see whether they would win."""
-    from rrm_kernels.cache_ops import copy_blocks, rerotate_keys
-
-    cache = runner.cache
-    layers = [cache.pools(*item) for item in cache.shapes.items()]
-    pools = [pool for layer in layers for pool in layer]
-
-    def splice() -> None:
-        device = layers[0][0].device
-        source, target, moves = (integers(numbers, device) for numbers in (sources, targets, [7] * len(sources)))
-        tables = rotation(moves, runner.rotary[0])
-        for keys, values in layers:
-            rerotate_keys(keys, target, *tables, sources=source)
-            rows = values.flatten(0, 1)
-            rows.index_copy_(0, target, rows.index_select(0, source))
-
-    return [
-        ("copy one block, Triton", lambda: copy_blocks(pools, pools, pairs[:1]), 2 * size // len(pairs)),
-        ("copy the context's blocks, Triton", lambda: copy_blocks(pools, pools, pairs), 2 * size),
-        ("splice, Triton", splice, 2 * size),
-    ]
 
 
 def _lives(lab: Lab, model: LoadedModel, runner: ModelRunner, blocks: int, context: int) -> list[Row]:

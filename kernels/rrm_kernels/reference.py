@@ -91,11 +91,6 @@ def store_kv(cache: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> Non
     cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
 
 
-def copy_blocks(cache: torch.Tensor, sources: torch.Tensor, destinations: torch.Tensor) -> None:
-    """Copy whole blocks; all sources are read before any destination is written."""
-    cache.index_copy_(0, destinations, cache.index_select(0, sources))
-
-
 def paged_attention(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
 ) -> torch.Tensor:

@@ -16,13 +16,8 @@ def rerotate(keys: torch.Tensor, delta: torch.Tensor, inv_freq: torch.Tensor) ->
     half = inv_freq.shape[0]
     if 2 * half > keys.shape[-1]:
         raise ValueError(f"inv_freq rotates {2 * half} of the keys' {keys.shape[-1]} dimensions")
-    cos, sin = (table[:, None] for table in rotation(delta, inv_freq))
+    # The angle in fp64: at 30,000 positions one unit in the last place of an fp32 angle is 0.002 radians.
+    angle = (delta.double()[:, None] * inv_freq.double())[:, None]
+    cos, sin = angle.cos().float(), angle.sin().float()
     first, second, rest = keys.float().split([half, half, keys.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(keys.dtype)
-
-
-def rotation(delta: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 ``[tokens, rotary / 2]``: the same for every layer with these frequencies."""
-    # The angle in fp64: at 30,000 positions one unit in the last place of an fp32 angle is 0.002 radians.
-    angle = delta.double()[:, None] * inv_freq.double()
-    return angle.cos().float(), angle.sin().float()

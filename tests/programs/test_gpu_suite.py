@@ -47,7 +47,7 @@ def test_from_a_plain_checkout_every_section_runs(tmp_path: Path) -> None:
     assert all(row["ok"] for row in sections["kernels"]["rows"])
     assert all(0 < row["mbu"] < 2 for row in sections["decode"]["rows"] if "mbu" in row)
     moved = {row["what"] for row in sections["moves"]["rows"]}
-    assert {"splice", "splice, Triton", "copy one block", "copy one block, Triton"} <= moved
+    assert {"splice", "copy one block"} <= moved
     text = (tmp_path / "result.md").read_text()
     assert all(section["title"] in text for section in sections.values())
 

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from rrm_kernels.cache_ops import copy_blocks, rerotate_keys, store_kv
 from rrm_kernels.metadata import RaggedMetadata
-from rrm_kernels.noise import keyed_gumbel, sample_keyed
 from rrm_kernels.ragged import ragged_attention
 from rrm_kernels.reference import Scores
 from rrm_kernels.sharing import SharingCost, find_shared_runs
@@ -66,11 +64,8 @@ def attention(dtype: torch.dtype) -> None:
 
 def others(dtype: torch.dtype) -> None:
     slots = torch.zeros(2, dtype=torch.int64)
-    pool, new = torch.zeros(9, 16, 2, 64, dtype=dtype), torch.zeros(2, 2, 64, dtype=dtype)
+    pool = torch.zeros(9, 16, 2, 64, dtype=dtype)
     tables = (torch.zeros(9, 16), torch.zeros(9, 16))
-    store_kv(pool, pool, new, new, slots)
-    copy_blocks([pool], [pool], [(1, 2)])
-    rerotate_keys(pool, slots, *tables)
     layer = TritonLayer()
     row, weight = torch.zeros(2, 5120, dtype=dtype), torch.zeros(5120, dtype=dtype)
     layer.norm(row, weight, 1e-6, row)
@@ -79,8 +74,6 @@ def others(dtype: torch.dtype) -> None:
     query, qkv = torch.zeros(2, 10, 64, dtype=dtype), torch.zeros(2, 14 * 64, dtype=dtype)
     for norms in (None, (weight[:64], weight[:64])):
         layer.rope_store(qkv, norms, 1e-6, tables, slots, slots, query, pool, pool)
-    keyed_gumbel(slots, slots, torch.zeros(2, 9, dtype=torch.int64))
-    sample_keyed(row, torch.ones(2), slots, slots)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_all_kernels_compile_for_an_absent_gpu(tmp_path: Path) -> None:
         if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
     }
     assert names == written
-    assert len(names) > 10
+    assert len(names) > 5
 
 
 @pytest.mark.skipif(not PTXAS.exists(), reason="this triton comes without NVIDIA's assembler")
