@@ -264,7 +264,7 @@ class Solver:
             for run in runs:
                 run.fail(error, self._failure(error, run.job))
             return
-        self._count(sum(not one.sequence.modest for one in sampled))
+        self._count(sum(not one.sequence.probe.best_effort for one in sampled))
         used = self.engine.used_blocks - sum(run.shadow_blocks for run in runs)
         by_job = {run.job.key: run for run in runs}
         for run in runs:

@@ -78,7 +78,7 @@ class Shadows:
         key = f"{joined.key}~{len(self._keys)}"
         fork = (joined, exact // size * size)
         sequence = self.engine.submit(key, list(joined.tokens), 1, SamplingParams(), root=BEHIND_ALL, fork_of=fork)
-        sequence.modest = sequence.keep_logits = joined.keep_logits = True
+        sequence.probe.best_effort = sequence.probe.keep_logits = joined.probe.keep_logits = True
         self._keys.add(key)
         self._live.append(_Shadow(node, joined, sequence, self.tokens))
 
@@ -103,9 +103,9 @@ class Shadows:
     def _compare(self, shadow: _Shadow) -> None:
         """Take the logits that are there, and compare those that both have."""
         for sequence, found in ((shadow.joined, shadow.spliced), (shadow.sequence, shadow.text)):
-            if sequence.logits is not None:
-                found.append(sequence.logits.log_softmax(-1))
-                sequence.logits = None
+            if sequence.probe.logits is not None:
+                found.append(sequence.probe.logits.log_softmax(-1))
+                sequence.probe.logits = None
         while shadow.text and shadow.spliced and len(shadow.kl) < shadow.wanted:
             text, spliced = shadow.text.popleft(), shadow.spliced.popleft()
             shadow.kl.append((text.exp() * (text - spliced)).sum().clamp_min(0.0))
@@ -117,16 +117,16 @@ class Shadows:
         if done == shadow.wanted:
             self._finish(shadow)
             return
-        shadow.joined.keep_logits = done + len(shadow.spliced) < shadow.wanted
+        shadow.joined.probe.keep_logits = done + len(shadow.spliced) < shadow.wanted
         ahead = done + len(shadow.text)
         if sequence.state is State.PAUSED and ahead <= len(shadow.written) and ahead < shadow.wanted:
             sequence.tokens[-1] = shadow.written[ahead - 1]  # not run yet, so nothing depends on it
-            sequence.keep_logits = True
+            sequence.probe.keep_logits = True
             self.engine.resume(sequence, [], 1)
 
     def _finish(self, shadow: _Shadow) -> None:
         self.engine.finish(shadow.sequence)
-        shadow.joined.keep_logits = False
+        shadow.joined.probe.keep_logits = False
         self._live.remove(shadow)
         if shadow.kl:
             kl, same = torch.stack(shadow.kl), torch.stack(shadow.same).tolist()

@@ -9,11 +9,12 @@ import torch
 
 from rrm_engine.config import WaitPolicy
 from rrm_engine.device.transfer import Readback
+from rrm_engine.engine.draw import draw
 from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.processors import Processed, Processors
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.runner import ModelRunner
-from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
+from rrm_engine.engine.sampler import SamplingParams, noise_key
 from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, Work
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
 from rrm_engine.errors import RrmError
@@ -253,7 +254,7 @@ class Engine:
         sequence.budget = budget
         sequence.sampling = sampling or sequence.sampling
         sequence.matcher = matcher
-        sequence.first, sequence.rules = len(sequence.tokens), None
+        sequence.first = len(sequence.tokens)
         self.scheduler.add(sequence)
 
     def keep(self, keeper: Sequence, source: Sequence, start: int, stop: int) -> Span:
@@ -298,7 +299,8 @@ class Engine:
         for work, token in zip(flight.order, tokens, strict=True):
             # Who was paused or ended meanwhile does not wait for this token any more.
             if flight.number in work.sequence.flights:
-                work.sequence.logits = flight.kept.get(work.sequence, work.sequence.logits)
+                if (kept := flight.kept.get(work.sequence)) is not None:
+                    work.sequence.probe.logits = kept
                 sampled.append(self._update(work.sequence, token))
         return sampled
 
@@ -318,7 +320,7 @@ class Engine:
             sequence = work.sequence
             sequence.counters.prefilled += work.prefilled
             sequence.unrun_samples = 0
-            if not sequence.modest:
+            if not sequence.probe.best_effort:
                 sequence.table.register(sequence.tokens)
         if not plan.work:
             return False
@@ -327,8 +329,8 @@ class Engine:
         for row, work in enumerate(order):
             sequence = work.sequence
             sequence.flights.append(number)
-            if sequence.keep_logits:  # grammars change them in place
-                flight.kept[sequence], sequence.keep_logits = logits[row].to(torch.float32, copy=True), False
+            if sequence.probe.keep_logits:  # grammars change them in place
+                flight.kept[sequence], sequence.probe.keep_logits = logits[row].to(torch.float32, copy=True), False
         self._draw(flight)
         if flight.logits is not None:
             flight.logits = logits.clone()  # the next step overwrites them
@@ -383,7 +385,7 @@ class Engine:
 
     def _update(self, sequence: Sequence, token: int) -> Sampled:
         del sequence.flights[0]
-        sequence.tokens.append(sequence.forced.popleft() if sequence.forced else token)
+        sequence.tokens.append(sequence.probe.forced.popleft() if sequence.probe.forced else token)
         sequence.unrun_samples = 0 if sequence.flights else 1
         sequence.counters.decoded += 1
         sequence.budget -= 1

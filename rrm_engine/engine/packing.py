@@ -51,8 +51,8 @@ def lay_out(work: Iterable[Work], block_size: int) -> Layout:
     for item in work:
         sequence, start, count = item.sequence, item.start, item.count
         stop, blocks = start + count, sequence.table.blocks
-        if item.ahead and sequence.forced:
-            token_ids.append(sequence.forced[0])
+        if item.ahead and sequence.probe.forced:
+            token_ids.append(sequence.probe.forced[0])
         elif item.ahead:
             layout.ahead.append((len(token_ids), sequence))
             token_ids.append(0)

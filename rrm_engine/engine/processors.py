@@ -39,8 +39,8 @@ class Transcripts:
             sampled = -1
             if len(sequence.tokens) < length and self._known[sequence] < length:
                 assert unread is not None
-                new.append(sequence.forced[0] if sequence.forced else 0)
-                sampled = -1 if sequence.forced else unread.rows[sequence]
+                new.append(sequence.probe.forced[0] if sequence.probe.forced else 0)
+                sampled = -1 if sequence.probe.forced else unread.rows[sequence]
             rows += [self._rows[sequence]] * len(new)
             columns += range(self._known[sequence], length)
             values += new
@@ -93,6 +93,7 @@ class Processors:
     eos_ids: frozenset[int]
     transcripts: Transcripts = field(default_factory=Transcripts)
     _shared: dict[SamplingParams, Rules | None] = field(default_factory=dict)  # None: each phase has its own
+    _own: dict[Sequence, Rules] = field(default_factory=dict)  # of the phase that it is in
 
     def of(
         self, rows: Seq[int], sequences: Seq[Sequence], positions: Seq[int], unread: Drawn | None = None
@@ -104,8 +105,9 @@ class Processors:
         return Processed(self, list(rows), sequences, positions, unread)
 
     def forget(self, sequence: Sequence) -> None:
-        """It has paused or ended."""
+        """It has paused or ended, and with it its phase."""
         self.transcripts.forget(sequence)
+        self._own.pop(sequence, None)
 
     def rules(self, sequence: Sequence, scores: Scores) -> Rules:
         """Of its phase, for ``scores`` like these."""
@@ -121,15 +123,15 @@ class Processors:
             self._shared[params] = rules if rules.together else None
         if (shared := self._shared[params]) is not None:
             return shared
-        if sequence.rules is None:
-            sequence.rules = make_rules(
+        if sequence not in self._own:
+            self._own[sequence] = make_rules(
                 params.settings(),
                 eos_ids=self.eos_ids,
                 prompt=self.transcripts.of(sequence, sequence.first).clone(),
                 longest=min(sequence.first + sequence.budget, sequence.longest),
                 vocabulary=vocabulary,
             )
-        return sequence.rules
+        return self._own[sequence]
 
 
 @dataclass(slots=True)

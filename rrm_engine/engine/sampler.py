@@ -1,20 +1,16 @@
-"""From logits to tokens. Sampling is keyed: the noise of a token depends on nothing but its own place in the run."""
+"""Settings of sampling, and tokens from scores. Sampling is keyed: the noise of a token depends on nothing but its own
+place in the run.
+"""
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 
-from rrm_engine.device.transfer import integers, to_device
-
-if TYPE_CHECKING:
-    from rrm_engine.engine.processors import Processed
-    from rrm_engine.engine.sequence import Matcher, Sequence
+from rrm_engine.device.transfer import integers
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -91,73 +87,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-@torch.inference_mode()
-def draw(
-    logits: torch.Tensor, sequences: Seq["Sequence"], positions: Seq[int], processed: "Processed | None" = None
-) -> torch.Tensor:
-    """One token for each row of ``logits`` ``[rows, vocabulary]``: int64 ``[rows]`` there; waits for no device.
-
-    Row i is that of the token at ``positions[i]`` of ``sequences[i]``, whose grammar has been told all before it.
-    ``processed`` are those rows whose settings ask for more than a temperature and filters.
-    """
-    scores = processed.before_grammars(logits) if processed is not None else None
-    _apply_grammars(logits, [sequence.matcher for sequence in sequences])
-    if processed is not None and scores is not None:
-        if uncertain := processed.uncertain():
-            rows = [processed.rows[index] for index in uncertain]
-            left = _reconciled(_rows(logits, rows).float(), _rows(scores, uncertain))
-            scores = _put(scores, uncertain, left)
-        logits = _put(logits.float(), processed.rows, scores)
-    by_params: dict[SamplingParams, list[int]] = defaultdict(list)
-    for row, sequence in enumerate(sequences):
-        by_params[sequence.sampling].append(row)
-    keys = [s.noise_key for s in sequences]
-    if len(by_params) == 1:
-        return _draw_rows(logits, sequences[0].sampling, range(len(sequences)), keys, positions, processed)
-    out = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-    for params, rows in by_params.items():
-        index = integers(rows, logits.device)
-        out.index_copy_(0, index, _draw_rows(logits.index_select(0, index), params, rows, keys, positions, processed))
-    return out
-
-
-def _draw_rows(
-    logits: torch.Tensor,
-    params: SamplingParams,
-    rows: Seq[int],
-    keys: Seq[int],
-    positions: Seq[int],
-    processed: "Processed | None",
-) -> torch.Tensor:
-    """One token for each row of ``logits``, which are the ``rows`` of the step that have ``params``."""
-    places = [keys[row] for row in rows], [positions[row] for row in rows]
-    warped = processed.warped(logits, rows) if processed is not None else None
-    return _draw_group(logits, params, *places) if warped is None else _draw_warped(warped, params, *places)
-
-
-def _reconciled(masked: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """``scores`` without what grammars have forbidden in ``masked``, the same rows; where nothing is left of one, that
-    of ``masked`` as it is: what a grammar demands goes before what a checkpoint would rather not have.
-    """
-    scores = scores.masked_fill(masked == float("-inf"), float("-inf"))
-    nothing = scores.amax(-1, keepdim=True) <= torch.finfo(torch.float32).min
-    return torch.where(nothing, masked, scores)
-
-
-def _rows(x: torch.Tensor, rows: Seq[int]) -> torch.Tensor:
-    return x if len(rows) == len(x) else x.index_select(0, integers(rows, x.device))
-
-
-def _put(x: torch.Tensor, rows: Seq[int], values: torch.Tensor) -> torch.Tensor:
-    """``x`` with ``values`` in ``rows``."""
-    return values if len(rows) == len(x) else x.index_copy(0, integers(rows, x.device), values)
-
-
 def _argmax(x: torch.Tensor) -> torch.Tensor:
     return x.max(-1).indices  # several times faster than argmax on CPU in bf16, same result
 
 
-def _draw_group(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
+def choose(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
     if params.temperature == 0:
         return _argmax(logits)
     scores = logits.float() / params.temperature
@@ -176,7 +110,7 @@ def _draw_group(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], po
     return _likeliest(scores, ids, keys, positions)
 
 
-def _draw_warped(scores: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
+def choose_warped(scores: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
     """One token for each row of scores that have gone through every filter."""
     return _argmax(scores) if params.temperature == 0 else _likeliest(scores, _all_ids(scores), keys, positions)
 
@@ -190,19 +124,3 @@ def _likeliest(scores: torch.Tensor, ids: torch.Tensor, keys: Seq[int], position
     noise = keyed_gumbel(integers(keys, ids.device), integers(positions, ids.device), ids)
     best = (scores.double() + noise).argmax(-1, keepdim=True)
     return ids.gather(-1, best)[:, 0]
-
-
-def _apply_grammars(logits: torch.Tensor, matchers: Seq["Matcher | None"]) -> None:
-    """Forbid in each row what its grammar does; all masks go to the device in one transfer."""
-    rows = [row for row, matcher in enumerate(matchers) if matcher is not None]
-    if not rows:
-        return
-    vocabulary = logits.shape[-1]
-    masks = np.stack([matcher.mask() for matcher in matchers if matcher is not None])
-    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocabulary, bitorder="little")
-    forbidden = to_device(torch.from_numpy(bits == 0), logits.device)
-    if len(rows) == len(matchers):
-        logits.masked_fill_(forbidden, float("-inf"))
-    else:
-        index = integers(rows, logits.device)
-        logits.index_copy_(0, index, logits.index_select(0, index).masked_fill(forbidden, float("-inf")))

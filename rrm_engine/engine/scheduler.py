@@ -246,7 +246,7 @@ class Scheduler:
         if (full and last is None) or (self._pressed and not alone):
             return False
         table = sequence.table
-        reused = table.reuse(sequence.tokens) if not (table.stored or sequence.modest) else 0
+        reused = table.reuse(sequence.tokens) if not (table.stored or sequence.probe.best_effort) else 0
         if alone:
             moved = table.stored - table.length
             victims = self._victims(sequence, behind, siblings=True)
@@ -287,7 +287,7 @@ class Scheduler:
 
         ``behind`` are the live sequences of lower priority; none of them is scheduled in this step yet.
         """
-        if sequence.modest and sequence is not self.live[0]:
+        if sequence.probe.best_effort and sequence is not self.live[0]:
             return
         holders = [s for s in reversed(behind) if s.holds_blocks]
         yield from (s for s in holders if s.root > sequence.root)

@@ -4,7 +4,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,6 @@ import torch
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
-
-if TYPE_CHECKING:
-    from rrm_engine.loading.generation import Rules
 
 
 class State(Enum):
@@ -57,6 +54,16 @@ class Counters:
     dropped_spans: int = 0  # kept spans given up because memory ran out
 
 
+@dataclass(slots=True)
+class Probe:
+    """What a measurement asks of a sequence, and is told. No request asks for any of it."""
+
+    best_effort: bool = False  # takes no blocks of others, unless it is first of all; does without the prefix cache
+    forced: deque[int] = field(default_factory=deque)  # tokens to have instead of the next that are sampled
+    keep_logits: bool = False  # put the next token's logits into ``logits``
+    logits: torch.Tensor | None = None  # fp32 ``[vocabulary]``, before grammars and processors
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """``tokens[: table.length]`` have KV; the rest is to be run. ``key`` names it in traces and seeds its noise.
@@ -89,11 +96,7 @@ class Sequence:
     kept: list[Span] = field(default_factory=list)
     splices: list[tuple[int, Span]] = field(default_factory=list)  # in order, with tokens to run in between and behind
     spliced: list[tuple[int, int]] = field(default_factory=list)
-    modest: bool = False  # takes no blocks of others, unless it is first of all; does without the prefix cache
-    forced: deque[int] = field(default_factory=deque)  # tokens to have instead of the next that are sampled
-    rules: "Rules | None" = None  # of the phase, once it has sampled; made of ``sampling``
-    keep_logits: bool = False  # put the next token's logits, fp32 [vocabulary], into ``logits``
-    logits: torch.Tensor | None = None
+    probe: Probe = field(default_factory=Probe)
 
     @property
     def priority(self) -> tuple[int, int, int]:

@@ -131,7 +131,7 @@ class _Play:
                 case Resume(node=name, tokens=tokens, decode=decode, attached=attached):
                     splices = [(a.at, self.spans.pop(a.child)) for a in attached if a.child in self.spans]
                     self.engine.resume(self.sequences[name], tokens, decode, splices=splices)
-                    self.sequences[name].forced.extend(self.walk.forced(name))
+                    self.sequences[name].probe.forced.extend(self.walk.forced(name))
                 case End(node=name):
                     self._keep(name)
                     self.engine.finish(self.sequences[name])
@@ -144,7 +144,7 @@ class _Play:
             tokens = self.sequences[parent].tokens[:shared] + tokens
         depth = self.graph.depth(start.node)
         sequence = self.engine.submit(start.node, tokens, start.decode, GREEDY, depth=depth, fork_of=fork)
-        sequence.forced.extend(self.walk.forced(start.node))
+        sequence.probe.forced.extend(self.walk.forced(start.node))
         self.sequences[start.node] = sequence
         self.sampled[start.node] = []
 

@@ -196,11 +196,13 @@ class Pair:
         while any(engine.has_work for engine in self.engines):
             for engine in self.engines:
                 for sequence in engine.sequences:
-                    sequence.keep_logits = True
+                    sequence.probe.keep_logits = True
                 engine.step()
             for one, other in zip(*(engine.sequences for engine in self.engines), strict=True):
-                if one.logits is not None and other.logits is not None:
-                    worst = max(worst, float((one.logits - other.logits).abs().nan_to_num(float("inf")).max()))
+                if one.probe.logits is not None and other.probe.logits is not None:
+                    worst = max(
+                        worst, float((one.probe.logits - other.probe.logits).abs().nan_to_num(float("inf")).max())
+                    )
                 other.tokens[:] = one.tokens  # a difference shows, and does not spread
         return max(worst, *(self._kv_difference(i) for i in self.engines[0].runner.cache.shapes))
 

@@ -20,10 +20,11 @@ from rrm_engine.backends.local import Solver
 from rrm_engine.bench.cli import main
 from rrm_engine.bench.tasks import load_tasks
 from rrm_engine.config import RunConfig, WaitPolicy
+from rrm_engine.engine.draw import draw
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.replicas import SLACK, Replicas
 from rrm_engine.engine.runner import ModelRunner
-from rrm_engine.engine.sampler import SamplingParams, draw
+from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache

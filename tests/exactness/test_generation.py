@@ -15,10 +15,11 @@ from traced import save_model
 from transformers import GenerationConfig
 
 from rrm_engine.bench.cli import main as bench
+from rrm_engine.engine.draw import draw
 from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.processors import Processors, Transcripts
 from rrm_engine.engine.replicas import Replicas
-from rrm_engine.engine.sampler import SamplingParams, draw, noise_key
+from rrm_engine.engine.sampler import SamplingParams, noise_key
 from rrm_engine.engine.scheduler import WaitPolicy
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.pool import BlockPool

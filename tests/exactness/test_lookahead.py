@@ -16,10 +16,10 @@ from random_lives import ACTIONS, SETTINGS, assert_noticed, live_through, lives
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.settings import _lookahead
 from rrm_engine.config import RunConfig, WaitPolicy
+from rrm_engine.engine.draw import draw
 from rrm_engine.engine.engine import Engine, Flight
 from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.replicas import Replicas
-from rrm_engine.engine.sampler import draw
 from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.table import BlockTable

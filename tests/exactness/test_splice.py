@@ -51,11 +51,11 @@ def waiting(engine: Engine, key: str, prompt: list[int], budget: int = 4, **opti
 
 def go_on(engine: Engine, sequence: Sequence, appended: list[int], *splices: tuple[int, Span]) -> torch.Tensor:
     """Resume for five tokens; the first one's logits."""
-    sequence.keep_logits = True
+    sequence.probe.keep_logits = True
     engine.resume(sequence, appended, 5, splices=splices)
     run(engine)
-    assert sequence.logits is not None
-    return sequence.logits
+    assert sequence.probe.logits is not None
+    return sequence.probe.logits
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -186,10 +186,10 @@ def contaminated(engine: Engine) -> tuple[Sequence, torch.Tensor]:
     parent, _ = alone(engine)
     engine.finish(parent)
     second = engine.submit("second", [*parent.tokens, *TAIL], 1, GREEDY)
-    second.keep_logits = True
+    second.probe.keep_logits = True
     run(engine)
-    assert second.logits is not None
-    return second, second.logits
+    assert second.probe.logits is not None
+    return second, second.probe.logits
 
 
 def test_attached_kv_never_gets_into_the_prefix_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +340,7 @@ def test_a_modest_sequence_takes_blocks_from_nobody() -> None:
     life.drain()
     child = submitted(life.submit(prompt(5, 1), 4, depth=1))
     shadow = submitted(life.submit(prompt(6, 2), 1, root=1 << 62))
-    shadow.modest = True
+    shadow.probe.best_effort = True
     while life.scheduler.live[0] is child:
         life.step()
     assert (parent.counters.dropped, shadow.counters.prefilled) == (0, 0)

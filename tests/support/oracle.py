@@ -11,9 +11,9 @@ from rrm_kernels.native import NativeUnavailable
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from rrm_engine.engine.draw import draw
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
-from rrm_engine.engine.sampler import draw
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.loading.prepare import LoadedModel, prepare_model

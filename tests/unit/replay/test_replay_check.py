@@ -53,12 +53,12 @@ def test_a_step_that_runs_the_sampled_token_is_noticed(model: LoadedModel, monke
 
     def unforced(work: Any, block_size: int) -> Any:
         work = list(work)
-        kept = [(item.sequence, item.sequence.forced) for item in work]
+        kept = [(item.sequence, item.sequence.probe.forced) for item in work]
         for item in work:
-            item.sequence.forced = ()
+            item.sequence.probe.forced = ()
         layout = lay_out(work, block_size)
         for sequence, forced in reversed(kept):
-            sequence.forced = forced
+            sequence.probe.forced = forced
         return layout
 
     monkeypatch.setattr("rrm_engine.engine.runner.lay_out", unforced)
