@@ -215,6 +215,8 @@ def llama_engine(gguf: str, longest: int, most: int) -> Run:
     """llama.cpp through llama-cpp-python, where it is installed: weights as in the file, all sequences in one batch."""
     import llama_cpp as llama
 
+    silent = llama.llama_log_callback(lambda level, text, data: None)
+    llama.llama_log_set(silent, None)
     threads, room = torch.get_num_threads(), max(512, longest)  # tokens in one call
     model = llama.llama_model_load_from_file(gguf.encode(), llama.llama_model_default_params())
     if not model:
@@ -242,6 +244,7 @@ def llama_engine(gguf: str, longest: int, most: int) -> Run:
         return int(logits.argmax())
 
     def run(prompts: list[list[int]], count: int) -> None:
+        assert silent is not None  # llama.cpp calls it as long as it runs
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         tokens, length = [], len(prompts[0])
         at_once = room // length  # prompts in one batch

@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rrm_kernels.build import NativeUnavailable
+from rrm_kernels.draw import load_leaders
 
 from rrm_engine.device.transfer import integers
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
+MANY_TOKENS = 1024  # fewer are not worth a search
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def choose(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], positio
     elif params.top_p < 1:
         scores, ids = scores.sort(descending=True)
     else:
-        ids = _all_ids(scores)
+        ids = None
     if params.top_p < 1 or params.min_p > 0:
         probs = scores.softmax(-1)
         drop = probs < params.min_p * probs.amax(-1, keepdim=True)
@@ -112,15 +115,31 @@ def choose(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], positio
 
 def choose_warped(scores: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
     """One token for each row of scores that have gone through every filter."""
-    return _argmax(scores) if params.temperature == 0 else _likeliest(scores, _all_ids(scores), keys, positions)
+    return _argmax(scores) if params.temperature == 0 else _likeliest(scores, None, keys, positions)
 
 
-def _all_ids(scores: torch.Tensor) -> torch.Tensor:
-    return torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+def _likeliest(scores: torch.Tensor, ids: torch.Tensor | None, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
+    """Of the tokens ``ids`` the one that is ahead with its noise; all ``[rows, n]``, returns int64 ``[rows]``.
 
-
-def _likeliest(scores: torch.Tensor, ids: torch.Tensor, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
-    """Of the tokens ``ids`` the one that is ahead with its noise; all ``[rows, n]``, returns int64 ``[rows]``."""
-    noise = keyed_gumbel(integers(keys, ids.device), integers(positions, ids.device), ids)
-    best = (scores.double() + noise).argmax(-1, keepdim=True)
+    ``ids`` None: 0, 1, 2 ... Noise for a whole vocabulary takes longer on CPU than all else here: only those tokens get
+    it that may win.
+    """
+    places = integers(keys, scores.device), integers(positions, scores.device)
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.shape[-1] >= MANY_TOKENS:
+        scores = scores.contiguous()
+        leaders = _leaders(scores, ids if ids is None else ids.contiguous(), *places)
+        if leaders is not None:
+            scores, ids = scores.gather(-1, leaders), leaders if ids is None else ids.gather(-1, leaders)
+    if ids is None:
+        ids = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+    best = (scores.double() + keyed_gumbel(*places, ids)).argmax(-1, keepdim=True)
     return ids.gather(-1, best)[:, 0]
+
+
+def _leaders(scores: torch.Tensor, ids: torch.Tensor | None, *places: torch.Tensor) -> torch.Tensor | None:
+    """See ``load_leaders``; None where there is no compiler, too."""
+    try:
+        find = load_leaders()
+    except NativeUnavailable:
+        return None
+    return find(scores, ids, *places)
