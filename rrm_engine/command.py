@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """A handler of signals. The first one ends what runs, and those right behind it do not disturb the ending.
+    """A handler of signals. The first one ends what runs, and those right after it do not disturb the ending.
 
     Later ones raise again, for a library may have swallowed the first, until the command has said how it ended.
     """
@@ -58,7 +58,7 @@ def check_interrupt() -> None:
 
 
 def was_interrupted(error: BaseException | None) -> bool:
-    """Whether a signal is behind ``error``: cleaning up after an interrupted step may itself have failed."""
+    """Whether a signal caused ``error``: cleaning up after an interrupted step may itself have failed."""
     if interrupts().first is not None:
         return True
     while error is not None:

@@ -156,7 +156,7 @@ class RunConfig:
     splice_report: int = setting(
         16,
         "memory",
-        "tokens behind each splice whose distributions are compared with those behind the text; costs time; 0: none",
+        "tokens after each splice whose distributions are compared with those after the text; costs time; 0: none",
     )
 
     def __post_init__(self) -> None:

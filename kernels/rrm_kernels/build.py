@@ -138,7 +138,7 @@ def _temporary_folder() -> Path:
     status = folder.lstat()
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
         return folder
-    return Path(tempfile.mkdtemp(prefix="rrm_engine-"))  # somebody else's
+    return Path(tempfile.mkdtemp(prefix="rrm_engine-"))  # another user's
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels behind Python: decode attention that reads K and V in place, and what lies between products.
+"""Loads the compiled CPU kernels: decode attention that reads K and V in place, and what lies between products.
 
 Where they cannot be compiled, the loaders raise NativeUnavailable and callers stay with torch.
 """

@@ -161,7 +161,7 @@ constexpr std::array<decltype(&multiply_tile<P, 1>), ROWS> tiles_by_rows(std::in
     return {multiply_tile<P, N + 1>...};
 }
 
-// Inputs of `rows` rows as multiply_tile reads them; those behind the depth are zero.
+// Inputs of `rows` rows as multiply_tile reads them; those past the depth are zero.
 template <typename P>
 void arrange(const typename P::Value* x, int64_t rows, int64_t depth, typename P::Input* out) {
     for (int64_t start = 0; start < depth; start += RUN) {

@@ -152,7 +152,7 @@ def _ragged_kernel(
     PER_KV: tl.constexpr = HEADS // KV_HEADS
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
-    # Which sequence: the last one whose first tile is not behind this one.
+    # Which sequence: the last one whose first tile does not come after this one.
     number = tl.arange(0, SEQS)
     exists = number < tl.load(num_seqs)
     starts = tl.load(query_start + number, mask=exists, other=0)

@@ -7,7 +7,7 @@ def rerotate(keys: torch.Tensor, delta: torch.Tensor, inv_freq: torch.Tensor) ->
     """Keys cached for some position, as they would be ``delta`` positions later (or earlier, if negative).
 
     ``keys`` ``[..., tokens, heads, width]`` with half-split (NeoX) rotary layout in the first ``2 * len(inv_freq)`` of
-    ``width``, what lies behind is not rotated; ``delta`` int ``[tokens]``; ``inv_freq`` float ``[rotary / 2]``, the
+    ``width``, what lies past it is not rotated; ``delta`` int ``[tokens]``; ``inv_freq`` float ``[rotary / 2]``, the
     model's own. Returns a new tensor of the same shape and dtype. Rotations add up, so no position is needed, and a
     model's attention scaling of cos and sin, which the keys already carry, is left alone. Exact only where
     ``inv_freq`` does not depend on the length (not longrope, not dynamic scaling). Raises ValueError if the rotary

@@ -90,7 +90,7 @@ def _shared_kernel(
         value_cache,
         block_table + owner.to(tl.int64) * table_width,
         kv_head,
-        tl.full([ROWS], 2147483647, tl.int32),  # all members are behind the whole run: nothing to mask
+        tl.full([ROWS], 2147483647, tl.int32),  # all members' tokens come after the whole run: nothing to mask
         first,
         stop,
         tl.full([ROWS], float("-inf"), tl.float32),

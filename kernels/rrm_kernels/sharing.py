@@ -50,7 +50,7 @@ def find_shared_runs(
     """The runs of leading blocks worth reading once: a prefix tree over the tables, its dear branches cut.
 
     ``lengths[i]`` are the leading tokens of sequence i that all its queries see; only full blocks of them are shared,
-    so that a run needs no causal mask. Every block of a sequence is in exactly one run or behind ``private_from``.
+    so that a run needs no causal mask. Every block of a sequence is in exactly one run or from ``private_from`` on.
     A run that does not pay is left to the longer runs of fewer members below it, or to the members themselves.
     """
     cost = cost or SharingCost()

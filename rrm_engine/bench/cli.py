@@ -288,7 +288,7 @@ def _print_header(console: "Console", solver: "Solver", tasks: TaskSet, config: 
 
 
 def _default_directory(config: RunConfig, tasks: TaskSet) -> Path:
-    """``runs/<time>-<model>-<tasks>``, with a number behind it if that is taken."""
+    """``runs/<time>-<model>-<tasks>``, followed by a number if that is taken."""
     model = config.model.rstrip("/").rsplit("/", 1)[-1]
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(model)}-{_slug(tasks.name)}"
     path, number = Path("runs") / name, 2

@@ -67,7 +67,7 @@ def flag(name: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A setting's value as one would write it behind its flag."""
+    """A setting's value as one would write it after its flag."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple | list):
@@ -142,7 +142,7 @@ def _add_output(group: Any) -> None:
         nargs="?",
         const=PROFILE_STEPS,
         metavar="STEPS",
-        help=f"record the first STEPS steps behind a warm-up with torch.profiler ({PROFILE_STEPS} if left out); "
+        help=f"record the first STEPS steps after a warm-up with torch.profiler ({PROFILE_STEPS} if left out); "
         "rows that run meanwhile are slower",
     )
     group.add_argument("--quiet", action="store_true", help="only the closing table and the paths")

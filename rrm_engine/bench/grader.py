@@ -67,7 +67,7 @@ class Grader:
         return Verdict(False, f"grading {ended}")
 
     def close(self) -> None:
-        """End the process, also in the middle of an answer: who waits for that sees its end, and cleans up."""
+        """End the process, also in the middle of an answer: whatever waits for that sees its end and cleans up."""
         self._closed = True
         if self._process is not None:
             self._process.kill()
@@ -113,7 +113,7 @@ def serve() -> None:
     for line in sys.stdin:
         answer, expected, seconds = json.loads(line)
         reply: dict[str, object]
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody handles SIGPROF: the kernel ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF has no handler: the kernel ends the process
         try:
             reply = {"correct": grade(answer, expected)}
         except TooSlow as error:

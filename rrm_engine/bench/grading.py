@@ -7,7 +7,7 @@ Which part of a text counts as its answer, first match wins:
 3. for a whole-number task the last number in the text, otherwise math-verify's own rule (the last formula).
 
 A whole number is compared as one, of any length: ``204``, ``0204``, ``204.``, ``$204$``, ``204.0``, ``n = 204`` and
-``204 minutes`` are equal; commas separate thousands only where all groups behind them have three digits, so ``1,234``
+``204 minutes`` are equal; commas separate thousands only where all groups after them have three digits, so ``1,234``
 is 1234, and ``1,23`` and ``1, 234`` are lists. Words and choices are compared as text, case aside. Everything else is
 math-verify's to judge, once the notation is one it reads (`rrm_engine.bench.notation`): lists and sets have no order,
 tuples have; intervals keep their kinds of ends; a unit, a currency or a degree sign may be left out; ``10%`` is ``10``

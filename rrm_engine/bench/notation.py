@@ -102,7 +102,7 @@ _UNITS = {
     }.items()
     for unit in units.split()
 }  # fmt: skip
-# A unit, and no variable, is a text behind something, or a common or long word behind a number without letters.
+# A unit, and no variable, is a text after something, or a common or long word after a number without letters.
 _TEXT_UNIT = re.compile(rf"(?<=[\w}})\] %])\s*(?:[ ~/]*{_TEXT}\{{[^{{}}\d]*\}}(?:\^\{{?-?\d\}}?)?)+\s*$")
 _WORD_UNIT = re.compile(
     r"^((?:[^A-Za-z\\]|\\[A-Za-z]+)+(?<=[\d}]))(?:([a-z]{2,})|\s([a-z]+)(?:\s[a-z]+){0,2})(?:\^\{?[23]\}?)?$"
@@ -137,7 +137,7 @@ def without_unit(text: str) -> str:
 
 
 def units_of(text: str) -> list[str]:
-    """The common units behind its numbers, in their short form."""
+    """The common units after its numbers, in their short form."""
     return [_UNITS[unit] for unit in _UNIT.findall(text.lower()) if unit in _UNITS]
 
 

@@ -94,9 +94,9 @@ def kv_figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def splice_figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """KV that was attached instead of computed, and how far what followed was from the same behind the text.
+    """KV that was attached instead of computed, and how far what followed was from the same after the text.
 
-    ``splice_first_difference_median`` is over the resumes behind which a likeliest token differed at all.
+    ``splice_first_difference_median`` is over the resumes after which a likeliest token differed at all.
     """
     reports = [report for row in rows for report in row.get("splice_report", ())]
     differences = [r["first_difference"] for r in reports if r["first_difference"] is not None]
@@ -167,7 +167,7 @@ def speedups(chosen: Sequence[Pair]) -> dict[str, Any]:
 
 
 def agreement(chosen: Sequence[Pair]) -> dict[str, Any]:
-    """Who is right where, and how likely so lopsided a split is by chance (exact McNemar test)."""
+    """Which mode is right where, and how likely so lopsided a split is by chance (exact McNemar test)."""
     graded = [pair for pair in chosen if all(row["correct"] is not None for row in pair)]
     verdicts = Counter((bool(direct["correct"]), bool(recursive["correct"])) for direct, recursive in graded)
     only_direct, only_recursive = verdicts[True, False], verdicts[False, True]

@@ -174,7 +174,7 @@ def splice_line(kv: Figures) -> str:
     if not kv["splice_compared_tokens"]:
         return line + "."
     line += (
-        f". Against the text, over {plural(kv['splice_compared_tokens'], 'token')} behind "
+        f". Against the text, over {plural(kv['splice_compared_tokens'], 'token')} after "
         f"{plural(kv['splice_compared_resumes'], 'resume')}: KL divergence {kv['splice_kl_mean']:.2g} nats on average, "
         f"{kv['splice_kl_max']:.2g} at most; likeliest token the same in {percent(kv['splice_top1_agreement'])}"
     )

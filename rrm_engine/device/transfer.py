@@ -1,4 +1,4 @@
-"""Tensors on their way between the host and devices, and from device to device; nobody waits where it can be helped.
+"""Tensors on their way between the host and devices, and between devices; the host waits only where it must.
 
 Each device runs what it is given in the order in which it was given (its current stream). A transfer that waited for
 the device would wait for everything given to it before.

@@ -70,7 +70,7 @@ class Engine:
     sequences in flight too: one that is paused or finished does not get the token that is being computed.
 
     With ``lookahead`` one step more is on the devices before the tokens of the oldest are read: what the host does
-    about them, and planning and packing the step behind, it does while the devices compute.
+    about them, and planning and packing the next step, it does while the devices compute.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Engine:
         vocabulary: int | None = None,
     ) -> None:
         """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
-        ``lookahead`` launches steps that run tokens which nobody knows yet. ``vocabulary`` is how many tokens the model
-        knows; None: whatever is submitted.
+        ``lookahead`` launches steps that run tokens which the host does not know yet. ``vocabulary`` is how many tokens
+        the model knows; None: whatever is submitted.
 
         Raises RrmError if the pool cannot hold one sequence of ``max_sequence_tokens``.
         """
@@ -220,7 +220,7 @@ class Engine:
         self.scheduler.wait(sequence)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
-        """Make a paused sequence forget its tokens behind ``length``, and the spans that were to be attached there."""
+        """Make a paused sequence forget its tokens from ``length`` on, and the spans that were to be attached there."""
         dropped = len(sequence.tokens) - length
         del sequence.tokens[length:]
         sequence.drop_splices(length)
@@ -241,7 +241,7 @@ class Engine:
         """Append ``tokens`` to a paused sequence and let it sample ``budget`` more; only what is new is prefilled.
 
         ``splices`` are (index in ``tokens``, kept span): there the span's KV is attached instead of being computed,
-        moved to its new positions, unless it was reclaimed until then. In between and behind there are tokens to run.
+        moved to its new positions, unless it was reclaimed until then. Tokens to run follow each of them.
 
         Raises NoRoom, with the numbers, if they leave no room for a single new token, RrmError if they hold one that
         the model does not know.
@@ -279,7 +279,7 @@ class Engine:
         return self.collect()
 
     def launch(self) -> None:
-        """Launch steps until there are as many in flight as there may be, or all who could run are."""
+        """Launch steps until as many are in flight as there may be, or every sequence that could run is in one."""
         most = self.scheduler.stages + self.lookahead
         while self.has_work and len(self._flights) < most and self._launch():
             pass
@@ -297,7 +297,7 @@ class Engine:
             tokens = flight.tokens.tolist()
         sampled = []
         for work, token in zip(flight.order, tokens, strict=True):
-            # Who was paused or ended meanwhile does not wait for this token any more.
+            # A sequence that was paused or ended meanwhile does not wait for this token any more.
             if flight.number in work.sequence.flights:
                 if (kept := flight.kept.get(work.sequence)) is not None:
                     work.sequence.probe.logits = kept
@@ -337,7 +337,7 @@ class Engine:
         return True
 
     def _drawn(self) -> set[Sequence]:
-        """Who has one token in flight, sampled already and not read."""
+        """The sequences that have one token in flight, sampled already and not read."""
         there = (flight for flight in self._flights if flight.tokens is not None)
         return {w.sequence for flight in there for w in flight.order if w.sequence.flights == [flight.number]}
 
@@ -351,13 +351,14 @@ class Engine:
         tokens = [flight.tokens.on(device) for flight in flights if flight.tokens is not None]
         if not tokens:
             return None
-        order = (work.sequence for flight in flights for work in flight.order)  # of who is in several the last counts
+        # Of a sequence that is in several the last row counts.
+        order = (work.sequence for flight in flights for work in flight.order)
         return Drawn(tokens[0] if len(tokens) == 1 else torch.cat(tokens), {s: row for row, s in enumerate(order)})
 
     def _draw(self, flight: Flight) -> None:
         """Sample a step's tokens, if that has not been done, and grammars know all tokens before them.
 
-        Who was paused or ended meanwhile may be given any token; nobody reads it.
+        A sequence that was paused or ended meanwhile may be given any token; it is not read.
         """
         if flight.logits is None or flight.waits_for_tokens:
             return
@@ -368,7 +369,7 @@ class Engine:
             flight.tokens, flight.logits = Readback(draw(flight.logits, sequences, positions, processed)), None
 
     def _processed(self, flight: Flight, sequences: list[Sequence], positions: list[int]) -> Processed | None:
-        """The rows of a step that logits processors work on. Who does not wait for its token any more has none."""
+        """The rows of a step that logits processors work on. A sequence that waits for its token no more has none."""
         rows = [row for row, s in enumerate(sequences) if s.sampling.further and flight.number in s.flights]
         if not rows:
             return None

@@ -156,7 +156,7 @@ class Processed:
         return self._through({row: self._rules[row].before for row in self.rows}, scores)
 
     def warped(self, scores: torch.Tensor, rows: Seq[int]) -> Scores | None:
-        """The scores of ``rows``, all under the same settings, after all that goes behind a grammar; None where there
+        """The scores of ``rows``, all under the same settings, after all that comes after a grammar; None where there
         is no more than a sampler does itself.
         """
         if not any(row in self._rules and not self._rules[row].only_filters for row in rows):

@@ -17,7 +17,7 @@ class HasSequence(Protocol):
 
 
 class Ranges:
-    """What the engine announces its work to, ``with ranges("sample", order): ...``. This one tells nobody.
+    """What the engine announces its work to, ``with ranges("sample", order): ...``. This one does nothing with it.
 
     A range may be long gone before its sequences would be listed, so ``of`` is read as the range opens, if at all.
     """

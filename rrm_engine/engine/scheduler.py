@@ -1,4 +1,4 @@
-"""Who runs in the next step, on which blocks. Policy only: no model, no tensors, no clock."""
+"""Which sequences run in the next step, on which blocks. Policy only: no model, no tensors, no clock."""
 
 from bisect import insort
 from collections.abc import Container, Iterator
@@ -21,7 +21,7 @@ class EngineStuck(RuntimeError):
 class Work:
     """Run ``sequence.tokens[start : start + count]``; ``samples`` if that reaches the sequence's end.
 
-    ``ahead``: it is one token, which the step before samples and nobody knows yet.
+    ``ahead``: it is one token, which the step before samples and the host does not know yet.
     """
 
     sequence: Sequence
@@ -63,19 +63,19 @@ class SchedulerOutput:
 class Scheduler:
     """Sequences are served in the order of their priority; memory is taken from the other end of that order.
 
-    Why it cannot wedge: the first live sequence may reclaim every block nobody of higher priority was scheduled on,
-    and nobody has higher priority. Kept spans are reclaimed with the table of the sequence that keeps them, and its
-    own it gives up when nothing else is left. Alone it fits, because the pool holds one sequence of the greatest
-    length allowed (checked at start). So it runs in every step until it pauses or ends, and then the next one is
-    first. A span is attached only together with the tokens that are run behind it, so a step that attaches also runs.
+    Why it cannot wedge: the first live sequence may reclaim every block that no sequence of higher priority was
+    scheduled on, and none has higher priority. Kept spans are reclaimed with the table of the sequence that keeps them,
+    and its own it gives up when nothing else is left. Alone it fits, because the pool holds one sequence of the
+    greatest length allowed (checked at start). So it runs in every step until it pauses or ends, and then the next one
+    is first. A span is attached only together with the tokens that are run after it, so a step that attaches also runs.
 
-    With several ``stages`` as many steps are launched before the first one's tokens are there. Who waits for a token
-    is left out; all of the above holds for the first one that does not, and no token takes longer than the steps in
-    flight. Blocks may be taken from a sequence in flight like from any other: see ``ModelRunner``.
+    With several ``stages`` as many steps are launched before the first one's tokens are there. A sequence that waits
+    for a token is left out; all of the above holds for the first one that does not, and no token takes longer than the
+    steps in flight. Blocks may be taken from a sequence in flight like from any other: see ``ModelRunner``.
 
-    Who waits for a token that has been sampled and not been read may run it all the same (``schedule``), and is then in
-    two steps at once, one behind the other. A sequence that ends or pauses with the first one's token loses the second
-    one's, and the KV behind the tokens it has.
+    One that waits for a token that has been sampled and not been read may run it all the same (``schedule``), and is
+    then in two consecutive steps at once. A sequence that ends or pauses with the first one's token loses the second
+    one's, and the KV past the tokens it has.
     """
 
     def __init__(
@@ -161,10 +161,10 @@ class Scheduler:
     def schedule(self, drawn: Container[Sequence] = ()) -> SchedulerOutput:
         """Choose the next step's work: decodes of all running sequences, prefill chunks up to the token budget.
 
-        With several stages only their share of the decodes, so that the steps in flight do not collapse into one; who
-        is left out now is in one of the next ``stages`` steps, for so many shares hold everybody. A step without work
-        means that all who could run are in flight. Those of ``drawn`` may run the token they wait for, those first
-        who have waited longest: what is sampled last the device has last.
+        With several stages only their share of the decodes, so that the steps in flight do not collapse into one; a
+        sequence that is left out now is in one of the next ``stages`` steps, for that many shares hold all of them. A
+        step without work means that every sequence that could run is in flight. Those of ``drawn`` may run the token
+        they wait for, the longest waiting first: the device has last what is sampled last.
 
         Raises EngineStuck if there is live work, none of it can be scheduled, and none is in flight.
         """
@@ -234,12 +234,12 @@ class Scheduler:
         return runs, copies, splices
 
     def _admit(self, sequence: Sequence, behind: list[Sequence], alone: bool) -> bool:
-        """Let a waiting sequence start, if its whole prompt and one more block for everybody running fit.
+        """Let a waiting sequence start, if its whole prompt and one more block for each running one fit.
 
         When nothing else runs in this step it is let in on what one chunk takes (and on what it has in host memory):
-        somebody must make progress.
-        Otherwise a step that had to preempt admits nobody, or the preempted would come straight back.
-        Where all places are taken, it gets that of the last one running behind it, who waits and keeps its KV.
+        some sequence must make progress.
+        Otherwise a step that had to preempt admits none, or the preempted ones would come straight back.
+        Where all places are taken, it gets that of the last running one after it, which then waits and keeps its KV.
         """
         full = self._running >= self.max_sequences
         last = next((s for s in reversed(behind) if s.state is State.RUNNING), None) if full else None

@@ -94,7 +94,7 @@ class Sequence:
     counters: Counters = field(default_factory=Counters)
     unrun_samples: int = 0  # 1 while the last sampled token has not been run yet
     kept: list[Span] = field(default_factory=list)
-    splices: list[tuple[int, Span]] = field(default_factory=list)  # in order, with tokens to run in between and behind
+    splices: list[tuple[int, Span]] = field(default_factory=list)  # in order, tokens to run after each
     spliced: list[tuple[int, int]] = field(default_factory=list)
     probe: Probe = field(default_factory=Probe)
 
@@ -119,7 +119,7 @@ class Sequence:
 
     @property
     def foreseeable(self) -> bool:
-        """Whether one more token can be sampled behind those in flight, if none of them ends it."""
+        """Whether one more token can be sampled after those in flight, if none of them ends it."""
         return self.budget > len(self.flights) and self.length < self.longest
 
     @property

@@ -6,7 +6,7 @@ What the driver owes the machine
     * Commands are executed one by one, in order. What frees a place (Pause, Stop, Cancel) comes before what
       takes one (Resume, then Start), so that no prefix of an answer exceeds ``max_concurrency``; Finish is
       last.
-    * Pause means: stop right behind the event just reported. Whatever the node wrote behind it is discarded
+    * Pause means: stop right after the event just reported. Whatever the node wrote after it is discarded
       and not reported, also when a Resume follows in the same answer.
     * A sequence that ended by itself is kept until its node's Stop or Cancel: the node may be resumed. Each
       started node gets exactly one of the two.
@@ -44,8 +44,8 @@ Concluding
       it turns a GRAPH phase without children into SOLVER, and is ``done`` anywhere else.
     * A node that is done concludes with its text. For the root in GRAPH phase that text must hold a FINAL:
       it was asked for a graph, not for prose. A node that was cut off concludes with the FINAL it wrote.
-    * Without any of it the node fails, which is a conclusion too, with ``ok=False``, for those who wait for
-      it.
+    * Without any of it the node fails, which is a conclusion too, with ``ok=False``, for the nodes that wait
+      for it.
     * A root that fails is replaced, if ``fallback``, by one DIRECT node at ``root!direct`` (no child id
       holds a ``!``) whose events are not heeded. Without fallback, or if that fails too, the run is
       INVALID, or FAILED where either ended in an error.

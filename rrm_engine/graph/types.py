@@ -68,7 +68,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Stop decoding the node right behind the event just read; keep its KV."""
+    """Stop decoding the node right after the event just read; keep its KV."""
 
     node: str
 

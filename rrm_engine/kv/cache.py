@@ -88,7 +88,7 @@ class KVCache:
         moves: Sequence[int],
         rotary: Mapping[int, torch.Tensor],
     ) -> None:
-        """Copy the KV of token slots to others, each key re-rotated for a position that lies ``moves`` behind its own.
+        """Copy the KV of token slots to others, each key re-rotated for a position that lies ``moves`` after its own.
 
         ``rotary``: by layer index the frequencies fp32 ``[rotary / 2]`` with which its keys are rotated.
         """

@@ -1,6 +1,6 @@
 """Whose memory is whose: reference-counted blocks and the prefix cache over them. Bookkeeping only, no tensors.
 
-Block 0 is the null block: it belongs to nobody, and padding may read or write it. A block with more than one
+Block 0 is the null block: it belongs to no sequence, and padding may read or write it. A block with more than one
 reference, and a block the prefix cache can find, is never written (invariant of every method here).
 """
 
@@ -67,7 +67,7 @@ class BlockPool:
         return block
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more reference to each of ``blocks``, which somebody holds or which the prefix cache kept."""
+        """One more reference to each of ``blocks``, which are held already or which the prefix cache kept."""
         refs = self._refs
         for block in blocks:
             if refs[block] == 0:

@@ -9,7 +9,7 @@ BlockCopy = tuple[int, int]  # (source block, destination block), to be done bef
 
 
 class BlockTable:
-    """``blocks`` hold the KV of the first ``length`` tokens, ``host`` that of the tokens behind them.
+    """``blocks`` hold the KV of the first ``length`` tokens, ``host`` that of the tokens after them.
 
     From the token ``approximate_from`` on, if it is not None, the KV is not what the tokens alone would give, because
     some was attached: the prefix cache must not find it.
@@ -103,7 +103,7 @@ class BlockTable:
         return child
 
     def truncate(self, length: int) -> None:
-        """Forget the KV behind ``length`` tokens."""
+        """Forget the KV past the first ``length`` tokens."""
         if not 0 <= length <= self.stored:
             raise ValueError(f"cannot truncate {self.stored} tokens to {length}")
         self._cut(length, keep_cached=True)
@@ -113,12 +113,12 @@ class BlockTable:
         self._cut(0, keep_cached=True)
 
     def discard(self) -> None:
-        """Give all blocks back; what nobody else holds is not to be found in the prefix cache any more."""
+        """Give all blocks back; those that no other table holds are not found in the prefix cache any more."""
         self._cut(0, keep_cached=False)
 
     @property
     def first_own(self) -> int:
-        """Index of the first block that no other table holds, and none behind it."""
+        """Index of the first block from which on no other table holds any."""
         first = len(self.blocks)
         while first and self.pool.refs(self.blocks[first - 1]) == 1:
             first -= 1

@@ -47,7 +47,7 @@ from rrm_engine.models.spread import decoder_layers
 # computed: measured up to 2.3 on models that are right, and 8 and more where the scale is off by 5 %. In fp32 sums of
 # thousands keep the errors of their order: measured up to 8, and 300,000 with that scale.
 ALLOWED = {torch.bfloat16: 4.0, torch.float16: 4.0, torch.float32: 100.0, torch.float64: 100.0}
-ALLOWED_OF_LOGITS = 8.0  # the same for logits behind all layers: a single sample of what rounding does there
+ALLOWED_OF_LOGITS = 8.0  # the same for logits after all layers: a single sample of what rounding does there
 EXCEPTIONS = 0.25  # share of the tokens, or of the layers, at which rounding may have tipped something over
 # Of a single logit's difference over many positions and the whole vocabulary, relative to the logits' spread.
 LARGEST = {torch.float32: 2e-3, torch.float64: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
@@ -68,7 +68,7 @@ class LoadCheck:
     """``reason`` is None if the model may be used, else ``advice`` is what to do; ``shapes`` are the layers' KV shapes.
 
     ``deviation`` is the farthest that a place lies off, in multiples of what rounding does there; ``error`` that of
-    the logits behind all layers, relative to their spread.
+    the logits after all layers, relative to their spread.
     """
 
     reason: str | None

@@ -193,11 +193,11 @@ class _Generator(GenerationMixin):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """A phase's logits processors: those in front of a grammar and those behind it. Each is called with the tokens so
+    """A phase's logits processors: those before a grammar and those after it. Each is called with the tokens so
     far, int64 ``[rows, n]``, and scores fp32 ``[rows, vocabulary]``.
 
     ``together``: rows of any lengths may go through them at once, tokens repeated at the shorter ones' ends.
-    ``only_filters``: behind a grammar there is only what samplers do themselves, temperature, top-k, top-p and min-p.
+    ``only_filters``: after a grammar there is only what samplers do themselves, temperature, top-k, top-p and min-p.
     ``forbids``: one of the first might leave no token.
     """
 
@@ -217,7 +217,7 @@ class Rules:
 
 
 def process(processors: Iterable[Any], tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """``scores`` fp32 ``[rows, vocabulary]`` of what comes behind ``tokens`` int64 ``[rows, n]``, after all processors.
+    """``scores`` fp32 ``[rows, vocabulary]`` of what comes after ``tokens`` int64 ``[rows, n]``, after all processors.
 
     Writes into ``scores``. Those that have nothing to do at this length are left out, and those that only change what
     stands in ``tokens`` are given no more than that: both because a vocabulary is large.
@@ -235,7 +235,7 @@ def process(processors: Iterable[Any], tokens: torch.Tensor, scores: torch.Tenso
 def make_rules(
     settings: Mapping[str, Any], *, eos_ids: Collection[int], prompt: torch.Tensor, longest: int, vocabulary: int
 ) -> Rules:
-    """The processors of ``generate`` under ``settings`` behind ``prompt`` int64 ``[1, n]``, and on its device.
+    """The processors of ``generate`` under ``settings`` after ``prompt`` int64 ``[1, n]``, and on its device.
 
     ``longest`` are the tokens that prompt and answer may have. Raises whatever transformers does where it does not
     take a setting.

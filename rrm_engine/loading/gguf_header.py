@@ -105,7 +105,7 @@ class _Reader:
         return count
 
     def tensor(self) -> tuple[str, int, int]:
-        """Name, offset behind the header, and bytes."""
+        """Name, offset from the end of the header, and bytes."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name, count = self.string(), self.number("I")

@@ -1,6 +1,6 @@
 """Places in a forward pass where the check at load sees values, and says with which ones the pass goes on.
 
-They are each layer's ``inputs`` (the hidden states; those of the layer behind the last one are its outputs), and of
+They are each layer's ``inputs`` (the hidden states; those of a layer after the last one would be its outputs), and of
 its attention the ``queries``, ``keys`` and ``values``, rotated and normed, and the result, ``attention``.
 """
 

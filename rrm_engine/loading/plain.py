@@ -18,7 +18,7 @@ Past = Mapping[int, tuple[torch.Tensor, torch.Tensor]]  # by layer keys and valu
 
 @dataclass(slots=True)
 class Plain:
-    """A sequence whose last ``tokens`` were run, behind ``past`` ones; ``stops`` of them had logits computed.
+    """A sequence whose last ``tokens`` were run, after ``past`` ones; ``stops`` of them had logits computed.
 
     By place the values ``[tokens, ...]`` and the ``scale`` of rounding ``[tokens, features]``.
     """

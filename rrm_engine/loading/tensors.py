@@ -52,7 +52,7 @@ def _module(name: str) -> str:
 
 def _is_spare(name: str, model: Any) -> bool:
     """Whether a tensor belongs to a module that the model as a whole has nothing of: a head for another purpose, or
-    layers behind its last one that predict more tokens at once (``num_nextn_predict_layers``)."""
+    layers after its last one that predict more tokens at once (``num_nextn_predict_layers``)."""
     own = {part for module, _ in model.named_children() for part in (module, model.base_model_prefix)}
     config = model.config.get_text_config()
     if (extra := getattr(config, "num_nextn_predict_layers", None)) and ".layers." in name:

@@ -53,7 +53,7 @@ class Layer:
 
 @dataclass(slots=True)
 class Stage:
-    """Consecutive layers on one device. ``norms``: each one's first, and the model's last behind the last layer.
+    """Consecutive layers on one device. ``norms``: each one's first, and the model's last after the last layer.
 
     The first one has the ``embedding``, the last one the ``head``.
     """

@@ -45,7 +45,7 @@ def places(model: Any, devices: Sequence[torch.device]) -> Places:
 
 
 def tied_modules(model: Any) -> dict[str, nn.Module]:
-    """By name the modules behind the layers whose weight is that of an embedding before them."""
+    """By name the modules after the layers whose weight is that of an embedding before them."""
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     others = ((name, m) for name, m in model.named_modules() if not isinstance(m, nn.Embedding))
     return {name: m for name, m in others if id(getattr(m, "weight", None)) in tied}

@@ -121,7 +121,7 @@ class ChatFormat:
             return False
 
     def _turn(self, user: str, thinking: bool, turns: int, system: bool) -> list[str]:
-        """The texts behind the assistant's last one, up to where it goes on."""
+        """The texts after the assistant's last one, up to where it goes on."""
         text = ""
         for with_system in dict.fromkeys((system and self.has_system_role, False)):
             text = self._conversation(with_system, turns, thinking).rpartition(_assistant(turns - 1))[2]

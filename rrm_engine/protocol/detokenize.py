@@ -2,7 +2,7 @@
 
 A piece is given out when nothing that may follow can change it. Three things can: the rest of a character whose first
 bytes have come; one more byte in a run of SentencePiece's byte tokens, of which an invalid run is U+FFFD throughout;
-and, where spaces are cleaned up, what stands behind a space.
+and, where spaces are cleaned up, what follows a space.
 """
 
 import codecs
@@ -66,7 +66,7 @@ class _Bytes:
 
 
 class _Windows:
-    """Tokens of any other kind, decoded behind the ones that gave the last piece, so that they are not taken for the
+    """Tokens of any other kind, decoded after the ones that gave the last piece, so that they are not taken for the
     beginning of the text.
     """
 

@@ -1,7 +1,7 @@
 """Tokens of text in which only the template's own words may become control tokens.
 
 What was given or written (tasks, conclusions, notes, rules, ids) is `Content`. Where it spells a control token it is
-cut behind the first character of that, and the parts are tokenised one by one; all other text is tokenised as one, so
+cut after the first character of that, and the parts are tokenised one by one; all other text is tokenised as one, so
 that its tokens are those of the whole.
 """
 
@@ -12,14 +12,14 @@ from itertools import pairwise
 from typing import Any, Final
 
 UNKNOWN: Final = "\ufffd"
-# What text may be put behind to be tokenised as in the middle of a text; one that does not merge with it is taken.
+# Text put after one of these is tokenised as in the middle of a text; one that does not merge with it is taken.
 _GUARDS: Final = ("a", "\n", ".", "0", "é")
 _MARKUP: Final = re.compile(r"[<\[{(|◁].*[>\]})|▷]", re.DOTALL)
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Content(str):
-    """Text that is nobody's markup: none of it becomes a control token."""
+    """Text without any markup: none of it becomes a control token."""
 
     __slots__ = ()
 
@@ -46,7 +46,7 @@ class TextEncoder:
         self._bytes = frozenset(token for name in names if (token := core.token_to_id(name)) is not None)
 
     def __call__(self, texts: Iterable[str], *, behind: bool = False) -> list[int]:
-        """The ids of ``texts`` one after the other; ``behind``: other text stands in front of them already."""
+        """The ids of ``texts`` one after the other; ``behind``: they follow other text."""
         texts = [text for text in texts if text]
         edges = [0]
         for text in texts:

@@ -74,7 +74,7 @@ def _is_latex(raw: str, at: int, escaped: bool, formulas: list[tuple[int, bool]]
     if not before or before.isspace():
         return True
     if escaped or (before.endswith("\\n") and not before.endswith("\\\\n")):
-        return False  # who escapes elsewhere means the line break
+        return False  # a model that escapes elsewhere means the line break
     last = before.rstrip()[-1]
     if last.isalnum() or last in "}'":
         alone = command[1] is not None and not _ASSIGNED.match(raw, command.end())

@@ -42,7 +42,7 @@ class ParsedEvent:
     """An event with its place in the node's text.
 
     ``start`` and ``end`` are character offsets into everything fed to the parser; ``end`` is the offset
-    just behind the closing brace. ``repairs`` names each leniency that was needed, e.g. ``trailing_comma``.
+    just after the closing brace. ``repairs`` names each leniency that was needed, e.g. ``trailing_comma``.
     """
 
     event: Event

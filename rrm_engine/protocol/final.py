@@ -28,7 +28,7 @@ _CLOSED_BY = {"}": "{}", ")": "([)]", "]": "([)]"}  # with their openers; "[1, 2
 def extract_final(text: str) -> str | None:
     r"""What the text gives as its final answer, without markup; None if it names none.
 
-    That is what stands behind the last ``FINAL:`` or ``Final answer:`` (to the end of the line, else on the next one),
+    That is what follows the last ``FINAL:`` or ``Final answer:`` (to the end of the line, else on the next one),
     below the last heading *Final Answer*, or in the last balanced ``\boxed{...}``, whichever begins last. Boxes
     joined by a comma, "and" or "or" are one list.
     """
@@ -52,7 +52,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def _last_stated(text: str, heads: re.Pattern[str]) -> tuple[str | None, int]:
-    """The value behind the last head that has one, and where that head begins (-1: there is none)."""
+    """The value after the last head that has one, and where that head begins (-1: there is none)."""
     for head in reversed(list(heads.finditer(text))):
         if value := _behind(text, head.end()):
             return value, head.start()

@@ -259,7 +259,7 @@ class ThinkingBlock:
         self.masks = [_packed(self._without_early_ends(free, state)) for state in range(len(self.close))]
 
     def read(self, token: int, state: int) -> tuple[int, bytes | None]:
-        """How many characters of the end there are behind ``token``, and what follows the end if it is there."""
+        """How many characters of the end there are after ``token``, and what follows the end if it is there."""
         text = self.texts[token]
         for i, byte in enumerate(text):
             while state and self.close[state] != byte:
@@ -279,7 +279,7 @@ class ThinkingBlock:
 
     @cached_property
     def _suspects(self) -> list[int]:
-        """Tokens that go on behind the end's last character."""
+        """Tokens that go on after the end's last character."""
         last = self.close[-1:]
         return [token for token, text in enumerate(self.texts) if last in text[:-1]]
 

@@ -32,7 +32,7 @@ class EventParser:
 
     An object begins where ``{`` is followed by a quoted key and a colon; other braces are prose. An object
     without a ``type`` is ignored; one that meant to be an event and cannot be read becomes a Malformed, and
-    parsing goes on behind it. ``repairs`` counts, by name, every leniency that was needed for an event.
+    parsing goes on after it. ``repairs`` counts, by name, every leniency that was needed for an event.
     """
 
     def __init__(self, thinking: bool = False, marks: Marks = DEFAULT) -> None:

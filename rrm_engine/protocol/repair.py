@@ -3,7 +3,7 @@
 `ObjectScanner` finds where the object ends and cuts it into tokens in one pass over its characters;
 `read_object` turns the tokens into a dict. Both name every departure from JSON in ``repairs``.
 
-A quote inside a string closes it only where JSON could go on behind it (``, } ]``, or ``:`` behind a key).
+A quote inside a string closes it only where JSON could go on after it (``, } ]``, or ``:`` after a key).
 Valid JSON is never read differently for that, and ``'what's left'`` or ``"the "best" case"`` can be read.
 """
 
@@ -41,7 +41,7 @@ class Scan(Enum):
     """How far `ObjectScanner.scan` came."""
 
     MORE = "more"  # the object is still open at the end of the text
-    COMPLETE = "complete"  # `pos` is just behind its closing brace
+    COMPLETE = "complete"  # `pos` is just after its closing brace
     RESTART = "restart"  # another event begins at `restart`: this object was never closed
     REFUSED = "refused"  # too long, or nested too deeply
 
@@ -62,7 +62,7 @@ class ObjectScanner:
         self._last = ""  # the last structural character
         self._mark = start  # where the open string, or the run of bare characters, begins
         self._quote = ""  # opening quote of the open string
-        self._escaped = False  # the character at `pos` stands behind a backslash
+        self._escaped = False  # the character at `pos` follows a backslash
         self._closing: int | None = None  # a quote that closes the string if the next character allows it
 
     def shift(self, cut: int) -> None:

@@ -17,7 +17,7 @@ class Marks:
     always: bool = False
 
     def left_open(self, prompt: str) -> bool:
-        """Whether text behind ``prompt`` begins inside a block."""
+        """Whether text after ``prompt`` begins inside a block."""
         return self.always or prompt.rfind(self.open) > prompt.rfind(self.close)
 
     @property

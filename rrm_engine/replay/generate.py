@@ -14,7 +14,7 @@ class Shape:
     """Ranges, in tokens where nothing else is said, that a graph's sizes are drawn from."""
 
     system: Range  # the shared prefix
-    task: Range  # a node's prompt behind it
+    task: Range  # what follows it in a node's prompt
     plan: Range  # what a planning node writes up to its await
     children: Range
     solve: Range  # what a child writes

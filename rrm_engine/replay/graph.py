@@ -1,4 +1,4 @@
-"""A graph to replay: who starts whom and when, and how many tokens each piece has, or which."""
+"""A graph to replay: which node starts which and when, and how many tokens each piece has, or which."""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -128,7 +128,7 @@ class Graph:
         return self._with_steps({name: tuple(map(whole, node.steps)) for name, node in self.nodes.items()})
 
     def answer(self, name: str) -> Tokens:
-        """What node ``name`` decodes behind its last await or append; it ends with that."""
+        """What node ``name`` decodes after its last await or append; it ends with that."""
         last: list[Tokens] = []
         for step in self.nodes[name].steps:
             if isinstance(step, Decode):
@@ -142,7 +142,7 @@ class Graph:
     def attached(self, steps: Iterable[Step]) -> list[Attach]:
         """Where a drawn graph's ``steps`` between two decodes append children's tokens whose KV can be attached.
 
-        A child's last token has never been run, and behind every attached stretch there has to be one that is.
+        A child's last token has never been run, and after every attached stretch there has to be one that is.
         """
         at, found = 0, list[Attach]()
         for step in steps:

@@ -43,8 +43,8 @@ def measure(
 ) -> list[Row]:
     """``repeats`` rounds of every contender on every drawn graph; ``done`` is called after each replay.
 
-    Before them everybody replays the smallest graph, which does not count. Behind the first round none is begun that,
-    if it takes as long as the longest one, would not have ended by ``until`` on ``perf_counter``'s clock.
+    Before them every variant replays the smallest graph, which does not count. After the first round none is begun
+    that, if it takes as long as the longest one, would not have ended by ``until`` on ``perf_counter``'s clock.
 
     Raises ReplayMismatch if one of ours ends with other tokens than the graph's.
     """
@@ -75,7 +75,7 @@ def check(
 ) -> int:
     """Compare every variant's logits with those of pin on the same tokens; returns the decode steps compared.
 
-    Those behind attached KV are approximate and left out. The model has to be in fp32. Raises ReplayMismatch.
+    Those after attached KV are approximate and left out. The model has to be in fp32. Raises ReplayMismatch.
     """
     compared = 0
     for graph in graphs:

@@ -19,7 +19,7 @@ GIB = 2**30
 class VllmEngine:
     """vLLM's own engine, driven step by step in this process: no other process and no server between us and it.
 
-    In process its kernels run in torch's OpenMP pool, so it has as many threads as everybody else. It replaces
+    In process its kernels run in torch's OpenMP pool, so it has as many threads as every other contender. It replaces
     ``torch.set_num_threads`` by a no-op for good.
     """
 

@@ -108,7 +108,7 @@ class Walk:
         return [*self._pass_on(name, life), *self._ready()]
 
     def _pass_on(self, name: str, life: _Life) -> Iterator[Command]:
-        """Let a node that stands behind a decode step start children, and stop if it does not decode on."""
+        """Let a node that has come past a decode step start children, and stop if it does not decode on."""
         steps = life.node.steps
         while life.step < len(steps) and isinstance(step := steps[life.step], Child):
             self._lives[step.node].state = "born"

@@ -122,7 +122,7 @@ class _Walk:
         self.hops: list[Hop] = []
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._decoding: list[Interval] = []  # of descendants
-        self._alone: list[Interval] = []  # somebody waited for one conclusion only
+        self._alone: list[Interval] = []  # a node waited for one conclusion only
 
     def run(self) -> None:
         events = self.trace.events

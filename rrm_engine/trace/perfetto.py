@@ -10,7 +10,7 @@ The process track "engine" holds counters: over the exported jobs the sequences 
 over all there were, the KV blocks in use, those of them that paused sequences hold (pinned), and the host blocks in use
 (offloaded). The process track "profiler" holds the ranges of a run recorded with --profile, each with the nodes it
 worked for; of the steps that did so for an exported job. Timestamps are the events' monotonic ``t``. A later session of
-the run whose clock is behind that of the one before, after a restart of the machine, is moved behind it.
+the run whose clock lies before that of the one before, after a restart of the machine, is moved to after it.
 """
 
 from collections import Counter, defaultdict
@@ -94,7 +94,7 @@ def _counters(packets: Packets, jobs: Sequence[JobTrace], shifts: Mapping[int, f
     changes = [(t + shifts[job.session], name, by) for job in jobs for t, name, by in counter_changes(job)]
     values: Counter[str] = Counter()
     began = min(job.events[0]["t"] + shifts[job.session] for job in jobs)
-    moments = {(began, name): 0 for name in COUNTERS}  # the value behind all changes of a moment
+    moments = {(began, name): 0 for name in COUNTERS}  # the value after all changes of a moment
     for t, name, by in sorted(changes):
         values[name] += by
         moments[t, name] = values[name]

@@ -31,7 +31,7 @@ PREFILL, DECODE = "prefill", "decode"
 
 
 class Profile(Ranges):
-    """Records ``steps`` steps behind the first ``warm_up``; before and after that it makes no range either.
+    """Records ``steps`` steps after the first ``warm_up``; before and after that it makes no range either.
 
     ``device`` decides what is recorded: with CUDA its kernels and copies too. ``about`` goes into the trace's entry
     ``rrm_engine``, ``devices`` are all those that compute. What runs in the window takes longer for it.
@@ -72,7 +72,7 @@ class Profile(Ranges):
         return self._open(name, {"nodes": list(map(_key, of))}) if self._on else nullcontext()
 
     def forward(self, work: Iterable[Work]) -> AbstractContextManager[Any]:
-        """Named by what the forward holds: prefill, decode or prefill+decode; with everybody's tokens."""
+        """Named by what the forward holds: prefill, decode or prefill+decode; with the tokens of all sequences."""
         if not self._on:
             return nullcontext()
         tokens, nodes = {PREFILL: 0, DECODE: 0}, {}

@@ -5,7 +5,7 @@ near tie: the order of summation alone moves a logit by up to 2.5e-5 of the logi
 over the vocabulary; measured on models of 2 to 30 layers), so that with a factor of four for deeper models two
 candidates within 2e-4 of the spread may change places. In bf16 and fp16 log-probabilities are close: measured in
 bf16, single logits differ by up to 0.25 of the spread and log-probabilities of written tokens by 0.05 on average.
-Behind KV that was attached instead of computed nothing is promised: those tokens are counted by themselves.
+After KV that was attached instead of computed nothing is promised: those tokens are counted by themselves.
 """
 
 import math
@@ -37,7 +37,7 @@ Decode = Callable[[int], str]
 class Divergence:
     """A recorded token that plain transformers would not have given.
 
-    ``gap`` is how far it lies behind the one given, in logits (infinite if the grammar rules it out): of a sampled
+    ``gap`` is how far it lies below the one given, in logits (infinite if the grammar rules it out): of a sampled
     token, what two logits must differ for the same noise to give it. Up to ``near`` it is a near tie.
     """
 
@@ -56,9 +56,9 @@ class NodeCheck:
     """What came out for one node against plain transformers in ``reference``, the dtype.
 
     ``verdict``: exact, near tie or broken in fp32; close or broken in bf16 and fp16; spliced for a node that is none
-    of these up to the KV attached to it, behind which ``spliced`` of its tokens were written; reported where the
+    of these up to the KV attached to it, after which ``spliced`` of its tokens were written; reported where the
     reference is not in the run's own dtype, for which nothing is promised. ``splice_kl`` is what the run measured, in
-    nats: for every resume the mean over the first tokens behind it, from the text to what was attached. ``agree``
+    nats: for every resume the mean over the first tokens after it, from the text to what was attached. ``agree``
     counts the tokens that are drawn again equal, greedily or with the recorded noise, ``greedy_agree`` those that are
     plain transformers' likeliest. Differences are those of the engine's paged path to plain transformers on the
     positions written: the largest of a logit, absolute and as a share of the logits' spread, the largest KL divergence
@@ -76,7 +76,7 @@ class NodeCheck:
     greedy_agree: int = 0
     near_ties: int = 0
     beyond: int = 0  # differ by more than a near tie
-    spliced: int = 0  # of the tokens written: those behind attached KV
+    spliced: int = 0  # of the tokens written: those after attached KV
     spliced_agree: int = 0  # of these, drawn again equal
     splice_kl: tuple[float, ...] = ()
     logit_difference: float = 0.0

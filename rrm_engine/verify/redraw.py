@@ -24,7 +24,7 @@ FARTHEST = 1e6  # logits
 def apply_grammar(logits: torch.Tensor, tokens: Iterable[int], matcher: Matcher) -> bool:
     """Mask in place what the grammar does not allow in front of each of ``tokens``; row i is the i-th one's.
 
-    False if a token is not allowed itself: nothing can be masked behind it.
+    False if a token is not allowed itself: nothing can be masked after it.
     """
     for row, token in zip(logits, tokens, strict=True):
         bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[: len(row)].astype(bool)
@@ -60,7 +60,7 @@ class Settings:
         return self._through(self.rules.before, logits, positions) if self.rules.before else logits
 
     def warped(self, scores: torch.Tensor, positions: Iterable[int]) -> torch.Tensor:
-        """Scores after all that goes behind a grammar: temperature, filters, watermarks."""
+        """Scores after all that is applied after a grammar: temperature, filters, watermarks."""
         return self._through(self.rules.after, scores, positions) if self.rules.after else scores
 
     def _through(self, chain: Sequence[Any], scores: torch.Tensor, positions: Iterable[int]) -> torch.Tensor:
@@ -134,7 +134,7 @@ class Draw:
         return bool(possible[token]) and float(ahead) <= slack
 
     def gap(self, token: int) -> float:
-        """How far ``token`` is behind what comes out, in logits: twice the least error that explains it.
+        """How far ``token`` is below what comes out, in logits: twice the least error that explains it.
 
         Infinite where none does, for the grammar rules the token out.
         """

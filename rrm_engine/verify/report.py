@@ -139,10 +139,10 @@ def _behind_splices(checks: Sequence[NodeCheck]) -> str:
     some = [check for check in checks if check.spliced]
     written, agree = sum(check.spliced for check in some), sum(check.spliced_agree for check in some)
     measured = [kl for check in some for kl in check.splice_kl]
-    kl = f"; mean KL divergence behind a resume: {min(measured):.2g} to {max(measured):.2g} nats" if measured else ""
+    kl = f"; mean KL divergence after a resume: {min(measured):.2g} to {max(measured):.2g} nats" if measured else ""
     return (
         f"Not promised: in {plural(len(some), 'node')} KV was attached instead of computed; {_share(agree, written)} "
-        f"of the {written:,} tokens behind it are those that plain transformers gives after the text{kl}."
+        f"of the {written:,} tokens after it are those that plain transformers gives after the text{kl}."
     )
 
 

@@ -205,7 +205,7 @@ def test_what_splices_did() -> None:
     assert kv["splice_top1_agreement"] == pytest.approx((12 + 2 + 20) / 40)
     assert (kv["splice_differing_resumes"], kv["splice_first_difference_median"]) == (2, 2)
     assert splice_line(kv) == (
-        "Approximate: in 2 rows KV of 11 tokens was attached. Against the text, over 40 tokens behind 3 resumes: KL "
+        "Approximate: in 2 rows KV of 11 tokens was attached. Against the text, over 40 tokens after 3 resumes: KL "
         "divergence 0.3 nats on average, 3 at most; likeliest token the same in 85 %; 2 resumes differ, first at token "
         "3 (median)."
     )
