@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from rrm_engine.replay.report import title
 
@@ -65,4 +65,5 @@ def _bars(axes: Sequence[Axes], summary: Sequence[dict[str, Any]], offset: float
     labels = [f"{d} + {h}" if h else f"{d}" for d, h in zip(device, host, strict=True)]
     axes[-1].bar_label(hatched, labels=labels, padding=2, fontsize=7)
     for axis in axes:
-        axis.set_xlim(right=ROOM * max(bar.get_x() + bar.get_width() for bar in axis.patches))
+        bars = [bar for bar in axis.patches if isinstance(bar, Rectangle)]
+        axis.set_xlim(right=ROOM * max(bar.get_x() + bar.get_width() for bar in bars))

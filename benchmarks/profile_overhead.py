@@ -108,7 +108,7 @@ def _ranged(module: ModuleType) -> Iterator[tuple[type, str, Callable[..., Any]]
         raise RuntimeError(f"{whole.removed} ranges are in {module.__name__} and {removed} of them in methods")
 
 
-def _source(method: Callable[..., Any]) -> ast.AST:
+def _source(method: Callable[..., Any]) -> ast.Module:
     return ast.parse(textwrap.dedent(inspect.getsource(method)))
 
 

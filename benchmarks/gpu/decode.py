@@ -67,9 +67,9 @@ def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batc
         eos_ids=frozenset(),
         lookahead=HOST_WORK[host_work][1],
     )
-    vocabulary = model.model.config.vocab_size  # type: ignore[union-attr]
+    vocabulary = model.model.config.vocab_size
     for i in range(batch):
-        tokens = random_tokens(context + 1, vocabulary, i)  # type: ignore[arg-type]
+        tokens = random_tokens(context + 1, vocabulary, i)
         engine.submit(f"s{i}", tokens, steps, SamplingParams(), root=i).table.append(context)
     times = []
     while engine.has_work:
@@ -95,5 +95,5 @@ def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batc
 def weight_bytes(model: LoadedModel) -> int:
     """What a step reads of the weights: all, but of an embedding that is not the head too only a few rows."""
     config = model.model.config
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # type: ignore
-    return (model.parameters - embedding) * model.dtype.itemsize  # type: ignore[operator]
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return (model.parameters - embedding) * model.dtype.itemsize

@@ -13,7 +13,7 @@ SCALE = 24  # an AIME graph's tokens divided by this, so that all policies fit i
 def run(lab: Lab, rows: list[Row]) -> None:
     model = lab.model()
     graphs = generate("short", 1) if lab.tiny else scaled("aime", SCALE, 1)
-    graphs = [graph.drawn(model.model.config.vocab_size) for graph in graphs]  # type: ignore
+    graphs = [graph.drawn(model.model.config.vocab_size) for graph in graphs]
     blocks = max(blocks_needed(graph, BLOCK_SIZE) for graph in graphs)
     step_tokens = 4096 if lab.on_cuda else 512
     memory = Memory(model, blocks, block_size=BLOCK_SIZE, step_tokens=step_tokens)

@@ -118,7 +118,7 @@ def _attention(lab: Lab, dtype: torch.dtype, attend: Any) -> Iterator[tuple[str,
     blocks = 3 if lab.tiny else 150
     shared = tuple((i, 0, blocks) for i in range(1, len(family)))
     sizes = (4, 2, (16, 16), 8) if lab.tiny else (40, 8, (128, 128), 16)
-    case = Case(lab, dtype, family, *sizes, shared)  # type: ignore[arg-type]
+    case = Case(lab, dtype, family, *sizes, shared)
     yield "shared prefix", f"{len(family)} sequences", _difference(case.call(attend, PLAIN, True), case.expected(PLAIN))
     if dtype == torch.bfloat16:
         case = Case(lab, dtype, long, 40, 8, (128, 128), 256)

@@ -71,11 +71,11 @@ def _lives(lab: Lab, model: LoadedModel, runner: ModelRunner, blocks: int, conte
             step_tokens=4096,
             max_sequence_tokens=context + 200,
             eos_ids=frozenset(),
-            wait_policy=policy,  # type: ignore[arg-type]
+            wait_policy=policy,
             host_blocks=blocks,
         )
-        vocabulary = model.model.config.vocab_size  # type: ignore[union-attr]
-        tokens = random_tokens(context + 1, vocabulary, context)  # type: ignore[arg-type]
+        vocabulary = model.model.config.vocab_size
+        tokens = random_tokens(context + 1, vocabulary, context)
         root = engine.submit("root", tokens, 8, GREEDY)
         root.table.append(context)
         decode = [_step(lab, engine) for _ in range(8)]

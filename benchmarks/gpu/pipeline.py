@@ -20,7 +20,7 @@ def run(lab: Lab, rows: list[Row]) -> None:
     model, tokens = lab.model(), 4 if lab.tiny else 48
     blocks = BATCH * STAGES * (-(-(PROMPT + tokens + 2) // BLOCK_SIZE) + 1)
     runner = ModelRunner(model.forward, KVCache(blocks, BLOCK_SIZE, model.shapes), model.device, model.attend)
-    vocabulary = model.model.config.vocab_size  # type: ignore[union-attr]
+    vocabulary = model.model.config.vocab_size
     for stages in (1, STAGES, 1, STAGES):  # the first two compile and capture
         count = BATCH * stages
         engine = Engine(
@@ -34,7 +34,7 @@ def run(lab: Lab, rows: list[Row]) -> None:
             lookahead=lab.on_cuda,
         )
         for i in range(count):
-            prompt = random_tokens(PROMPT, vocabulary, i)  # type: ignore[arg-type]
+            prompt = random_tokens(PROMPT, vocabulary, i)
             engine.submit(f"s{i}", prompt, tokens, SamplingParams(), root=i)
         lab.synchronize()
         began = perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rrm_kernels.reference import PagedAttention, paged_attention
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import LayerShape
@@ -37,7 +37,7 @@ class LoadedModel:
     """A causal LM whose attention is ours, checked against its plain self."""
 
     name: str
-    model: nn.Module
+    model: PreTrainedModel
     forward: Forward
     tokenizer: PreTrainedTokenizerFast
     parameters: int
@@ -56,7 +56,7 @@ class LoadedModel:
 
     @property
     def model_type(self) -> str:
-        return self.model.config.model_type  # type: ignore[union-attr, return-value]
+        return self.model.config.model_type
 
 
 def load_planned(

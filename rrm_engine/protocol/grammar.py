@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from copy import copy
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,6 +141,12 @@ class EventGrammars:
     @property
     def vocab_size(self) -> int:
         return int(self._tokenizer.vocab_size)
+
+    @overload
+    def matcher(self, grammar: str) -> "EventMatcher": ...
+
+    @overload
+    def matcher(self, grammar: str, thought: Thought | None) -> "EventMatcher | ThinkingMatcher": ...
 
     def matcher(self, grammar: str, thought: Thought | None = None) -> "EventMatcher | ThinkingMatcher":
         """A matcher at the beginning of ``grammar`` (Lark), or of the thinking in front of it.

@@ -85,7 +85,8 @@ def collate(rows: list[tuple[list[int], list[bool]]], pad: int) -> Batch:
 
 def cut_batches(rows: list[tuple[list[int], list[bool]]], batch_tokens: int, pad: int) -> list[Batch]:
     """Batches of at most ``batch_tokens`` padded tokens from rows of similar length."""
-    batches, current = [], []
+    batches: list[Batch] = []
+    current: list[tuple[list[int], list[bool]]] = []
     for row in sorted(rows, key=lambda row: len(row[0])):
         if current and (len(current) + 1) * len(row[0]) > batch_tokens:
             batches.append(collate(current, pad))

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def run_recursive(runner: Runner, problems: list[str]) -> list[Node]:
     while ready:
         for node in ready:
             if not node.started:
-                given = {sibling.id: sibling.result for sibling in _dependencies(node)}
+                given = {sibling.id: sibling.result or 0 for sibling in _dependencies(node)}
                 node.ids, node.started = runner.encode(graph_prompt(node.task, given)), True
         written = runner.generate([node.ids for node in ready])
         for node, ids in zip(ready, written, strict=True):
@@ -174,7 +175,7 @@ def _children(node: Node, events: list[dict[str, Any]]) -> list[Node]:
     if node.depth >= MAX_DEPTH:
         raise ValueError("too deep")
     *declared, awaited = events
-    children = []
+    children: list[Node] = []
     for event in declared:
         depends = tuple(event.get("depends_on", ()))
         if event["type"] != "child" or not set(depends) <= {child.id for child in children}:
@@ -244,7 +245,7 @@ def main() -> None:
     tasks = [json.loads(line) for line in args.tasks.read_text().splitlines()]
     rows = evaluate(Runner(args.model), tasks)
     for title in ("kind", "family", "width"):
-        print(table(rows, title, lambda task, title=title: task[title]))
+        print(table(rows, title, itemgetter(title)))
     print(table(rows, "wide", lambda task: "width >= 4" if task["width"] >= 4 else "width < 4"))
     print(table(rows, "overall", lambda _: "all"))
     for row in rows:

@@ -56,7 +56,7 @@ def on_torch() -> tuple[Any, LoadedModel]:
         return plain, loaded(plain)
     model = prepared(plain, "sdpa")
     fused = model.model
-    layers = [lean._layer(i, layer, fused, DEVICE) for i, layer in enumerate(fused.model.layers)]
+    layers: list[Any] = [lean._layer(i, layer, fused, DEVICE) for i, layer in enumerate(fused.model.layers)]
     kernels: Any = ReferenceLayer()
     model.forward, model.attend = LeanForward(fused, [Stage(DEVICE, kernels, layers)]), ReferenceRagged()
     return plain, model
@@ -69,8 +69,8 @@ def on_two_devices() -> tuple[Any, LoadedModel]:
     model = loaded(plain) if ON_CUDA else prepared(plain, "sdpa")
     fused, second = model.model, DEVICE if ON_CUDA else torch.device("cpu:1")
     kernels: Any = TritonLayer() if ON_CUDA else ReferenceLayer()
-    layers = [lean._layer(i, layer, fused, DEVICE) for i, layer in enumerate(fused.model.layers)]
-    stages = [Stage(DEVICE, kernels, layers[:2]), Stage(second, kernels, layers[2:])]  # type: ignore[arg-type]
+    layers: list[Any] = [lean._layer(i, layer, fused, DEVICE) for i, layer in enumerate(fused.model.layers)]
+    stages = [Stage(DEVICE, kernels, layers[:2]), Stage(second, kernels, layers[2:])]
     model.forward = LeanForward(fused, stages)
     if not ON_CUDA:
         model.attend = ReferenceRagged()
@@ -270,7 +270,12 @@ def test_one_upload_a_step_of_what_is_live(on_torch: tuple[Any, LoadedModel], mo
     steps = with_runner(engine, on_torch[1], eager=False)
     uploads: list[int] = []
     upload = Staging.upload
-    monkeypatch.setattr(Staging, "upload", lambda *given: uploads.append(upload(*given)) or uploads[-1])
+
+    def noting(*given: Any) -> int:
+        uploads.append(upload(*given))
+        return uploads[-1]
+
+    monkeypatch.setattr(Staging, "upload", noting)
     for i in range(5):
         engine.submit(f"s{i}", prompt(i, 6), 3, SamplingParams(), root=i)
     while engine.has_work:

@@ -32,6 +32,7 @@ def test_one_device(cuda: Emulation, fast: None, eager: bool, lookahead: bool) -
     plain = plain_model("qwen3")
     engine = engine_on(on_cuda(plain), eager, lookahead=lookahead)
     assert mistakes(plain, live_graph(engine)) == {}
+    assert engine.runner.static is not None
     (share,) = engine.runner.static.shares
     assert isinstance(share.recorder, CudaGraphs)
     assert eager or share.replays > 3 * share.captures > 0
@@ -83,7 +84,7 @@ def test_every_wait_policy(cuda: Emulation, fast: None, policy: Any, devices: in
 @pytest.mark.parametrize("devices", [1, 2])
 def test_preemption_and_cancellation(cuda: Emulation, fast: None, devices: int) -> None:
     plain = plain_model("qwen3")
-    changes = {"blocks": 22, "max_sequence_tokens": 88, "lookahead": True, "stages": devices}
+    changes: dict[str, Any] = {"blocks": 22, "max_sequence_tokens": 88, "lookahead": True, "stages": devices}
     assert mistakes(plain, crowded(engine_on(on_cuda(plain, devices), **changes))) == {}
 
 

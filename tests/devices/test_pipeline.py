@@ -33,7 +33,7 @@ def test_any_pipelined_life_that_looks_ahead_ends_and_every_query_reads_its_own_
 def test_who_ends_in_two_steps_at_once_ran_a_token_that_nobody_got() -> None:
     """Six queries: a prompt of five tokens and, ahead, the first sampled one, which is thrown away with its KV."""
     life = Life(7, 1, 7, max_sequences=1, step_tokens=1, prefix_cache=False, stages=2, lookahead=True)
-    fork = ("fork", 0, 0.0, [], 1)
+    fork: tuple[Any, ...] = ("fork", 0, 0.0, [], 1)
     live_through(life, [fork, ("submit", [0, 0, 0, 0, 0], 2, 0), ("step", 4), fork, ("finish", 0)])
     [counters] = [s.counters for s in life.finished]
     assert (life.memory.queries, counters.prefilled, counters.decoded, life.run_for_nothing) == (6, 5, 0, 1)

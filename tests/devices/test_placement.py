@@ -186,7 +186,8 @@ def stepped(family: str, layers: int, is_lean: bool = False) -> Iterator[tuple[t
         sequence.table.append(length)
         work.append(Work(sequence, start, length - start, samples=True))
     no_padding = {"meta_nonzero_assume_all_nonzero": True}  # the reference kernels look for some
-    with torch.inference_mode(), fx_config.patch(no_padding), Copies() as copies:
+    patched = fx_config.patch(no_padding)  # type: ignore[attr-defined]  # torch adds it
+    with torch.inference_mode(), patched, Copies() as copies:
         logits, order = runner.run(SchedulerOutput(tuple(work), ()))
         sequences, lengths = [w.sequence for w in order], [len(w.sequence.tokens) for w in order]
         drawn = draw(logits, sequences, lengths)  # would raise if it waited for a value
@@ -271,7 +272,7 @@ def test_auto_takes_one_device_only_if_the_model_fits_there(monkeypatch: pytest.
         assert (plan.kind, len(plan.stages)) == (kind, 1 if kind == "single" else 2)
         assert plan_memory(skeleton, [CPU, CPU], "auto", useful=1).kind == "single"
     weights = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    tied = sum(m.weight.numel() * 4 for m in tied_modules(skeleton).values())
+    tied = sum(m.get_parameter("weight").numel() * 4 for m in tied_modules(skeleton).values())
     assert sum(stage.weights for stage in plan.stages) == weights + tied
     both = plan_memory(skeleton, [CPU, CPU], "replicate")
     assert both.room == plan_memory(skeleton, [CPU], "single").room // 2

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab import JOBS, SETTINGS, SMALLEST, Lab, Recorded, recorded, wrong_tokens
+from lab import JOBS, SETTINGS, SMALLEST, Lab, Recorded, engine_of, recorded, wrong_tokens
 from transformers import AutoModelForCausalLM
 
 import rrm_engine
@@ -64,7 +64,7 @@ def test_a_wrong_seed_is_noticed(lab: Lab, reference: Recorded) -> None:
 def test_a_missing_copy_is_noticed(lab: Lab) -> None:
     """Negative control: a fork that writes into its parent's block changes tokens."""
     run = Recorded(lab.solver(child_context="parent"))
-    run.solver.engine.runner.cache.copy = lambda copies: None  # type: ignore[method-assign]
+    engine_of(run.solver).runner.cache.copy = lambda copies: None  # type: ignore[method-assign]
     assert wrong_tokens(lab.plain, run.run(JOBS, 4)) != {}
 
 

@@ -168,7 +168,8 @@ def counted(run: Recorded) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(("join", "policy"), [("splice", "pin"), ("transcript", "offload"), ("transcript", "drop")])
 def test_the_report_disturbs_nothing(lab: Lab, join: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"join": join, "wait_policy": policy, "block_size": 4, "kv_blocks": 9000}  # nothing is evicted
+    # Nothing is evicted.
+    settings: dict[str, Any] = {"join": join, "wait_policy": policy, "block_size": 4, "kv_blocks": 9000}
     off, on = (recorded(lab, splice_report=tokens, **settings) for tokens in (0, 40))
     assert on.rows() == off.rows()
     assert counted(on) == counted(off)

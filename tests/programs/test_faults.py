@@ -60,6 +60,7 @@ RUN = shlex.split(
 )
 ROWS = 8
 Contents = dict[str, tuple[Any, ...]]
+Steps = list[Callable[[], None]]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,8 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def contents(directory: Path) -> Contents:
     """What each finished row says, and all tokens of its nodes; fails if a row is doubled or lacks events."""
-    rows, tokens = lines_of(directory / "rows.jsonl"), defaultdict(dict)
+    rows = lines_of(directory / "rows.jsonl")
+    tokens: dict[tuple[str, Any], dict[str, list[int]]] = defaultdict(dict)
     for event in lines_of(directory / "trace.jsonl"):
         if "token_ids" in event:
             tokens[event["job"], event["session"]][event["node"]] = event["token_ids"]
@@ -223,7 +225,7 @@ def test_a_file_that_cannot_grow(folder: Path, whole: Path) -> None:
 
 def test_rows_that_go_before_their_events_are_noticed(folder: Path, whole: Path) -> None:
     """Negative control: the events of the row that filled the disk are missing."""
-    sabotage = [partial(limit_files, 15_000), write_rows_before_events]
+    sabotage: Steps = [partial(limit_files, 15_000), write_rows_before_events]
     bench = Bench(folder, *RUN, "wrong order", "--quiet", prepare=sabotage)
     with pytest.raises(AssertionError, match="a row lacks events"):
         check_broken_off(bench, contents(whole), folder / "wrong order")
@@ -339,7 +341,7 @@ def test_an_interrupt_while_everything_is_imported(after: float, folder: Path) -
 )
 def test_a_signal_between_rows(number: int, times: int, code: int, folder: Path, whole: Path) -> None:
     directory, rows = folder / f"signal {number}", folder / f"signal {number}" / "rows.jsonl"
-    at_a_row = [hear_interrupts, partial(signal_itself, "rrm_engine.runs.directory:RunDir.add", number, times)]
+    at_a_row: Steps = [hear_interrupts, partial(signal_itself, "rrm_engine.runs.directory:RunDir.add", number, times)]
     bench = Bench(folder, *RUN, directory.name, prepare=at_a_row)
     assert bench.wait() == code
     assert "Traceback" not in bench.err and "error" not in bench.err
@@ -353,7 +355,7 @@ LOAD = "rrm_engine.backends.local:Solver.load"
 
 @pytest.mark.parametrize("swallow", [False, True])
 def test_an_interrupt_while_loading(swallow: bool, folder: Path, torn: Path) -> None:
-    at_load = [hear_interrupts, partial(signal_itself, LOAD, signal.SIGINT, 1, swallow)]
+    at_load: Steps = [hear_interrupts, partial(signal_itself, LOAD, signal.SIGINT, 1, swallow)]
     bench = Bench(folder, *RUN, "not begun", prepare=at_load)
     assert bench.wait() == 130
     assert bench.err.endswith("Interrupted before the first row.\n") and bench.out == ""
@@ -367,7 +369,7 @@ def test_an_interrupt_while_loading(swallow: bool, folder: Path, torn: Path) -> 
 
 @pytest.mark.parametrize("where", ["rrm_engine.bench.cli:print_closing", "rrm_engine.bench.cli:summarise"])
 def test_interrupts_while_the_table_is_printed(where: str, folder: Path, whole: Path) -> None:
-    prepare = [hear_interrupts, partial(signal_itself, where, signal.SIGINT, 3)]
+    prepare: Steps = [hear_interrupts, partial(signal_itself, where, signal.SIGINT, 3)]
     bench = Bench(folder, "--resume", "whole", prepare=prepare)
     assert bench.wait() == 130
     assert bench.err == "" and "Headline" in bench.out and "Written to whole" in bench.out

@@ -44,7 +44,7 @@ def test_these_are_the_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_needs_nothing_but_python(command: list[str]) -> None:
     path = {"PYTHONPATH": str(ROOT / "scripts")} if "embedded" in command[-1] else {}
-    done = run([*BARE, *command, "--help"], **path)
+    done = run([*BARE, *command, "--help"], ROOT, **path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ") and not done.stderr
 

@@ -53,7 +53,7 @@ FRESH = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.n
 class OnDevice(torch.Tensor):
     """A tensor that says it is on a CUDA device. ``inner`` has its values."""
 
-    inner: torch.Tensor
+    inner: Any  # a torch.Tensor; torch types the name as the dot product
     memory: Memory
 
     @staticmethod
@@ -71,7 +71,7 @@ class OnDevice(torch.Tensor):
         result: OnDevice = tensor
         return result
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return f"OnDevice({self.inner!r}, {self.device})"
 
     def tolist(self) -> Any:
@@ -79,18 +79,19 @@ class OnDevice(torch.Tensor):
         return self.inner.tolist()
 
     def __deepcopy__(self, memo: Any) -> "OnDevice":
-        copied = memo[id(self)] = self.clone()
+        copied: Any = self.clone()
+        memo[id(self)] = copied
         copied._is_param = getattr(self, "_is_param", False)  # what nn.Parameter looks for
         return copied
 
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
-    def record_stream(self, stream: "Stream") -> None:
+    def record_stream(self, stream: Any) -> None:
         self.memory.recorded.add(stream.number)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{func} outside the emulation")
 
 
@@ -246,6 +247,7 @@ class Emulation(Machine, TorchDispatchMode):
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
         if target.device == source.device:
+            assert isinstance(target, OnDevice) and isinstance(source, OnDevice)
             call = partial(target.inner.copy_, source.inner)
             self.issue(call, [target, source], [target], target.device, 0.0)
         elif isinstance(target, OnDevice) and isinstance(source, OnDevice):
@@ -307,7 +309,7 @@ class Emulation(Machine, TorchDispatchMode):
     def kernel(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Launch on the current device; it may write whatever it is given."""
         device = torch.device("cuda", self.now)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors: list[Any] = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         for tensor in tensors:
             assert tensor.device == device, f"a kernel launched on {device} is given a tensor on {tensor.device}"
         inner_args, inner_kwargs = tree_map_only(OnDevice, _inner, (args, kwargs))

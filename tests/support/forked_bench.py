@@ -193,12 +193,12 @@ def break_forward(runner: ModelRunner, number: int, memory: bool) -> None:
 
 def overlook_limits() -> None:
     """What is free is read off the system alone: the limits of the process are met where they are exceeded."""
-    memory.process_room = list  # type: ignore[assignment]
+    memory.process_room = list
 
 
 def let_allocations_fail() -> None:
     """An allocation that fails is not turned into a sentence."""
-    local.refuse_out_of_memory = lambda sentence: nullcontext()  # type: ignore[assignment]
+    local.refuse_out_of_memory = lambda sentence: nullcontext()  # type: ignore[return-value]
 
 
 def write_rows_before_events() -> None:
@@ -218,13 +218,13 @@ def write_rows_before_events() -> None:
 
 def leave_torn_lines() -> None:
     """A torn last line is not cut off."""
-    directory.mend_tail = lambda path: False  # type: ignore[assignment]
+    directory.mend_tail = lambda path: False
 
 
 def skip_torn_lines() -> None:
     """Nor complained about: lines that are not JSON are passed over."""
     leave_torn_lines()
-    RunDir._load = _load_those(lambda line, before: None)  # type: ignore[method-assign]
+    RunDir._load = _load_those(lambda line, before: None)  # type: ignore[assignment]
 
 
 def accept_torn_lines() -> None:
@@ -235,7 +235,7 @@ def accept_torn_lines() -> None:
         found = re.match(rb'{"id": "(.+?)".*"mode": "(.+?)", "sample": (\d+)', line)
         return found and {**before, "id": found[1].decode(), "mode": found[2].decode(), "sample": int(found[3])}
 
-    RunDir._load = _load_those(guess)  # type: ignore[method-assign]
+    RunDir._load = _load_those(guess)  # type: ignore[assignment]
 
 
 def _load_those(read_torn: Callable[[bytes, Row], Row | None]) -> Callable[[RunDir], None]:

@@ -16,6 +16,7 @@ from tokenizers import pre_tokenizers
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.config import RunConfig
+from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
 from rrm_engine.solver.result import Job, JobResult
@@ -96,7 +97,7 @@ class Recorded:
     phases: dict[str, list[SimpleNamespace]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self, jobs: list[Job], concurrency: int) -> "Recorded":
-        engine = self.solver.engine
+        engine = engine_of(self.solver)
         submit, resume = engine.submit, engine.resume
 
         def note(sequence: Sequence, fresh: Any) -> None:
@@ -154,6 +155,13 @@ def wrong_tokens(plain: Any, run: Recorded) -> dict[str, list[int]]:
     return dict(wrong)
 
 
+def engine_of(solver: Solver) -> Engine:
+    """The one engine of a solver that has no replicas."""
+    assert isinstance(solver.engine, Engine)
+    return solver.engine
+
+
 def idle(solver: Solver) -> bool:
-    solver.engine.check()
-    return solver.engine.pool.num_used == 0 and not solver.engine.has_work and not solver.engine.scheduler.paused
+    engine = engine_of(solver)
+    engine.check()
+    return engine.pool.num_used == 0 and not engine.has_work and not engine.scheduler.paused

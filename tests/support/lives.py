@@ -132,7 +132,7 @@ class Memory:
 def base(content: Content) -> History:
     """The history that KV was made from, wherever it was moved to."""
     assert content
-    return content[0] if isinstance(content[0], tuple) else content  # type: ignore[return-value]
+    return content[0] if isinstance(content[0], tuple) else content
 
 
 def history(tokens: list[int], length: int) -> list[History]:
@@ -368,8 +368,8 @@ class Life:
             # Others, before them in line, prefilled all that a step may.
             prefills = [w for w in plan.work if id(w.sequence) not in ready]
             left = self.scheduler.step_tokens - min(share, len(ready)) - sum(w.count for w in prefills)
-            front = max((w.sequence.priority for w in prefills), default=None)
-            behind = {id(s) for s in live if front is not None and s.priority > front}
+            priorities = [w.sequence.priority for w in prefills]
+            behind = {id(s) for s in live if priorities and s.priority > max(priorities)}
             starved = (running - used - ready.keys()) & behind if left <= 0 else set()
             assert full or not passed or len(used | starved) == self.scheduler.max_sequences, (
                 "a place was taken and not used"

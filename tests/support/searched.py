@@ -34,4 +34,5 @@ def load_profiles() -> None:
 
 def searched(examples: int) -> settings:
     """At least so many examples, more in a search."""
+    assert settings.default is not None
     return settings(max_examples=max(examples, settings.default.max_examples))

@@ -31,12 +31,13 @@ def _bpe(
     def train(pieces: Any, normalizer: Any = None, decoder: Any = None, suffix: str = "") -> Tokenizer:
         core = Tokenizer(models.BPE(**model))
         core.normalizer, core.pre_tokenizer = normalizer, pieces
+        options: dict[str, Any] = {"end_of_word_suffix": suffix} if suffix else {}
         trainer = trainers.BpeTrainer(
             vocab_size=size,
             special_tokens=list(special),
             initial_alphabet=list(alphabet),
             show_progress=False,
-            **({"end_of_word_suffix": suffix} if suffix else {}),
+            **options,
         )
         core.train_from_iterator(TEXT.splitlines() * 3, trainer)  # no token goes over the end of a line
         core.decoder = decoder

@@ -80,7 +80,8 @@ def edited(source: Path, target: Path, edit: Callable[[list[Event], list[Event]]
 
 
 def known_graph() -> JobTrace:
-    t, events = 0.0, []
+    t = 0.0
+    events: list[dict[str, Any]] = []
 
     def add(seconds: float, event: str, node: str = "root", **fields: Any) -> None:
         nonlocal t

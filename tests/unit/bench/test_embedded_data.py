@@ -13,6 +13,7 @@ from embedded.data import KINDS, NODE_WEIGHTS, collate, cut_batches, encode, nod
 from embedded.evaluate import Node, final_value
 from embedded.tokenizer import build_tokenizer
 from embedded.wording import random_task
+from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.protocol.style import load_style
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
@@ -47,12 +48,12 @@ def recomputed(text: str, known: dict[str, int]) -> int:
     return (fibonacci[count] * value + fibonacci[count + 1] * int(middle[0])) % 1000
 
 
-def test_tasks_follow_from_the_seed():
+def test_tasks_follow_from_the_seed() -> None:
     assert tasks(5) == tasks(5)
     assert tasks(5) != tasks(5, seed=6)
 
 
-def test_answers_agree_with_an_independent_computation():
+def test_answers_agree_with_an_independent_computation() -> None:
     for task in tasks(40):
         known: dict[str, int] = {}
         for part in task.parts:
@@ -60,7 +61,7 @@ def test_answers_agree_with_an_independent_computation():
         assert task.answer() == sum(known.values()) % 1000
 
 
-def test_problem_states_every_number():
+def test_problem_states_every_number() -> None:
     for task in tasks(20):
         numbers = Counter(re.findall(r"\d+", task.problem))
         for part in task.parts:
@@ -69,14 +70,14 @@ def test_problem_states_every_number():
                 assert {str(n) for n in (*stated, *leaf.numbers, leaf.rounds)} <= numbers.keys()
 
 
-def test_training_never_draws_from_the_reserved_class():
+def test_training_never_draws_from_the_reserved_class() -> None:
     for task in tasks(30):
         assert not any(leaf.reserved() for part in task.parts for leaf in part.leaves)
     for task in tasks(10, held_out=True):
         assert all(leaf.reserved() for part in task.parts for leaf in part.leaves)
 
 
-def test_shipped_benchmark_is_what_the_generator_makes():
+def test_shipped_benchmark_is_what_the_generator_makes() -> None:
     lines = (ROOT / "rrm_engine" / "data" / "embedded_tasks.jsonl").read_text().splitlines()
     made = list(benchmark_tasks(seed=1))
     assert [json.loads(line) for line in lines] == [record(task, i) for i, task in enumerate(made)]
@@ -86,7 +87,7 @@ def test_shipped_benchmark_is_what_the_generator_makes():
     assert {task.width for task in made if task.kind == "flat"} == set(range(2, 9))
 
 
-def test_digit_helpers():
+def test_digit_helpers() -> None:
     assert families.add_digits(978, 45) == "13120"
     assert families.multiply_digits(204, 8, 4, 3) == "36036"
     for x, y in ((0, 0), (999, 999), (978, 45), (5, 95)):
@@ -96,7 +97,7 @@ def test_digit_helpers():
         assert int((digits[1] + digits[3] + digits[4])[::-1]) == (7 * x + 3) % 1000
 
 
-def test_scratchpad_ends_in_the_result():
+def test_scratchpad_ends_in_the_result() -> None:
     for task in tasks(20):
         for part in task.parts:
             for leaf in part.leaves:
@@ -105,19 +106,19 @@ def test_scratchpad_ends_in_the_result():
                 assert last[-4] + last[-2:] == families.reversed_digits(leaf.result(204))
 
 
-def test_vocabulary_and_special_tokens(tokenizer):
+def test_vocabulary_and_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer) < 600
     assert tokenizer.eos_token == "<|im_end|>"
     assert all(len(tokenizer.encode(digit, add_special_tokens=False)) == 1 for digit in "0123456789")
 
 
-def test_every_text_round_trips(tokenizer):
+def test_every_text_round_trips(tokenizer: PreTrainedTokenizerFast) -> None:
     samples = ["Grüße, 世界 🙂\tend", " The theory \n\n grow grow x9", '{"type":"child","id":"a"} "}"} "]}', ""]
     for text in [*samples, *(task.problem for task in tasks(5))]:
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_incremental_decoding_gives_the_text(tokenizer):
+def test_incremental_decoding_gives_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
     from tokenizers.decoders import DecodeStream
 
     text = 'Zoë has 204 世界🙂 at first\n{"type":"await","children":["Z","é"],"rule":"sum"}'
@@ -129,7 +130,7 @@ def test_incremental_decoding_gives_the_text(tokenizer):
     assert "".join(pieces) == text
 
 
-def test_pieces_encode_like_the_whole(tokenizer):
+def test_pieces_encode_like_the_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     for task in tasks(8):
         for transcript in transcripts.task_transcripts(task):
             ids, learn = encode(tokenizer, transcript)
@@ -138,7 +139,7 @@ def test_pieces_encode_like_the_whole(tokenizer):
             assert tokenizer.decode(ids) == transcript.text
 
 
-def test_an_event_ends_with_a_token(tokenizer):
+def test_an_event_ends_with_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
     """No token reaches beyond the brace that closes an event."""
     for task in tasks(4):
         for transcript in transcripts.task_transcripts(task)[1:]:
@@ -146,7 +147,7 @@ def test_an_event_ends_with_a_token(tokenizer):
             assert all("}" not in tokenizer.decode([token])[:-1] for token in ids)
 
 
-def test_prompts_are_chatml_of_the_template(tokenizer):
+def test_prompts_are_chatml_of_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     style = load_style("embedded")
     for mode, prompt in (
         ("direct", transcripts.direct_prompt("task")),
@@ -158,12 +159,12 @@ def test_prompts_are_chatml_of_the_template(tokenizer):
     assert "<|im_start|>user\ngrow A *4 +1 x9\nA = 204<|im_end|>\n<|im_start|>assistant\n" in given
 
 
-def test_recursive_nodes_share_two_blocks(tokenizer):
+def test_recursive_nodes_share_two_blocks(tokenizer: PreTrainedTokenizerFast) -> None:
     prefix = transcripts.graph_prompt("", {}).removesuffix("<|im_end|>\n<|im_start|>assistant\n")
     assert 34 <= len(tokenizer.encode(prefix, add_special_tokens=False)) <= 60
 
 
-def test_forks_declare_the_parts(tokenizer):
+def test_forks_declare_the_parts(tokenizer: PreTrainedTokenizerFast) -> None:
     for task in tasks(10):
         if task.kind == "atomic":
             continue
@@ -180,7 +181,7 @@ def test_forks_declare_the_parts(tokenizer):
         assert final_value(rest[0]) == task.answer()
 
 
-def test_every_transcript_concludes_with_its_result():
+def test_every_transcript_concludes_with_its_result() -> None:
     for task in tasks(10):
         direct, root, *_ = transcripts.task_transcripts(task)
         assert direct.pieces[-1][0].endswith(f"FINAL: {task.answer()}<|im_end|>")
@@ -191,7 +192,7 @@ def test_every_transcript_concludes_with_its_result():
                 assert final_value(group.text) == task.results()[part.id]
 
 
-def test_batches_hold_every_token_once(tokenizer):
+def test_batches_hold_every_token_once(tokenizer: PreTrainedTokenizerFast) -> None:
     rng = random.Random(3)
     rows = [encode(tokenizer, sample_transcript(rng, 0.5, NODE_WEIGHTS)) for _ in range(30)]
     batches = cut_batches(rows, 2048, tokenizer.pad_token_id)
@@ -202,7 +203,7 @@ def test_batches_hold_every_token_once(tokenizer):
     assert single.ids[0].tolist() == rows[0][0]
 
 
-def test_critical_path_of_a_dependent_child():
+def test_critical_path_of_a_dependent_child() -> None:
     root = Node("root", "", 0, fork=[0] * 40, last=[0] * 10)
     first, second = Node("A", "", 1, parent=root), Node("B", "", 1, depends_on=("A",), parent=root)
     first.last, second.last = [0] * 100, [0] * 50
@@ -210,7 +211,7 @@ def test_critical_path_of_a_dependent_child():
     assert root.finish_time() == 15 + 100 + 50 + 10
 
 
-def test_other_shares_of_leaves_leave_the_rest_in_proportion():
+def test_other_shares_of_leaves_leave_the_rest_in_proportion() -> None:
     assert node_weights(NODE_WEIGHTS["leaf"]) == NODE_WEIGHTS
     weights = node_weights(0.3)
     assert weights["leaf"] == 0.3 and abs(sum(weights.values()) - 1) < 1e-12

@@ -1,6 +1,7 @@
 """The search for tokens that can win: it leaves the winner that all the noise would give, and few others."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -61,9 +62,15 @@ def test_the_same_tokens_with_and_without_it(
     params: SamplingParams, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled(load_leaders)
-    logits, searched = scores(3000, 4.0, 1).to(dtype), []
+    logits = scores(3000, 4.0, 1).to(dtype)
+    searched: list[torch.Tensor | None] = []
     search: Callable[..., torch.Tensor | None] = sampler._leaders
-    monkeypatch.setattr(sampler, "_leaders", lambda *given: searched.append(search(*given)) or searched[-1])
+
+    def noting(*given: Any) -> torch.Tensor | None:
+        searched.append(search(*given))
+        return searched[-1]
+
+    monkeypatch.setattr(sampler, "_leaders", noting)
     drawn = sampler.choose(logits.clone(), params, KEYS.tolist(), POSITIONS.tolist())
     assert len(searched) == 1 and searched[0] is not None
     monkeypatch.setattr(sampler, "_leaders", lambda *given: None)

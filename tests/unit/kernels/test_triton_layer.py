@@ -79,7 +79,8 @@ def test_norm_rope_and_store(
     norms = (random(width, dtype=dtype), random(width + 1, dtype=dtype)[1:].contiguous()) if normed else None
     angle = torch.arange(50)[:, None] * 1e4 ** -(torch.arange(half) / half)
     # Rounded to the model's type, as transformers does.
-    tables = tuple(t.to(DEVICE, dtype).float().contiguous() for t in (angle.cos(), angle.sin()))
+    cosines, sines = (t.to(DEVICE, dtype).float().contiguous() for t in (angle.cos(), angle.sin()))
+    tables = cosines, sines
     positions = torch.tensor([0, 7, 49, 3], device=DEVICE)
     slots = torch.tensor([5, 2, -1, 11], device=DEVICE)
     pools = [random(4, 3, kv_heads, width, dtype=dtype) for _ in range(2)]

@@ -39,7 +39,8 @@ def test_free_choices_are_those_of_plain_transformers(model: LoadedModel, lookah
     replayed = run("offload", memory_for(model, graph, lookahead=lookahead), graph)
     for name, tokens in replayed.tokens.items():
         logits = plain(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].argmax(-1).tolist()
-        places, at = [], graph.context(name)
+        places: list[int] = []
+        at = graph.context(name)
         for step in graph.nodes[name].steps:
             size = len(getattr(step, "tokens", ()))
             places += range(at, at + size) if type(step).__name__ == "Decode" else []

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from lab import JOBS, TASKS, VOCABULARY, Lab, Recorded, idle
+from lab import JOBS, TASKS, VOCABULARY, Lab, Recorded, engine_of, idle
 
 from rrm_engine.solver.result import Job
 
@@ -18,7 +18,7 @@ def test_closing_a_stream_in_the_middle_frees_everything(lab: Lab, reference: Re
         stream = solver.stream(task)
         if any(event.get("node", "").count(".") == 2 for event in stream):  # a grandchild has started
             break
-    assert solver.engine.pool.num_used > 0
+    assert engine_of(solver).pool.num_used > 0
     stream.close()  # type: ignore[attr-defined]
     assert idle(solver)
     again = Recorded(solver).run(JOBS, 4)
@@ -31,7 +31,7 @@ def test_closing_a_run_cancels_the_other_jobs(lab: Lab) -> None:
     results = solver.run(JOBS, events.append, concurrency=4)
     next(results)
     assert not idle(solver)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     assert idle(solver)
     assert sum(e["event"] == "finish" for e in events) == 4
     assert any(e["event"] == "cancelled" and e["reason"] == "cancelled" for e in events)
@@ -57,7 +57,7 @@ def test_an_error_in_a_step_fails_the_jobs_in_flight_only(
     lab: Lab, reference: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solver = lab.solver()
-    runner, calls = solver.engine.runner, 0
+    runner, calls = engine_of(solver).runner, 0
     run = runner.run
 
     def failing(*step: Any) -> Any:

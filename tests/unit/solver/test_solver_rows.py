@@ -92,7 +92,7 @@ def test_a_bug_costs_its_row_only(lab: Lab, reference: Recorded, monkeypatch: py
     result = broken[VICTIM]
     assert (result.status, result.error) == ("failed", "KeyError: 'a bug'")
     assert result.traceback is not None
-    assert result.traceback.startswith("Traceback") and f"in {name}" not in result.error
+    assert result.traceback.startswith("Traceback") and f"in {name}" not in str(result.error)
     assert result.traceback.rstrip().endswith("KeyError: 'a bug'")
 
 
@@ -118,7 +118,8 @@ def test_books_that_are_broken_beyond_cancelling(
     lab: Lab, reference: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The job cannot even be cancelled properly: it still ends with its first error, and gives everything back."""
-    solver, events = lab.solver(), []
+    solver = lab.solver()
+    events: list[dict[str, Any]] = []
     monkeypatch.setattr(GraphMachine, "cancel", failing(1, lambda self: True, GraphMachine.cancel))
     monkeypatch.setattr(GraphMachine, "on_event", failing(3, lambda self: True, GraphMachine.on_event))
     results = list(solver.run(JOBS, events.append, concurrency=1))
@@ -174,12 +175,12 @@ def test_an_error_of_the_caller_is_no_row(lab: Lab, reference: Recorded) -> None
 def test_a_callback_that_solves_is_refused(lab: Lab) -> None:
     solver = lab.solver()
     with pytest.raises(RrmError, match="in use"):
-        solver.solve(TASKS[0], on_event=lambda event: solver.solve(TASKS[1]))  # type: ignore[arg-type, return-value]
+        solver.solve(TASKS[0], on_event=lambda event: solver.solve(TASKS[1]))  # type: ignore[arg-type]
     assert idle(solver)
     assert solver.solve(TASKS[0]).error is None
 
 
-REFUSED_CALLS: dict[str, tuple[Callable[[Solver], Any], str]] = {
+REFUSED_CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a number": (lambda s: s.solve(5), "task of a Job must be a str, not 5"),
     "bytes": (lambda s: s.stream(b"x"), "task of a Job must be a str"),
     "another mode": (lambda s: s.solve("x", "fast"), "mode of a Job must be direct or rrm, not 'fast'"),

@@ -95,10 +95,12 @@ def test_first_tokens_and_resumes_are_where_the_row_measured_them(each: Path) ->
 
 def test_queueing_is_found_where_steps_were_missed_and_only_there(each: Path) -> None:
     for trace, found in recursive(each):
-        for stretch in (s for path in trace.nodes for s in trace.real(path) if s.first is not None):
-            missed = trace.events[stretch.first]["step"] - trace.events[stretch.begin]["step"] - 1
+        for stretch, first in ((s, s.first) for path in trace.nodes for s in trace.real(path)):
+            if first is None:
+                continue
+            missed = trace.events[first]["step"] - trace.events[stretch.begin]["step"] - 1
             assert missed > 0 or stretch.admitted_t == stretch.ready_t
-            steps = trace.events[stretch.end]["step"] - trace.events[stretch.first]["step"]
+            steps = trace.events[stretch.end]["step"] - trace.events[first]["step"]
             sampled = trace.tokens_to(stretch, stretch.end)
             assert bool(stretch.put_back) == (steps + 1 > sampled)
         assert found.parts["queued"] < found.latency_s

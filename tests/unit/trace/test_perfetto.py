@@ -87,11 +87,11 @@ def test_slices_are_the_phases_of_the_nodes(exported: tuple[RunTrace, Any]) -> N
     for trace in run.jobs:
         for path in trace.nodes:
             for stretch in trace.real(path):
-                track = f"{trace.key}:{path}"
-                expected[track, "queued"] += [round(end * 1e9) for begin, end in stretch.queued if end > begin]
+                node = f"{trace.key}:{path}"
+                expected[node, "queued"] += [round(end * 1e9) for begin, end in stretch.queued if end > begin]
                 if stretch.first is not None:
-                    expected[track, "prefill"].append(round(trace.events[stretch.first]["t"] * 1e9))
-                    expected[f"{trace.key}:{path}", titles[stretch.phase]].append(round(stretch.end_t * 1e9))
+                    expected[node, "prefill"].append(round(trace.events[stretch.first]["t"] * 1e9))
+                    expected[node, titles[stretch.phase]].append(round(stretch.end_t * 1e9))
             for _, end in trace.waits(path):
                 expected[f"{trace.key}:{path}", "wait"].append(round(trace.events[end]["t"] * 1e9))
     assert {key: [end for _, end in value] for key, value in found.items()} == {k: v for k, v in expected.items() if v}
@@ -135,7 +135,7 @@ def test_instants_are_the_events(exported: tuple[RunTrace, Any]) -> None:
     expected: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for trace in run.jobs:
         for event in trace.events:
-            name, t = event.get("kind", event["event"]), round(event["t"] * 1e9)
+            name, t = str(event.get("kind", event["event"])), round(event["t"] * 1e9)
             if name in ("job", "start", "resume", "pause", "first_token", "readmitted"):
                 continue
             name = f"child {event['id']}" if name == "child" else name

@@ -50,12 +50,12 @@ def test_a_known_graph_is_drawn_as_it_was() -> None:
         splits = any(other.startswith(f"{path}.") for other in trace.nodes)
         assert (COLOURS["plan"] in {colour for colour, _, _ in line}) == splits
     arrows = {(text.xyann[1], text.xy[1], round(text.xy[0])) for text in axes.texts}
-    line = {path: i for i, path in enumerate(trace.nodes)}
+    rank = {path: i for i, path in enumerate(trace.nodes)}
     starts = {path: round(trace.nodes[path][0].ready_t - began) for path in trace.nodes}
     resumed = trace.nodes["root"][1]
     giver = resumed.after[-1]
-    assert (line["root"], line["root.a"], starts["root.a"]) in arrows
-    assert (line[giver], line["root"], round(resumed.ready_t - began)) in arrows
+    assert (rank["root"], rank["root.a"], starts["root.a"]) in arrows
+    assert (rank[giver], rank["root"], round(resumed.ready_t - began)) in arrows
     assert len(arrows) == sum(len(trace.real(path)) for path in trace.nodes) - 1  # but the root's start
 
 
