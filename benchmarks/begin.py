@@ -34,7 +34,7 @@ def add_replay_settings(parser: argparse.ArgumentParser) -> None:
         "--repeats",
         type=int,
         default=5,
-        help="rounds; a replay of the smallest graph by everybody comes before them",
+        help="rounds; every contender replays the smallest graph before them",
     )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, metavar="M", help="begin no further round that would not end by then"

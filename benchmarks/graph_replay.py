@@ -220,7 +220,7 @@ def replay(args: argparse.Namespace, console: Console) -> None:
     title = f"{args.model}: {', '.join(plural(n, noun) for n, noun in counts)}"
     console.print(rich_table(summary, title, wide=console.width >= 100))
     if compared:
-        left_out = ", all but those behind attached KV" if any(variant.attach for variant in variants) else ""
+        left_out = ", all but those after attached KV" if any(variant.attach for variant in variants) else ""
         console.print(f"Checked: the logits of {compared:,} decode steps are those of pin{left_out}.")
     if args.json:
         figures = [describe(graph) for graph in graphs]

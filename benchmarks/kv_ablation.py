@@ -116,7 +116,7 @@ def markdown(results: Sequence[Result], args: argparse.Namespace) -> str:
             parts.append(f"{title}\n\n{markdown_table(figures['summary'])}")
             if figures["compared_steps"]:
                 steps = f"The logits of {figures['compared_steps']:,} decode steps"
-                parts.append(f"{steps}, those behind attached KV left out, are those of pin.\n")
+                parts.append(f"{steps}, those after attached KV left out, are those of pin.\n")
     return "\n".join([*parts, CAPTION[0].upper() + CAPTION[1:] + ".\n"])
 
 

@@ -1,11 +1,11 @@
-"""What the profiler's ranges cost while nobody profiles: the engine as it is against itself without them.
+"""What the profiler's ranges cost while nothing is profiled: the engine as it is against itself without them.
 
     python benchmarks/profile_overhead.py --minutes 2 --json OUT
 
 "Without" means compiled without: every ``with ....ranges(...):`` is taken out of the source of the functions that have
 one. Three solvers over one loaded model run the same recursive jobs in lockstep, step by step: one as it is, one
 without ranges, and one more as it is, as a control that shows what noise alone does. So step n of one is compared with
-step n of another, the same work a millisecond later, in CPU time of the process; who goes first is drawn for every
+step n of another, the same work a millisecond later, in CPU time of the process; which goes first is drawn for every
 step, and which solver is which changes by rounds, for their memory differs too. Quoted are the median over the rounds
 of each round's median ratio, its 95 % bootstrap interval, and the quartiles of single steps. Below any noise: what a
 range that is off costs in a loop, times how many of them a step has.

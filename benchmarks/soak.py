@@ -208,7 +208,7 @@ class Life:
                 raise Wrong(f"{used} blocks and {host} host blocks are left when all is over")
 
     def drain(self) -> None:
-        """Run what is live to its end. While nobody joins, the first one gains a token every few steps: a bound."""
+        """Run what is live to its end. While none joins, the first one gains a token every few steps: a bound."""
         in_flight = self.settings.stages + self.settings.lookahead
         left = in_flight * sum(len(s.tokens) + s.budget for e in self.engines for s in e.scheduler.live)
         while self.engine.has_work:
@@ -262,7 +262,7 @@ class Life:
         self.engine.wait(node.sequence)
 
     def resume(self, node: Node) -> None:
-        """With conclusions: the last tokens of some children, who end then."""
+        """With conclusions: the last tokens of some children, which end then."""
         if not node.paused:
             return
         conclusions = self.tokens(0, 4)

@@ -3,7 +3,7 @@
     python scripts/train_embedded_model.py --out /tmp/embedded_model
     python scripts/train_embedded_model.py --out /tmp/embedded_model --device cuda --tokens 200000000
 
-``--init`` goes on from a trained one. The shipped weights are those of the first command and of this one behind it, an
+``--init`` goes on from a trained one. The shipped weights are those of the first command and of this one after it, an
 hour and a half with more single leaves:
 
     python scripts/train_embedded_model.py --init /tmp/embedded_model --out /tmp/embedded_model_2 \\

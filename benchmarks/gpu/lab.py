@@ -94,7 +94,7 @@ class Lab:
     def kernel_seconds(self, function: Callable[[], Any], calls: int = 10) -> float:
         """Time of a call without the host's, on CUDA, its data not in the device's cache: as in a model's layer.
 
-        There ``calls`` of them are captured and replayed as one graph, each behind a write that fills the cache; the
+        There ``calls`` of them are captured and replayed as one graph, each after a write that fills the cache; the
         time of these writes alone is taken off.
         """
         if not self.on_cuda:

@@ -61,7 +61,7 @@ def _block_moves(lab: Lab, runner: ModelRunner, context: int) -> list[Row]:
 
 
 def _lives(lab: Lab, model: LoadedModel, runner: ModelRunner, blocks: int, context: int) -> list[Row]:
-    """Steps of the engine: a decode, a fork's first step, and a resume behind each of the wait policies."""
+    """Steps of the engine: a decode, a fork's first step, and a resume under each of the wait policies."""
     rows = []
     for policy in ("pin", "offload", "drop"):
         engine = Engine(

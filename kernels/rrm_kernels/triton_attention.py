@@ -69,7 +69,7 @@ def describe(
 ) -> RaggedMetadata:
     """The metadata of a step that was packed for other backends; reads it back from the device if that is all there is.
 
-    The engine's steps come with their metadata; this is for whoever calls a kernel with a batch of their own.
+    The engine's steps come with their metadata; this is for calling a kernel with a batch of one's own.
     """
     batch = batch.host or batch
     tables: list[npt.NDArray[np.integer]] = []

@@ -23,7 +23,7 @@ class Ranges:
     """
 
     def __call__(self, name: str, of: "Iterable[HasSequence | Sequence | str]" = ()) -> AbstractContextManager[Any]:
-        """A part of a step and whom it works for: sequences, what has one, or keys of sequences."""
+        """A part of a step and what it works for: sequences, what has one, or keys of sequences."""
         return _NOTHING
 
     def forward(self, work: "Iterable[Work]") -> AbstractContextManager[Any]:

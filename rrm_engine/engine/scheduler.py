@@ -104,7 +104,7 @@ class Scheduler:
         self._swap_outs: list[SwapOut] = []  # for the next step to carry out
         self._swap_ins: list[SwapIn] = []
         self._swapped: list[str] = []
-        self._held: list[tuple[object, ...]] | None = None  # by whom, when ``_pinned`` was counted
+        self._held: list[tuple[object, ...]] | None = None  # by which sequences, when ``_pinned`` was counted
         self._pinned = 0
 
     @property
@@ -238,7 +238,7 @@ class Scheduler:
 
         When nothing else runs in this step it is let in on what one chunk takes (and on what it has in host memory):
         some sequence must make progress.
-        Otherwise a step that had to preempt admits none, or the preempted ones would come straight back.
+        Otherwise a step that had to preempt admits none, or the preempted ones would be admitted again at once.
         Where all places are taken, it gets that of the last running one after it, which then waits and keeps its KV.
         """
         full = self._running >= self.max_sequences

@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """What a node hands to whoever waits for it. ``id`` is the child's id in its parent."""
+    """What a node hands to the nodes that wait for it. ``id`` is the child's id in its parent."""
 
     id: str
     answer: str

@@ -9,7 +9,7 @@ COPIES_PER_ROUND_TRIP = 2  # out and back in
 
 @dataclass(slots=True, eq=False)
 class HostCopy:
-    """Consecutive full or partial blocks of one sequence; ``payload`` is set by whoever carries out the swap."""
+    """Consecutive full or partial blocks of one sequence; ``payload`` is set where the swap is carried out."""
 
     count: int
     payload: Any = None

@@ -153,7 +153,7 @@ class ChatFormat:
             return str(
                 self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **switches)
             )
-        except Exception as error:  # a template is somebody else's program
+        except Exception as error:  # a template is a program of the checkpoint's
             raise self._unusable(str(error) or type(error).__name__) from error
 
     def _source(self) -> str:

@@ -113,7 +113,7 @@ class Runner:
 
 
 def final_value(text: str) -> int | None:
-    """The number behind the last ``FINAL: `` of a text."""
+    """The number after the last ``FINAL: `` of a text."""
     _, found, tail = text.rpartition("FINAL: ")
     digits = tail.split('"')[0].strip()
     return int(digits) if found and digits.isascii() and digits.isdigit() else None

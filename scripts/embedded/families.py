@@ -3,7 +3,7 @@
 A *leaf* is one long serial computation, a *part* is one named leaf or a group of leaves that are added up, and a
 *task* asks for the sum of its parts. Every number is an integer in 0..999.
 
-Scratchpads hold the state as three digits, least significant first, and write each product or sum digit behind
+Scratchpads hold the state as three digits, least significant first, and write each product or sum digit after
 its carry, so that every token depends on a few near ones only::
 
     grow 204 *4 +1 x2        pair 7 15 x2        mult 204 *37 x2
@@ -97,7 +97,7 @@ class Leaf:
         return self.states(start)[-1]
 
     def scratchpad(self, start: int, mark: str = ":") -> str:
-        """All lines, each behind a countdown of the rounds left and ``mark``, and closed by a newline."""
+        """All lines, each after a countdown of the rounds left and ``mark``, and closed by a newline."""
         states = self.states(start)
         first = reversed_digits(start)
         padded = f"0{first[0]}0{first[1:]}"

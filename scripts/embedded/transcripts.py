@@ -49,7 +49,7 @@ def graph_prompt(task: str, given: Results) -> str:
 
 
 def resume_turn(results: Results) -> str:
-    """What is appended behind the closing brace of an await."""
+    """What is appended after the closing brace of an await."""
     text = _TEMPLATES["resume"].render(conclusions=conclusions(results))
     return f"{END}\n<|im_start|>user\n{text}{END}\n<|im_start|>assistant\n"
 
