@@ -16,7 +16,7 @@ from triton.runtime import JITFunction, driver
 
 
 @triton.jit
-def _broken_kernel(out: Any) -> None:
+def _broken_kernel(out):
     """Fine for the interpreter, not for the compiler: a variable changes its type in a branch."""
     value = tl.load(out)
     if value > 0:
