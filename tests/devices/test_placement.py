@@ -311,24 +311,29 @@ def test_weights_of_replicas_on_one_device_are_there_once() -> None:
     assert len(models) == 3 and len({id(m.model) for m in models}) == 1
 
 
+def home(engine: Replicas, sequence: Sequence) -> Engine:
+    """The replica that runs a sequence."""
+    return next(replica for replica in engine.engines if sequence in replica.sequences)
+
+
 def test_roots_spread_forks_stay_and_children_go_home_while_there_is_room() -> None:
     engine = replicas(prepared(plain_model("qwen3")))
     first, second = (engine.submit(f"r{i}", prompt(i, 20), 30, GREEDY, root=i) for i in range(2))
-    assert engine._of(first) is not engine._of(second)
+    assert home(engine, first) is not home(engine, second)
     for _ in range(8):
         engine.step()
     where = [
-        engine._of(engine.submit(f"r0.{i}", prompt(0, 12) + prompt(i, 3), 30, GREEDY, depth=1)) for i in range(SLACK)
+        home(engine, engine.submit(f"r0.{i}", prompt(0, 12) + prompt(i, 3), 30, GREEDY, depth=1)) for i in range(SLACK)
     ]
-    assert set(where) == {engine._of(first)}
+    assert set(where) == {home(engine, first)}
     for i in range(2):  # the second while its replica is clearly more loaded
         fork = engine.submit(f"r0.f{i}", [*first.tokens, i], 30, GREEDY, depth=1, fork_of=(first, len(first.tokens)))
-        assert fork in engine._of(first).sequences and fork not in engine._of(second).sequences
+        assert fork in home(engine, first).sequences and fork not in home(engine, second).sequences
     crowded = engine.submit("r0.x", prompt(0, 12), 30, GREEDY, depth=1)
-    assert engine._of(crowded) is engine._of(second)
+    assert home(engine, crowded) is home(engine, second)
     engine.together = True
     bound = engine.submit("r0.y", prompt(0, 12), 30, GREEDY, depth=1)
-    assert engine._of(bound) is engine._of(first)
+    assert home(engine, bound) is home(engine, first)
     with pytest.raises(ValueError, match="another replica"):
         engine.keep(first, second, 0, 4)
 
