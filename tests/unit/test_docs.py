@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import state_diagram
 
 from rrm_engine.bench import flags
+from rrm_engine.config import WaitPolicy
 from rrm_engine.solver.result import JobResult
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,17 @@ def test_the_flags_of_the_bench_are_those_on_their_page() -> None:
     assert known - named == {"--version"}
     others = {"--plot", "--jobs", "--nodes", "--out", "--seed", "--repeats", "--help"}  # of other commands there
     assert named - known <= others
+
+
+def test_the_wait_policies_are_those_on_their_page() -> None:
+    table = re.findall(r"^\| `(\w+)`", (ROOT / "docs/cli.md").read_text(), re.M)
+    assert set(table) == set(get_args(WaitPolicy))
+
+
+def test_every_room_has_its_line() -> None:
+    rooms = {path.parent.name for path in (ROOT / "rrm_engine").glob("*/*.py")}
+    named = set(re.findall(r"`(\w+)/`", (ROOT / "docs/structure.md").read_text()))
+    assert rooms - named == set()
 
 
 def test_the_fields_of_a_row_are_those_on_their_page() -> None:
