@@ -94,7 +94,7 @@ def _compile(compiler: str, flags: tuple[str, ...], sources: dict[str, str], lib
         # torch's own OpenMP runtime where it has one: two of them would fight over the cores.
         runtime = [str(p) for p in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))][:1]
         command = [compiler, *flags, "-shared", "-o", str(built), *units, *runtime]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
         built.replace(library)
 
 
