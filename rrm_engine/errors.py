@@ -7,3 +7,7 @@ class RrmError(ValueError):
     Everything that this package refuses, in Python as on the command line, is an RrmError. Any other exception that
     comes out of it is a bug, or one of the caller's own.
     """
+
+
+class NoRoom(RrmError):
+    """A node's context would be longer than one may be."""

@@ -17,15 +17,11 @@ from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, noise_key
 from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, Work
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
-from rrm_engine.errors import RrmError
+from rrm_engine.errors import NoRoom, RrmError
 from rrm_engine.kv.host import HostSpace
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
-
-
-class NoRoom(RrmError):
-    """A sequence would be longer than one may be."""
 
 
 @dataclass(frozen=True, slots=True)

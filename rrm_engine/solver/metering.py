@@ -33,9 +33,9 @@ class Meter:
         self.clocks[node] = Clock(max(after, default=0))
         self._set_decoding(node, True, now)
 
-    def token(self, node: str, now: float, is_child: bool) -> None:
+    def wrote(self, node: str, now: float, tokens: int, is_child: bool) -> None:
         clock = self.clocks[node]
-        clock.depth += 1
+        clock.depth += tokens
         if self.ttft_s is None:
             self.ttft_s = now - self.started_at
         if is_child and self.time_to_first_child_s is None:

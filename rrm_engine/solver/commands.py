@@ -1,0 +1,213 @@
+"""What the graph machine wants of a job's nodes, carried out on a backend."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
+from typing import Any
+
+from rrm_engine.errors import NoRoom, RrmError
+from rrm_engine.graph.machine import Machine
+from rrm_engine.graph.paths import NodePath
+from rrm_engine.graph.types import (
+    Cancel,
+    Command,
+    Conclusion,
+    EndReason,
+    Finish,
+    Pause,
+    Phase,
+    Resume,
+    Start,
+    Stop,
+)
+from rrm_engine.protocol.parser import EventParser
+from rrm_engine.solver.backend import Continuation, Grammar, Opening, Place, Session
+from rrm_engine.solver.metering import Meter
+from rrm_engine.solver.node import NodeRun
+from rrm_engine.solver.runtime import Runtime
+from rrm_engine.solver.trace import JobTrace
+
+
+class Commands:
+    """The nodes of one job, and what is done with them. ``finish`` is called when the machine says that it is over."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        session: Session,
+        machine: Machine,
+        meter: Meter,
+        trace: JobTrace,
+        finish: Callable[[Finish], None],
+    ) -> None:
+        self.nodes: dict[str, NodeRun] = {}
+        self.repairs: Counter[str] = Counter()
+        self.errors: list[str] = []
+        self.without_room = 0  # nodes that did not fit into a context
+        self.prompt = ""  # of the root
+        self._runtime = runtime
+        self._session = session
+        self._machine = machine
+        self._meter = meter
+        self._trace = trace
+        self._finish = finish
+        self._queue: deque[Command] = deque()
+
+    def carry_out(self, commands: Iterable[Command]) -> None:
+        """Execute commands in order; a command that fails may put more of them behind."""
+        busy = bool(self._queue)
+        self._queue.extend(commands)
+        while self._queue and not busy:
+            match self._queue[0]:
+                case Start() as command:
+                    self._start(command)
+                case Resume() as command:
+                    self._resume(command)
+                case Pause(node=path):
+                    self._pause(self.nodes[path])
+                case Stop(node=path, conclusion=conclusion):
+                    self._keep(path, conclusion)
+                    self._close(path, "concluded", answer=conclusion.answer, ok=conclusion.ok)
+                case Cancel(node=path, reason=reason):
+                    self._close(path, "cancelled", reason=reason)
+                case Finish() as command:
+                    self._finish(command)
+            self._queue.popleft()
+
+    def forget(self) -> None:
+        """Give up what is left to do: a command that an exception interrupted must not block those that follow."""
+        self._queue.clear()
+
+    def tell(self, event: str, node: str, **fields: Any) -> None:
+        run = self.nodes.get(node)
+        self._trace(event, node, run.handle.length if run else 0, **fields)
+
+    def remember_fork(self, parent: NodeRun, child: str) -> None:
+        """``parent`` has just declared ``child``, which may start later from what its parent knows now."""
+        place = parent.handle.place(parent.boundary) if self._runtime.child_context == "parent" else None
+        parent.forks[child] = place, self._meter.clocks[parent.path].depth
+
+    def halt(self, node: NodeRun, reason: str) -> None:
+        """A node does not decode any more in its phase."""
+        node.handle.halt()
+        if not node.running:
+            return
+        node.running = False
+        node.reasons.append(reason)
+        node.phases.append(node.phase)
+        self._count_thinking(node, reason)
+        self._meter.pause(node.path, monotonic())
+        self.tell("pause", node.path, reason=reason)
+
+    def _start(self, command: Start) -> None:
+        given = self._dependencies(command.node)
+        after = [self._meter.clocks[path].depth for path in given]
+        place = None
+        if command.parent is not None:
+            place, depth = self.nodes[command.parent].forks[command.node]
+            after.append(depth)
+        opening = self._opening(command, place)
+        self.prompt = self.prompt or opening.system + "\n" + opening.user
+        try:
+            handle = self._session.open(command.node, opening)
+        except RrmError as error:
+            self._refused(command.node, error)
+            return
+        parser = None if command.phase is Phase.DIRECT else self._parser(command.phase)
+        self.nodes[command.node] = NodeRun(command.node, handle, command.phase, parser)
+        self._meter.start(command.node, monotonic(), after)
+        begun = handle.begun
+        about = {"phase": command.phase, "after": given, "prompt_tokens": begun.tokens, "task": command.task}
+        self.tell("start", command.node, **about, **begun.settings)
+
+    def _opening(self, command: Start, place: Place | None) -> Opening:
+        style, limits, phase = self._runtime.style, self._runtime.limits, command.phase
+        values: dict[str, Any] = {
+            "task": command.task,
+            "given": command.given,
+            "depth_left": limits.max_depth - command.depth,
+        }
+        if command.fork:
+            system, user = "", style.user("fork", id=command.node.id, **values)
+        else:
+            system = style.system("direct" if phase is Phase.DIRECT else "recursive")
+            user = style.user(phase.value, max_width=limits.max_width, **values)
+        return Opening(phase, user, system, command.depth, self._grammar(command.node), place)
+
+    def _resume(self, command: Resume) -> None:
+        style, node = self._runtime.style, self.nodes[command.node]
+        kind = "solve" if command.phase is Phase.SOLVER else "resume"
+        values: dict[str, Any] = {"notes": command.notes, "rule": command.rule}
+        task = self._machine.nodes[node.path].task
+
+        def render(conclusions: Sequence[Conclusion]) -> str:
+            return style.user(kind, task=task, conclusions=conclusions, **values)
+
+        given, grammar = command.conclusions, self._grammar(node.path)
+        continuation = Continuation(command.phase, render(given), given, render, grammar)
+        try:
+            node.handle.resume(continuation)
+        except RrmError as error:
+            self._refused(node.path, error)
+            return
+        node.enter(command.phase, self._parser(command.phase))
+        after = [node.path.child(c.id) for c in given]
+        self._meter.resume(node.path, monotonic(), after)
+        begun = node.handle.begun
+        about = {"phase": command.phase, "after": after, "appended_tokens": begun.tokens, "notes": command.notes}
+        about |= {"spliced": begun.spliced}  # unless memory runs out before they are attached
+        self.tell("resume", node.path, **about, **begun.settings)
+
+    def _pause(self, node: NodeRun) -> None:
+        """Stop right behind the event just read."""
+        node.handle.pause(node.boundary)
+        self.halt(node, "await")
+
+    def _close(self, path: str, how: str, **fields: Any) -> None:
+        """A node is over, by conclusion or cancellation: give back what it holds."""
+        node = self.nodes.get(path)
+        if node is None:  # it was never opened
+            self.tell(how, path, **fields)
+            return
+        self.halt(node, how)
+        record = node.handle.finish()
+        fields |= {"spliced": record.spliced, "splice_report": record.splice_report, "counters": record.counters}
+        self.tell(how, path, **fields, token_ids=record.token_ids, sampled=record.sampled)
+
+    def _keep(self, path: NodePath, conclusion: Conclusion) -> None:
+        """A node that has concluded still has its KV; its parent may want some of it."""
+        parent = path.parent
+        if self._runtime.backend.capabilities.joins and path in self.nodes and parent in self.nodes:
+            self._session.keep(parent, path, conclusion)
+
+    def _refused(self, path: str, error: RrmError) -> None:
+        """A node that the backend does not take, mostly for its length, has failed; whoever waits for it is told."""
+        self.errors.append(str(error))
+        long = isinstance(error, NoRoom)
+        self.without_room += long
+        self.tell("no_room", path, reason=str(error))
+        self._queue.extend(self._machine.on_refused(path, EndReason.CONTEXT if long else EndReason.ERROR))
+
+    def _grammar(self, path: str) -> Grammar:
+        """What a node's next phase may write: it may split only where the machine would accept it."""
+        node, limits = self._machine.nodes[path], self._runtime.limits
+        room = limits.max_nodes - len(self._machine.nodes)
+        splits = node.depth < limits.max_depth and node.awaits < limits.max_awaits and room >= limits.max_width
+        return len(node.children), splits
+
+    def _dependencies(self, path: str) -> list[str]:
+        found = [d.path for d in self._machine.nodes[path].dependencies.values() if d is not None]
+        return [p for p in found if p in self._meter.clocks]
+
+    def _parser(self, phase: Phase) -> EventParser:
+        backend = self._runtime.backend
+        return EventParser(backend.opens_thinking(phase), backend.marks)
+
+    def _count_thinking(self, node: NodeRun, reason: str) -> None:
+        """Note in the row where thinking was ended for it, or took all the tokens there were."""
+        backend = self._runtime.backend
+        if node.handle.thinking_cut:
+            self.repairs["thinking_cut"] += 1
+        by_itself = reason in set(EndReason)
+        if by_itself and backend.marks.unfinished(node.handle.text, backend.opens_thinking(node.phase)):
+            self.repairs["thinking_unfinished"] += 1

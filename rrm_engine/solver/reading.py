@@ -1,0 +1,96 @@
+"""What a job's nodes write, read into events and handed to the graph machine."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from time import monotonic
+
+from rrm_engine.graph.machine import Machine
+from rrm_engine.graph.paths import NodeKey
+from rrm_engine.graph.types import EndReason
+from rrm_engine.protocol.events import Atomic, Done, Malformed, ParsedEvent
+from rrm_engine.solver.backend import Backend, Waited, Written
+from rrm_engine.solver.commands import Commands
+from rrm_engine.solver.metering import Meter
+from rrm_engine.solver.node import NodeRun
+
+PREVIEW = 200  # characters of what a row or an event quotes
+
+
+class Reading:
+    """Reads for one job. ``texts``: also tell of every piece of text."""
+
+    def __init__(
+        self, backend: Backend, job: str, machine: Machine, meter: Meter, commands: Commands, texts: bool
+    ) -> None:
+        self._backend = backend
+        self._job = job
+        self._machine = machine
+        self._meter = meter
+        self._commands = commands
+        self._texts = texts
+
+    def take(self, written: Written) -> None:
+        """A node has written. Raises what went wrong with it."""
+        if written.error is not None:
+            raise written.error
+        node, commands = self._commands.nodes[written.node], self._commands
+        self._meter.wrote(node.path, monotonic(), written.tokens, is_child=node.path.parent is not None)
+        if node.running and written.waited is not None:
+            self._tell_waited(node, written.waited)
+        if self._texts and written.text:
+            commands.tell("text", node.path, text=written.text)
+        turn = node.turn
+        if node.parser is not None and written.text:
+            self._read(node, node.parser.feed(written.text))
+        if written.end is not None and node.running and node.turn == turn:
+            self._ended(node, written.end)
+
+    def _tell_waited(self, node: NodeRun, waited: Waited) -> None:
+        if waited.ran_s is None:
+            self._commands.tell("first_token", node.path, queued_s=waited.queued_s)
+        else:
+            self._commands.tell("readmitted", node.path, queued_s=waited.queued_s, ran_s=waited.ran_s)
+
+    def _read(self, node: NodeRun, items: Iterable[ParsedEvent | Malformed]) -> None:
+        """Hand events to the machine until the node has been paused or is over: what follows is discarded."""
+        turn = node.turn
+        for item in items:
+            if not node.running or node.turn != turn:
+                return
+            with self._backend.ranges("graph", (NodeKey.of(self._job, node.path),)):
+                self._handle(node, item)
+
+    def _handle(self, node: NodeRun, item: ParsedEvent | Malformed) -> None:
+        """Tell the machine of one event and do what it answers."""
+        machine, commands = self._machine, self._commands
+        node.events.append((item.start, item.end))
+        if isinstance(item, Malformed):
+            commands.tell("malformed", node.path, reason=item.reason, text=item.text[:PREVIEW])
+            commands.carry_out(machine.on_malformed(node.path, item))
+            return
+        kind = type(item.event).__name__.lower()
+        commands.repairs.update(item.repairs)
+        # The text before it matters only where the node may be done with it.
+        needed = isinstance(item.event, (Atomic, Done))
+        text = self._visible(node, node.text(item.start)) if needed else None
+        answer = machine.on_event(node.path, item.event, text)
+        if machine.accepted is not None:
+            commands.remember_fork(node, machine.accepted)
+        made = {"child": machine.accepted} if kind == "child" else {}  # None: refused
+        commands.tell("event", node.path, kind=kind, **asdict(item.event), **made, repairs=item.repairs)
+        commands.carry_out(answer)
+
+    def _ended(self, node: NodeRun, reason: EndReason) -> None:
+        if node.parser is not None:
+            turn = node.turn
+            self._read(node, node.parser.close())
+            if not node.running or node.turn != turn:
+                return
+        with self._backend.ranges("graph", (NodeKey.of(self._job, node.path),)):
+            self._commands.halt(node, reason.value)
+            text = self._visible(node, node.text())
+            self._commands.carry_out(self._machine.on_end(node.path, reason, text))
+
+    def _visible(self, node: NodeRun, text: str) -> str:
+        """``text``, from the beginning of the node's phase on, without its thinking."""
+        return self._backend.marks.visible(text, self._backend.opens_thinking(node.phase))

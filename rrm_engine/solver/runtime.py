@@ -1,0 +1,23 @@
+"""What the jobs of a run have in common."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rrm_engine.errors import RrmError
+from rrm_engine.graph.types import Limits
+from rrm_engine.protocol.style import Style
+from rrm_engine.solver.backend import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What all jobs of a run share. Raises RrmError for what the backend cannot do."""
+
+    backend: Backend
+    style: Style
+    limits: Limits
+    child_context: Literal["task", "parent"] = "task"
+
+    def __post_init__(self) -> None:
+        if self.child_context == "parent" and not self.backend.capabilities.forks:
+            raise RrmError("--child-context parent: this backend cannot start a child from its parent's context")
