@@ -47,15 +47,15 @@ if __name__ == "__main__":
     flags_first(build_parser)
 
 from rrm_engine import RunConfig, Solver
-from rrm_engine.backends import local
+from rrm_engine.backends import engine as backend
 from rrm_engine.bench.tasks import load_tasks
 from rrm_engine.engine import engine, runner
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.runs.environment import environment
-from rrm_engine.solver import job
+from rrm_engine.solver import job, loop, reading
 from rrm_engine.solver.result import Job
 
-MODULES = (engine, runner, job, local)
+MODULES = (engine, runner, backend, job, reading)
 AS_IS, WITHOUT, AGAIN = ARMS = ("as is", "without ranges", "as is again")
 RESAMPLES = 10_000
 Method = tuple[type, str, Callable[..., Any], Callable[..., Any]]  # class, name, as it is, without ranges
@@ -161,7 +161,7 @@ class Lockstep:
         first = Solver.load(RunConfig(), tasks)
         self.solvers = [first, *(Solver(first.model, RunConfig(), tasks) for _ in ARMS[1:])]
         self.classes = {arm: classes_of(arm) for arm in ARMS}
-        self._parts = [[solver, solver.engine, solver.engine.runner] for solver in self.solvers]  # type: ignore[union-attr]
+        self._parts = [[solver.backend, solver.engine, solver.engine.runner] for solver in self.solvers]  # type: ignore[union-attr]
         self._owners = [type(part) for part in self._parts[0]]
 
     def cast(self, turn: int) -> dict[str, Solver]:
@@ -183,6 +183,7 @@ class Lockstep:
             ended = 0
             while not ended:
                 for arm in noise.sample(ARMS, len(ARMS)):
+                    loop.JobRun, job.Reading = (self.classes[arm][c] for c in (job.JobRun, reading.Reading))
                     began = process_time()
                     ended += next(drives[arm], self) is self
                     seconds[arm].append(process_time() - began)

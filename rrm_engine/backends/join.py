@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from rrm_engine.backends.tokens import NodeTokens
 from rrm_engine.engine.replicas import AnyEngine
 from rrm_engine.graph.types import Conclusion
 from rrm_engine.kv.span import Span
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import final_of
-from rrm_engine.solver.node import NodeRun
+from rrm_engine.solver.backend import Continuation
 
 Render = Callable[[Sequence[Conclusion]], str]  # the user turn that hands conclusions over
 Placed = tuple[int, Span]  # index in the tokens of a turn
@@ -21,7 +22,7 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
+class JoinSettings:
     """The settings: ``boundary`` is how many of a span's first tokens are computed again, ``report`` how many tokens
     behind each resume are compared with the text.
     """
@@ -51,11 +52,11 @@ class Joiner:
 
     engine: AnyEngine
     chat: ChatFormat
-    join: Join
+    join: JoinSettings
     as_text: int = 0  # conclusions appended as text although ``join`` is not
     _kept: dict[str, Kept] = field(default_factory=dict)  # by the child's path
 
-    def keep(self, parent: NodeRun, child: NodeRun, conclusion: Conclusion) -> None:
+    def keep(self, parent: NodeTokens, child: NodeTokens, conclusion: Conclusion) -> None:
         """A child has concluded and still has its KV: hold what its parent will need of it."""
         if self.join.mode == "text" or not conclusion.ok:
             return
@@ -82,9 +83,8 @@ class Joiner:
 
     def turn(
         self,
-        node: NodeRun,
-        conclusions: Sequence[Conclusion],
-        render: Render,
+        node: NodeTokens,
+        continuation: Continuation,
         thinking: bool,
         behind: Mapping[str, Any],
     ) -> tuple[list[int], list[Placed]]:
@@ -92,8 +92,8 @@ class Joiner:
 
         ``behind`` is what `ChatFormat.turn` asks about the conversation so far.
         """
-        kept = [self._kept.pop(f"{node.path}.{c.id}", None) for c in conclusions]
-        plain = render(conclusions)
+        conclusions, render, plain = continuation.conclusions, continuation.render, continuation.user
+        kept = [self._kept.pop(node.path.child(c.id), None) for c in conclusions]
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in plain)
         marks = [next(free) for _ in conclusions]
         marked = [replace(c, answer=mark) for c, mark in zip(conclusions, marks, strict=True)]
@@ -126,7 +126,7 @@ class Joiner:
         return text.count(mark) == 1 and (same or self.join.mode == "transcript")
 
 
-def _last_phase(child: NodeRun, eos_ids: frozenset[int]) -> tuple[int, Kept] | None:
+def _last_phase(child: NodeTokens, eos_ids: frozenset[int]) -> tuple[int, Kept] | None:
     """All that a node wrote in its last phase, and where that begins in its tokens."""
     tokens = child.sequence.tokens[child.first :]
     if tokens and tokens[-1] in eos_ids:
@@ -134,7 +134,7 @@ def _last_phase(child: NodeRun, eos_ids: frozenset[int]) -> tuple[int, Kept] | N
     return (child.first, Kept("", tokens, "")) if tokens else None
 
 
-def _locate(child: NodeRun, final: str) -> tuple[int, Kept] | None:
+def _locate(child: NodeTokens, final: str) -> tuple[int, Kept] | None:
     """The tokens that lie inside the last ``final`` of a node's text, and where they begin in its tokens.
 
     None if the text does not hold it literally (it may have been escaped), or it holds no whole token.

@@ -5,16 +5,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Lock
-from time import monotonic
 from typing import Any, cast
 
 import torch
 
-from rrm_engine.backends.join import Join
-from rrm_engine.backends.runtime import Runtime
+from rrm_engine.backends.engine import EngineBackend
+from rrm_engine.backends.join import JoinSettings
+from rrm_engine.backends.session import Writing
 from rrm_engine.backends.settings import describe_sampling, phase_plans, resolve
 from rrm_engine.config import RunConfig
-from rrm_engine.device.memory import in_units, is_out_of_memory, refuse_out_of_memory
+from rrm_engine.device.memory import in_units, refuse_out_of_memory
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.replicas import AnyEngine, Replicas
@@ -31,12 +31,12 @@ from rrm_engine.loading.swap_costs import measure_swap_costs
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
 from rrm_engine.solver.events import Emit, Events
-from rrm_engine.solver.job import JobRun
+from rrm_engine.solver.loop import run_jobs
 from rrm_engine.solver.result import Job, JobResult
+from rrm_engine.solver.runtime import Runtime
 from rrm_engine.trace.profile import STEPS, Profile
 
 ONE_THREAD_PARAMETERS = 20_000_000
-RATE_WINDOW_S = 2.0  # of the tokens per second shown live
 
 
 def _ignore(_: Any) -> None:
@@ -73,20 +73,18 @@ class Solver:
         limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
         engines = [_engine(each, config, chat.eos_ids) for each in self.replicas]
         self.engine: AnyEngine = engines[0] if len(engines) == 1 else Replicas(engines, together=config.join != "text")
-        self._runtime = Runtime(
+        writing = Writing(
             self.engine,
             model.tokenizer,
             chat,
-            style,
             phase_plans(config, style, chat, model, limits),
-            limits,
-            cast(Any, config.child_context),
-            join=Join(cast(Any, config.join), config.boundary_tokens, config.splice_report),
+            JoinSettings(cast(Any, config.join), config.boundary_tokens, config.splice_report),
         )
+        self.backend = EngineBackend(writing, config)
+        self._runtime = Runtime(self.backend, style, limits, cast(Any, config.child_context))
         self._started = 0
         self._busy = Lock()
         self._closed = False
-        self._recent: deque[tuple[float, int]] = deque()
 
     @classmethod
     def load(
@@ -163,9 +161,7 @@ class Solver:
 
     def progress(self) -> dict[str, Any]:
         """What is going on now: sequences, blocks, tokens per second over the last seconds."""
-        span = monotonic() - self._recent[0][0] if self._recent else 0.0
-        speed = sum(n for _, n in self._recent) / span if span > 0 else 0.0
-        return {**self.engine.progress(), "tokens_per_s": speed}
+        return self.backend.progress()
 
     def describe(self) -> dict[str, Any]:
         """The model and the memory plan, for the header and ``run.json``."""
@@ -188,8 +184,8 @@ class Solver:
             "kv_bytes": size * blocks * config.block_size,
             "max_sequence_tokens": config.max_sequence_tokens,
             "prompt_style": config.prompt_style,
-            "chat_template": not self._runtime.chat.plain,
-            **describe_sampling(config, self._runtime.plans, model),
+            "chat_template": not self.backend.writing.chat.plain,
+            **describe_sampling(config, self.backend.writing.plans, model),
             "eos_token_ids": sorted(self.engine.eos_ids),
             **({"memory_plan": self.plan.describe()} if self.plan else {}),
         }
@@ -231,68 +227,23 @@ class Solver:
     def _drive(
         self, jobs: Iterable[Job], emit: Emit | None, concurrency: int, *, texts: bool = False
     ) -> Generator[JobResult | None, None, None]:
-        """The loop: start jobs while there is room, step, hand out tokens. Yields None for a step without result."""
+        """What `run_jobs` yields, for as long as nothing else is going on here."""
         self._refuse_unless_free()  # something else may have begun since the call
-        with self._busy:
-            pending, events = iter(jobs), Events(emit)
-            runs: list[JobRun] = []
-            try:
-                while True:
-                    while len(runs) < concurrency and (job := next(pending, None)) is not None:
-                        self._started += 1
-                        runs.append(JobRun(self._runtime, job, self._started, events, texts=texts))
-                        runs[-1].start()
-                    if not runs:
-                        return
-                    with self.engine.ranges.step(self.engine.steps + 1):
-                        self._step(runs)
-                    for run in [r for r in runs if r.result is not None]:
-                        runs.remove(run)
-                        yield run.result
-                    yield None
-            finally:
-                for run in runs:  # all blocks first: writing the events of a cancellation may fail
-                    run.release()
-                for run in runs:
-                    run.cancel("cancelled")
+        with (
+            self._busy,
+            closing(
+                run_jobs(
+                    self._runtime, self._noted(jobs), Events(emit), concurrency, first=self._started + 1, texts=texts
+                )
+            ) as results,
+        ):
+            yield from results
 
-    def _step(self, runs: list[JobRun]) -> None:
-        """One engine step. An error in it fails every job in flight, for their KV can no longer be trusted."""
-        try:
-            sampled = self.engine.step()
-        except Exception as error:
-            for run in runs:
-                run.fail(error, self._failure(error, run.job))
-            return
-        self._count(sum(not one.sequence.probe.best_effort for one in sampled))
-        used = self.engine.used_blocks - sum(run.shadow_blocks for run in runs)
-        by_job = {run.job.key: run for run in runs}
-        for run in runs:
-            run.peak_blocks = max(run.peak_blocks, used)
-        with self.engine.ranges("parse", sampled):
-            for one in sampled:
-                by_job[one.sequence.key.rpartition(":")[0]].on_token(one)
-
-    def _failure(self, error: Exception, job: Job) -> str:
-        """What a row of ``job`` says about an error in a step: which of its nodes were in it, and what to do."""
-        work = self.engine.plan.work if self.engine.plan else ()
-        keys = (one.sequence.key.rpartition(":") for one in work)
-        nodes = ", ".join(dict.fromkeys(node for key, _, node in keys if key == job.key))
-        where = f"in a step of {nodes}" if nodes else "in a step of other jobs"
-        if not is_out_of_memory(error):
-            return f"{type(error).__name__} {where}: {error}"
-        config = self.resolved
-        return (
-            f"out of memory on {config.devices or config.device} {where}: "
-            f"lower --kv-blocks (now {config.kv_blocks}) or --step-tokens "
-            f"(now {config.step_tokens}): {error}"
-        )
-
-    def _count(self, tokens: int) -> None:
-        now = monotonic()
-        self._recent.append((now, tokens))
-        while now - self._recent[0][0] > RATE_WINDOW_S:
-            self._recent.popleft()
+    def _noted(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        """The jobs, counted as they begin."""
+        for job in jobs:
+            self._started += 1
+            yield job
 
 
 def _checked(jobs: Iterable[Job]) -> list[Job]:

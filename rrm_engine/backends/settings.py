@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rrm_engine.backends.plans import MatcherFactory, PhasePlan
 from rrm_engine.config import RunConfig
 from rrm_engine.device.memory import free_memory, in_units, kv_room
 from rrm_engine.engine.sampler import SamplingParams
@@ -21,15 +22,8 @@ from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.protocol.style import SAMPLING, Style
 from rrm_engine.protocol.thinking import Marks, Thought
-from rrm_engine.solver.node import MatcherFactory, PhasePlan
+from rrm_engine.solver.outcome import BUDGETS
 
-# The flag of each phase's token budget; the graph phase is the planner's.
-BUDGETS = {
-    Phase.DIRECT: "direct_max_tokens",
-    Phase.GRAPH: "planner_max_tokens",
-    Phase.SOLVER: "solver_max_tokens",
-    Phase.CONTINUATION: "continuation_max_tokens",
-}
 # Settings that a phase held to a grammar does without: its events repeat keys, quotes and ids, and must.
 RESTING = ("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
 CONCLUSION_RESERVE = 256  # tokens set aside for each child's conclusion in its parent's context

@@ -33,6 +33,10 @@ class Stop(Enum):
 class Matcher(Protocol):
     """A grammar's state for one sequence."""
 
+    @property
+    def cut(self) -> bool:
+        """Whether it has ended the sequence's thinking."""
+
     def mask(self) -> np.ndarray:
         """int32 bitmask ``[ceil(vocabulary / 32)]`` of the tokens that may come next."""
 

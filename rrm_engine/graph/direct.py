@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from rrm_engine.graph.node import Node
-from rrm_engine.graph.paths import ROOT
+from rrm_engine.graph.paths import ROOT, NodePath
 from rrm_engine.graph.types import Cancel, Command, Conclusion, EndReason, Finish, Phase, Start, Status, Stop
 from rrm_engine.protocol.events import Event, Malformed
 
@@ -16,7 +16,7 @@ class DirectMachine:
         root = Node(ROOT, ROOT, task, Phase.DIRECT, 0)
         self.nodes: Mapping[str, Node] = {ROOT: root}
         self.repairs: Counter[str] = Counter()
-        self.accepted: str | None = None
+        self.accepted: NodePath | None = None
         self.max_depth = 0
         self.max_sibling_width = 0
 

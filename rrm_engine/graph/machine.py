@@ -61,7 +61,9 @@ from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import Literal
 
+from rrm_engine.graph.direct import DirectMachine
 from rrm_engine.graph.node import Node
+from rrm_engine.graph.paths import ROOT, NodePath
 from rrm_engine.graph.states import ALIVE, OVER, TRANSITIONS, NodeState
 from rrm_engine.graph.types import (
     Cancel,
@@ -99,7 +101,6 @@ class GraphMachine:
         limits: Limits,
         *,
         child_context: Literal["task", "parent"] = "task",
-        root: str = "root",
     ) -> None:
         if child_context not in ("task", "parent"):
             raise ValueError(f"child_context is task or parent, not {child_context!r}")
@@ -108,6 +109,7 @@ class GraphMachine:
         self.limits = limits
         self.repairs: Counter[str] = Counter()
         self.finished: Finish | None = None
+        self.accepted: NodePath | None = None  # the child that the last event declared; None: it did not, or in vain
         self.max_depth = 0  # of the nodes started
         self.max_sibling_width = 0  # most children accepted in one round of one node
         self._fork = child_context == "parent"
@@ -116,7 +118,7 @@ class GraphMachine:
         self._running = 0
         self._turns: list[tuple[bool, int, int, Node]] = []
         self._out: list[Command] = []
-        self._root = self._register(self._new_node(root, root, task))
+        self._root = self._register(self._new_node(ROOT, ROOT, task))
 
     @property
     def nodes(self) -> Mapping[str, Node]:
@@ -139,7 +141,7 @@ class GraphMachine:
 
     def on_event(self, node: str, event: Event, text: str | None = None) -> list[Command]:
         """The node wrote an event. ``text``: the phase's visible text before it, for those that may end the node."""
-        subject = self._nodes[node]
+        subject, self.accepted = self._nodes[node], None
         if self._heeded(subject):
             self._handle(subject, event, text)
         return self._commands()
@@ -158,6 +160,10 @@ class GraphMachine:
             subject.end = reason
             self._end(subject, reason, text)
         return self._commands()
+
+    def on_refused(self, node: str, reason: EndReason) -> list[Command]:
+        """The node could not be started, or could not go on."""
+        return self.on_end(node, reason, "")
 
     def cancel(self, reason: str) -> list[Command]:
         """End the run now."""
@@ -207,7 +213,7 @@ class GraphMachine:
             return
         child_id = parent.free_id(event.id)
         names = dict.fromkeys((event.id, child_id))
-        child = self._new_node(f"{parent.path}.{child_id}", child_id, event.task, parent)
+        child = self._new_node(parent.path.child(child_id), child_id, event.task, parent)
         if refusal := self._refusal(parent, event, names):
             self._refuse(parent, child, *refusal)
         else:
@@ -243,7 +249,7 @@ class GraphMachine:
             self._note(parent, repair, f"This child {event.id:.64} is called {child.id}.")
         parent.link(child, event.depends_on)
         parent.width += 1
-        self._register(child)
+        self.accepted = self._register(child).path
         self.max_sibling_width = max(self.max_sibling_width, parent.width)
 
     def _start_if_unblocked(self, node: Node) -> None:
@@ -341,7 +347,7 @@ class GraphMachine:
         if conclusion.ok:
             self._finish(self._status(node), conclusion.answer)
         elif self.limits.fallback and node is self._root:
-            direct = self._register(self._new_node(f"{node.path}!direct", f"{node.id}!direct", node.task))
+            direct = self._register(self._new_node(NodePath(f"{node.path}!direct"), f"{node.id}!direct", node.task))
             direct.phase = Phase.DIRECT
             self._enqueue(direct, NodeState.READY)
         else:
@@ -410,7 +416,7 @@ class GraphMachine:
 
     # small things
 
-    def _new_node(self, path: str, node_id: str, task: str, parent: Node | None = None) -> Node:
+    def _new_node(self, path: NodePath, node_id: str, task: str, parent: Node | None = None) -> Node:
         depth = parent.depth + 1 if parent else 0
         phase = Phase.GRAPH if depth < self.limits.max_depth else Phase.SOLVER
         node = Node(path, node_id, task, phase, self._serial, parent, depth)
@@ -431,3 +437,6 @@ class GraphMachine:
         self.repairs[repair] += 1
         if len(node.notes) < MAX_NOTES and note not in node.notes:
             node.notes.append(note)
+
+
+Machine = GraphMachine | DirectMachine

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from rrm_engine.graph.paths import NodePath
 from rrm_engine.graph.states import INITIAL, NodeState
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
 
@@ -12,7 +13,7 @@ from rrm_engine.graph.types import Conclusion, EndReason, Phase
 class Node:
     """Recorders may read every field; only the machine writes them."""
 
-    path: str
+    path: NodePath
     id: str  # in its parent; the path's last part
     task: str
     phase: Phase  # what it decodes now, or will when it starts or goes on

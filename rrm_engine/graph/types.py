@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from rrm_engine.graph.paths import NodePath
+
 
 class Phase(StrEnum):
     """What a stretch of a node's decoding is for; each has its own token budget, thinking and sampling."""
@@ -57,10 +59,10 @@ class Conclusion:
 class Start:
     """Start a new node with its own prompt, or, if ``fork``, from its parent's context at its child event."""
 
-    node: str
+    node: NodePath
     phase: Phase
     task: str
-    parent: str | None = None
+    parent: NodePath | None = None
     depth: int = 0
     given: tuple[Conclusion, ...] = ()
     fork: bool = False
@@ -70,7 +72,7 @@ class Start:
 class Pause:
     """Stop decoding the node right after the event just read; keep its KV."""
 
-    node: str
+    node: NodePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Resume:
     ``phase`` is CONTINUATION after an await and SOLVER after an ``atomic`` without an answer.
     """
 
-    node: str
+    node: NodePath
     phase: Phase
     conclusions: tuple[Conclusion, ...] = ()
     notes: tuple[str, ...] = ()
@@ -91,7 +93,7 @@ class Resume:
 class Stop:
     """The node has concluded: end its sequence and release its KV."""
 
-    node: str
+    node: NodePath
     conclusion: Conclusion
 
 
@@ -99,7 +101,7 @@ class Stop:
 class Cancel:
     """The node's result is not needed any more: end its sequence wherever it is."""
 
-    node: str
+    node: NodePath
     reason: str
 
 

@@ -198,6 +198,8 @@ class EventGrammars:
 class EventMatcher:
     """Where one sequence stands in its grammar."""
 
+    cut = False  # it knows of no thinking
+
     def __init__(self, state: Any, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._state = state
         self._vocab_size = vocab_size

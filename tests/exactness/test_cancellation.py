@@ -15,13 +15,15 @@ from driven import NODES, TASK, TOKENS, Driven
 from forked_bench import break_forward
 
 from rrm_engine.backends.local import Solver
+from rrm_engine.backends.session import EngineNode
 from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.events import Atomic
-from rrm_engine.solver import events
+from rrm_engine.solver import events, loop
 from rrm_engine.solver.job import JobRun
+from rrm_engine.solver.node import NodeRun
 from rrm_engine.solver.result import Job, JobResult
 
 Act = Callable[[JobRun, str], str | None]
@@ -57,12 +59,18 @@ def alone(driven: Driven) -> Callable[[str], Outcome]:
 # states of a job
 
 
+def sequence_of(node: NodeRun) -> Sequence:
+    assert isinstance(node.handle, EngineNode)
+    return node.handle.sequence
+
+
 def states(run: JobRun) -> set[str]:
     """What is going on in a job, as far as it matters to what it holds."""
-    root = run.nodes["root"]
-    if not root.ends and root.phase is Phase.GRAPH:
+    root = run.commands.nodes["root"]
+    if not root.handle.text and root.phase is Phase.GRAPH:
         return {"nothing written"}
-    alive = [n for n in run.nodes.values() if n.sequence.state is not State.FINISHED]
+    nodes = run.commands.nodes
+    alive = [n for n in nodes.values() if sequence_of(n).state is not State.FINISHED]
     running = [n.path for n in alive if n.running]
     waiting = [n.path for n in alive if not n.running]
     beside = "beside children" if len(running) > 1 else "alone"
@@ -71,7 +79,7 @@ def states(run: JobRun) -> set[str]:
         found.add("grandchildren running")
     if any(path.count(".") == 1 for path in waiting):
         found.add("a child waiting")
-    if "root" in waiting and any(n.sequence.state is State.FINISHED for n in run.nodes.values()):
+    if "root" in waiting and any(sequence_of(n).state is State.FINISHED for n in nodes.values()):
         found.add("waiting for the last child")
     return found
 
@@ -117,7 +125,7 @@ def run_copies(solver: Solver, names: list[str], act: Act) -> tuple[list[str], O
                 ended.append(name)
                 nothing_left(solver, gone)
         if live := [run for run in runs if run.result is None]:
-            solver._step(live)
+            loop.step(solver.backend, live)
             solver.engine.check()
     nothing_left(solver, "")
     assert runs[-1].result is not None
@@ -173,11 +181,11 @@ def test_a_neighbour_that_suffers_is_noticed(
 
 def answer_in_state(run: JobRun, name: str) -> str | None:
     """The first node in a phase in which it may answer, and that has nodes below it, answers without them."""
-    for node in run.nodes.values():
-        below = [n for n in run.nodes.values() if n.path.startswith(node.path + ".")]
-        alive = [n for n in below if n.sequence.state is not State.FINISHED]
-        if node.path == name and node.running and alive and run.machine is not None:
-            run._carry_out(run.machine.on_event(name, Atomic("FINAL: 7"), ""))
+    for node in run.commands.nodes.values():
+        below = [n for n in run.commands.nodes.values() if n.path.startswith(node.path + ".")]
+        alive = [n for n in below if sequence_of(n).state is not State.FINISHED]
+        if node.path == name and node.running and alive:
+            run.commands.carry_out(run.machine.on_event(name, Atomic("FINAL: 7"), ""))
             return f"{run.job.key}:{name}"
     return None
 

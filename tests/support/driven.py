@@ -51,8 +51,8 @@ class Driven:
         settings = {"planner_max_tokens": 120, "solver_max_tokens": 80, "continuation_max_tokens": 80, **SETTINGS}
         solver = Solver(self.model, RunConfig(prompt_style=str(self.style), **{**settings, **changes}), [TASK])
         grammars = EventGrammars(self.model.tokenizer, eos_ids=self.model.eos_ids)
-        plans = dict(solver._runtime.plans)
+        plans = dict(solver.backend.writing.plans)
         for phase, grammar in PHASES.items():
             plans[phase] = replace(plans[phase], matcher=lambda *state, grammar=grammar: grammars.matcher(grammar))
-        solver._runtime = replace(solver._runtime, plans=plans)
+        solver.backend.writing = replace(solver.backend.writing, plans=plans)
         return solver

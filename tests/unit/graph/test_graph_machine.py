@@ -251,10 +251,10 @@ def test_cancel_ends_everything_once() -> None:
 
 
 def test_a_fork_starts_from_its_parents_context() -> None:
-    m = GraphMachine("t", Limits(), child_context="parent", root="aime/3")
-    assert m.start() == [Start("aime/3", Phase.GRAPH, "t")]
-    (start,) = m.on_event("aime/3", Child("a", "ta"))
-    assert start == Start("aime/3.a", Phase.GRAPH, "ta", parent="aime/3", depth=1, fork=True)
+    m = GraphMachine("t", Limits(), child_context="parent")
+    assert m.start() == [Start("root", Phase.GRAPH, "t")]
+    (start,) = m.on_event("root", Child("a", "ta"))
+    assert start == Start("root.a", Phase.GRAPH, "ta", parent="root", depth=1, fork=True)
 
 
 def test_malformed_events_are_counted_and_told() -> None:

@@ -10,10 +10,10 @@ from tiny_tokenizers import BYTES, KINDS
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
-from rrm_engine.graph.types import Phase
+from rrm_engine.backends.tokens import NodeTokens
+from rrm_engine.graph.paths import ROOT
 from rrm_engine.protocol.detokenize import Detokenizer
 from rrm_engine.protocol.encode import TextEncoder
-from rrm_engine.solver.node import NodeRun
 
 BROKEN = [0xE4, 0xB8, 0xAD, 0xC3, 0xA9, 0x0A, 0xFF, 0x41, 0xF0, 0x9F]
 
@@ -100,10 +100,10 @@ def test_endless_broken_bytes_cost_the_same_each(kind: str, monkeypatch: pytest.
 # ---- events that end in the middle of a token
 
 
-def node_after(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> NodeRun:
+def node_after(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> NodeTokens:
     prompt = [0, 0, 0]
     sequence: Any = SimpleNamespace(tokens=[*prompt, *tokens])
-    node = NodeRun("root", sequence, Phase.GRAPH, None, Detokenizer(tokenizer), first=len(prompt))
+    node = NodeTokens(ROOT, sequence, Detokenizer(tokenizer), first=len(prompt))
     for i, token in enumerate(tokens):
         node.wrote(token, last=i == len(tokens) - 1)
     return node

@@ -6,15 +6,17 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from lab import JOBS, STYLE, TASKS, Lab, Recorded, idle
+from lab import JOBS, STYLE, TASKS, Lab, Recorded, idle, recorded
 
 from rrm_engine import Job, JobResult, RrmError, RunConfig, Solver
 from rrm_engine.backends.join import Joiner
+from rrm_engine.backends.session import EngineSession
+from rrm_engine.backends.tokens import NodeTokens
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.protocol.grammar import EventMatcher
 from rrm_engine.protocol.parser import EventParser
+from rrm_engine.solver.commands import Commands
 from rrm_engine.solver.job import JobRun
-from rrm_engine.solver.node import NodeRun
 
 VICTIM = "t1"
 
@@ -54,10 +56,10 @@ def failing(nth: int, mine: Callable[..., bool], original: Callable[..., Any]) -
     return call
 
 
-def noting_whose_turn_it_is(original: Callable[..., None], running: list[JobRun]) -> Callable[..., None]:
-    def noted(self: JobRun, *args: Any) -> None:
-        running[:] = [self]
-        original(self, *args)
+def noting_whose_turn_it_is(original: Callable[..., Any], running: list[str]) -> Callable[..., Any]:
+    def noted(self: JobRun | EngineSession, *args: Any) -> Any:
+        running[:] = [self.job if isinstance(self.job, str) else self.job.key]
+        return original(self, *args)
 
     return noted
 
@@ -67,13 +69,13 @@ def is_victims(sequence_key: str) -> bool:
 
 
 PLACES: dict[str, tuple[type, str, int]] = {
-    "detokenise": (NodeRun, "wrote", 20),
+    "detokenise": (NodeTokens, "wrote", 20),
     "parse": (EventParser, "feed", 20),
     "the graph is told of an event": (GraphMachine, "on_event", 2),
     "the graph is told of an end": (GraphMachine, "on_end", 1),
-    "start a node": (JobRun, "_start", 2),
-    "resume a node": (JobRun, "_resume", 1),
-    "find where an event ends": (NodeRun, "split", 1),
+    "start a node": (Commands, "_start", 2),
+    "resume a node": (Commands, "_resume", 1),
+    "find where an event ends": (NodeTokens, "split", 1),
     "keep what a join needs": (Joiner, "keep", 1),
     "finish": (JobRun, "_finish", 1),
 }
@@ -82,11 +84,12 @@ PLACES: dict[str, tuple[type, str, int]] = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bug_costs_its_row_only(lab: Lab, reference: Recorded, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     kind, name, nth = PLACES[place]
-    running: list[JobRun] = []
-    for method in ("start", "on_token"):
-        monkeypatch.setattr(JobRun, method, noting_whose_turn_it_is(getattr(JobRun, method), running))
-    monkeypatch.setattr(kind, name, failing(nth, lambda _: running[0].job.id == VICTIM, getattr(kind, name)))
-    results = run_beside(lab.solver(), reference)
+    running: list[str] = []  # keys of jobs
+    for owner, method in ((JobRun, "start"), (JobRun, "on_written"), (EngineSession, "on_token")):
+        monkeypatch.setattr(owner, method, noting_whose_turn_it_is(getattr(owner, method), running))
+    monkeypatch.setattr(kind, name, failing(nth, lambda _: is_victims(running[0]), getattr(kind, name)))
+    settings = {"join": "transcript"} if kind is Joiner else {}
+    results = run_beside(lab.solver(**settings), recorded(lab, **settings) if settings else reference)
     broken = {r.job.id: r for r in results.values() if r.error}
     assert broken.keys() == {VICTIM}
     result = broken[VICTIM]

@@ -1,0 +1,36 @@
+"""How the phases of a run decode."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.sequence import Matcher
+from rrm_engine.protocol.thinking import Thought
+from rrm_engine.solver.backend import Grammar
+
+MatcherFactory = Callable[[int, bool], Matcher]  # takes a Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePlan:
+    """How one phase decodes; ``matcher`` makes a grammar's state where the phase is constrained, with the ``thought``
+    in front of it.
+    """
+
+    budget: int
+    thinking: bool
+    sampling: SamplingParams
+    matcher: MatcherFactory | None = None
+    thought: Thought | None = None
+
+    def match(self, grammar: Grammar | None) -> Matcher | None:
+        return None if self.matcher is None or grammar is None else self.matcher(*grammar)
+
+    def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
+        """How the phase decodes, for the trace, so that its tokens can be drawn again."""
+        constrained = None
+        if self.matcher is not None and grammar is not None:
+            thought = {"thought": asdict(self.thought)} if self.thought else {}
+            constrained = {"children": grammar[0], "may_split": grammar[1], **thought}
+        return {"sampling": self.sampling.settings(), "grammar": constrained, "budget": self.budget}

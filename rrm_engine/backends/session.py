@@ -1,0 +1,234 @@
+"""One job's nodes on the engine: a sequence each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from time import monotonic
+
+from transformers import PreTrainedTokenizerFast
+
+from rrm_engine.backends.join import Joiner, JoinSettings
+from rrm_engine.backends.plans import PhasePlan
+from rrm_engine.backends.shadow import Shadows
+from rrm_engine.backends.tokens import NodeTokens
+from rrm_engine.engine.engine import Sampled
+from rrm_engine.engine.replicas import AnyEngine
+from rrm_engine.engine.sequence import State, Stop
+from rrm_engine.graph.paths import NodeKey, NodePath
+from rrm_engine.graph.types import Conclusion, EndReason, Phase
+from rrm_engine.protocol.chat import ChatFormat
+from rrm_engine.protocol.detokenize import Detokenizer
+from rrm_engine.solver.backend import Begun, Continuation, Costs, Opening, Record, Waited, Written
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """What all nodes write with: the engine, how text becomes tokens, and how each phase decodes."""
+
+    engine: AnyEngine
+    tokenizer: PreTrainedTokenizerFast
+    chat: ChatFormat
+    plans: Mapping[Phase, PhasePlan]
+    join: JoinSettings = field(default_factory=JoinSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPlace:
+    """A place in a node's context: behind its first ``keep`` tokens and the kept part of the one that follows."""
+
+    node: "EngineNode"
+    keep: int
+    cut: list[int]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class EngineNode(NodeTokens):
+    """A node that was opened: see `solver.backend.NodeHandle`."""
+
+    session: "EngineSession"
+    writing: Writing
+    begun: Begun
+    system: bool  # whether its context begins with a system text
+    ready: tuple[float, int]  # when the phase was handed to the engine: time, and steps launched by then
+    last: tuple[float, int] = (0.0, 0)  # the same of its last token
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def length(self) -> int:
+        return len(self.sequence.tokens)
+
+    @property
+    def thinking_cut(self) -> bool:
+        return self.sequence.matcher is not None and self.sequence.matcher.cut
+
+    def place(self, at: int) -> TokenPlace:
+        return TokenPlace(self, *self.split(at, self.writing.chat.encode))
+
+    def pause(self, at: int) -> None:
+        """A token that goes on behind the place is replaced by its kept part."""
+        self.session.shadows.end(self.path)  # it shares blocks that waiting may move or give up
+        engine = self.writing.engine
+        if self.sequence.state is not State.PAUSED:
+            engine.pause(self.sequence)
+        keep, self.cut = self.split(at, self.writing.chat.encode)
+        engine.truncate(self.sequence, keep)
+        engine.wait(self.sequence)
+
+    def halt(self) -> None:
+        self.session.shadows.end(self.path)
+        if not self.sampled or self.sampled[-1][0] != self.first:
+            self.sampled.append((self.first, len(self.sequence.tokens)))
+
+    def resume(self, continuation: Continuation) -> None:
+        writing, session, sequence = self.writing, self.session, self.sequence
+        plan = writing.plans[continuation.phase]
+        behind = {"closed": self._closed(), "turns": self.user_turns, "system": self.system}
+        turn, splices = session.joiner.turn(self, continuation, plan.thinking, behind)
+        tokens = [*self.cut, *turn]
+        splices = [(at + len(self.cut), span) for at, span in splices]
+        base, matcher = len(sequence.tokens), plan.match(continuation.grammar)
+        writing.engine.resume(sequence, tokens, plan.budget, plan.sampling, matcher, splices)
+        if splices:
+            session.shadows.follow(self.path, sequence)
+        self.enter(Detokenizer(writing.tokenizer))
+        self.ready = (monotonic(), writing.engine.launched)
+        spliced = [(base + at, base + at + len(span)) for at, span in splices]
+        self.begun = Begun(len(tokens), spliced, plan.recorded(continuation.grammar))
+
+    def finish(self) -> Record:
+        sequence = self.sequence
+        self.writing.engine.finish(sequence)
+        reports = [asdict(report) for report in self.session.shadows.reports if report.node == self.path]
+        counters = asdict(sequence.counters)
+        return Record(sequence.spliced, reports, counters, list(sequence.tokens), self.sampled)
+
+    def on_token(self, sampled: Sampled) -> Written:
+        """Its sequence has a new token."""
+        waited = self._waited(sampled)
+        token = None if sampled.stop is Stop.EOS else sampled.token
+        piece = self.wrote(token, last=sampled.stop is not None)
+        end = None if sampled.stop is None else EndReason(sampled.stop.value)
+        return Written(self.session.job, self.path, piece, end=end, waited=waited)
+
+    def _waited(self, sampled: Sampled) -> Waited | None:
+        """How long it had no place before this token, if it is its phase's first or others had its place meanwhile."""
+        engine, now = self.writing.engine, monotonic()
+        last, self.last = self.last, (now, engine.launched)
+        admitted_t, admitted_step = sampled.sequence.admitted
+        if not self.ends:  # nothing if the step that admitted it was the first one it could be in
+            return Waited(admitted_t - self.ready[0] if admitted_step > self.ready[1] + 1 else 0.0)
+        if engine.steps - last[1] <= 1:
+            return None
+        began = admitted_t if admitted_step > last[1] else engine.began
+        return Waited(began - last[0], now - began)
+
+    def _closed(self) -> bool:
+        """Whether the end of the node's turn stands there, as the template writes it.
+
+        An end of sequence that the template has no use for, or writes something before, is taken back.
+        """
+        engine, sequence = self.writing.engine, self.sequence
+        if self.cut or sequence.tokens[-1] not in engine.eos_ids:
+            return False
+        if self.writing.chat.closes_with(sequence.tokens[-1]):
+            return True
+        engine.truncate(sequence, len(sequence.tokens) - 1)
+        self.sampled[-1] = (self.first, len(sequence.tokens))
+        return False
+
+
+class EngineSession:
+    """The nodes of one job: see `solver.backend.Session`. ``rank`` is the root priority of their sequences."""
+
+    def __init__(self, writing: Writing, job: str, rank: int, forget: Callable[[str], None]) -> None:
+        self.writing = writing
+        self.job = job
+        self.rank = rank
+        self.peak_blocks = 0
+        self.nodes: dict[str, EngineNode] = {}
+        self.joiner = Joiner(writing.engine, writing.chat, writing.join)
+        self.shadows = Shadows(writing.engine, writing.join.report)
+        self._forget = forget
+
+    def open(self, node: NodePath, opening: Opening) -> EngineNode:
+        writing, plan = self.writing, self.writing.plans[opening.phase]
+        fork, turns, system = None, 1, bool(opening.system)
+        if isinstance(opening.fork, TokenPlace):
+            parent, keep = opening.fork.node, opening.fork.keep
+            turns, system = parent.user_turns, parent.system
+            turn = writing.chat.turn(opening.user, plan.thinking, turns=turns, system=system)
+            tokens = [*parent.sequence.tokens[:keep], *opening.fork.cut, *turn]
+            fork, turns = (parent.sequence, keep), turns + 1
+        else:
+            tokens = writing.chat.opening(opening.system, opening.user, plan.thinking)
+        sequence = writing.engine.submit(
+            NodeKey.of(self.job, node),
+            tokens,
+            plan.budget,
+            plan.sampling,
+            root=self.rank,
+            depth=opening.depth,
+            matcher=plan.match(opening.grammar),
+            fork_of=fork,
+        )
+        begun = Begun(len(tokens), settings=plan.recorded(opening.grammar))
+        new = EngineNode(
+            node,
+            sequence,
+            Detokenizer(writing.tokenizer),
+            len(tokens),
+            turns,
+            session=self,
+            writing=writing,
+            begun=begun,
+            system=system,
+            ready=(monotonic(), writing.engine.launched),
+        )
+        self.nodes[node] = new
+        return new
+
+    def keep(self, parent: NodePath, child: NodePath, conclusion: Conclusion) -> None:
+        keeper = self.nodes[parent]
+        if keeper.sequence.state is not State.FINISHED:
+            self.joiner.keep(keeper, self.nodes[child], conclusion)
+
+    def on_token(self, sampled: Sampled) -> Written | None:
+        """One of the job's sequences has a new token; None if it is a shadow's."""
+        node = NodeKey(sampled.sequence.key).node
+        try:
+            if sampled.error is not None:
+                raise sampled.error
+            if self.shadows.on_token(sampled):
+                return None
+            return self.nodes[node].on_token(sampled)
+        except Exception as error:  # the node's own, not the step's
+            return Written(self.job, node, error=error)
+
+    def costs(self) -> Costs:
+        def total(name: str) -> int:
+            return sum(getattr(node.sequence.counters, name) for node in self.nodes.values())
+
+        return Costs(
+            forward_prefilled=total("prefilled"),
+            forward_decoded=total("decoded"),
+            reused=total("reused"),
+            total_tokens=total("decoded"),
+            forked_blocks=total("forked_blocks"),
+            copied_blocks=total("copied_blocks"),
+            peak_kv_blocks=self.peak_blocks,
+            preemptions=total("preemptions") + total("dropped"),
+            offloaded_blocks=total("offloaded_blocks"),
+            restored_blocks=total("restored_blocks"),
+            spliced_tokens=total("spliced"),
+            splice_report=[asdict(report) for report in self.shadows.reports],
+            text_joins=self.joiner.as_text,
+        )
+
+    def close(self) -> None:
+        """Also ends a sequence that an interrupted call had not noted down yet."""
+        for sequence in self.writing.engine.sequences:
+            if NodeKey(sequence.key).job == self.job:
+                self.writing.engine.finish(sequence)
+        self._forget(self.job)

@@ -1,0 +1,61 @@
+"""A node's tokens, and which of them are which part of what it wrote."""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+from rrm_engine.engine.sequence import Sequence
+from rrm_engine.graph.paths import NodePath
+from rrm_engine.protocol.detokenize import Detokenizer
+from rrm_engine.protocol.encode import Content, TextEncoder
+
+
+@dataclass(slots=True, eq=False)
+class NodeTokens:
+    """A node's sequence and the text of its current phase.
+
+    ``ends[i]`` is the length of that text after the phase's i-th token, so that a place in the text can be found
+    in the tokens.
+    """
+
+    path: NodePath
+    sequence: Sequence
+    detokenizer: Detokenizer
+    first: int = 0  # index in the sequence of the phase's first sampled token
+    user_turns: int = 1  # in its context
+    pieces: list[str] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)  # kept part of a token that an event ended in
+    sampled: list[tuple[int, int]] = field(default_factory=list)  # token ranges that the model wrote
+
+    def wrote(self, token: int | None, last: bool) -> str:
+        """Note one more token of the phase, None for an end of sequence; the text that is certain with it.
+
+        Behind the ``last`` token nothing is held back any more.
+        """
+        piece = "" if token is None else self.detokenizer.step(token)
+        if last:
+            piece += self.detokenizer.end()
+        self.pieces.append(piece)
+        self.ends.append((self.ends[-1] if self.ends else 0) + len(piece))
+        return piece
+
+    def enter(self, detokenizer: Detokenizer) -> None:
+        """Begin another phase behind the tokens the sequence has now."""
+        self.user_turns += 1
+        self.first = len(self.sequence.tokens)
+        self.detokenizer, self.pieces, self.ends, self.cut = detokenizer, [], [], []
+
+    def split(self, boundary: int, encode: TextEncoder) -> tuple[int, list[int]]:
+        """(tokens, rest): the sequence's tokens up to ``boundary`` in the text, where an event ends, and the kept
+        part of a token cut in two there.
+
+        White space behind an event stays with it: only a token that begins something else is cut. Tokens whose text
+        came together, as bytes of one character do, are cut as one.
+        """
+        last = bisect_left(self.ends, boundary)
+        text = "".join(self.pieces)
+        if not text[boundary : self.ends[last]].strip():
+            return self.first + last + 1, []
+        begin = self.ends[last - 1] if last else 0
+        whole = bisect_left(self.ends, begin) + 1 if begin else 0
+        return self.first + whole, encode([Content(text[begin:boundary])], behind=True)
