@@ -84,12 +84,13 @@ PLACES: dict[str, tuple[type, str, int]] = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bug_costs_its_row_only(lab: Lab, reference: Recorded, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     kind, name, nth = PLACES[place]
+    settings = {"join": "transcript"} if kind is Joiner else {}
+    reference = recorded(lab, **settings) if settings else reference
     running: list[str] = []  # keys of jobs
     for owner, method in ((JobRun, "start"), (JobRun, "on_written"), (EngineSession, "on_token")):
         monkeypatch.setattr(owner, method, noting_whose_turn_it_is(getattr(owner, method), running))
     monkeypatch.setattr(kind, name, failing(nth, lambda _: is_victims(running[0]), getattr(kind, name)))
-    settings = {"join": "transcript"} if kind is Joiner else {}
-    results = run_beside(lab.solver(**settings), recorded(lab, **settings) if settings else reference)
+    results = run_beside(lab.solver(**settings), reference)
     broken = {r.job.id: r for r in results.values() if r.error}
     assert broken.keys() == {VICTIM}
     result = broken[VICTIM]
