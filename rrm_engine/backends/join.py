@@ -24,7 +24,7 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)
 @dataclass(frozen=True, slots=True)
 class JoinSettings:
     """The settings: ``boundary`` is how many of a span's first tokens are computed again, ``report`` how many tokens
-    behind each resume are compared with the text.
+    after each resume are compared with the text.
     """
 
     mode: Literal["text", "splice", "transcript"] = "text"

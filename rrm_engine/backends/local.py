@@ -144,10 +144,10 @@ class Solver:
 
     @contextmanager
     def profile(self, directory: Path | str, steps: int = STEPS, **about: Any) -> Iterator[Profile]:
-        """Record what runs in the block with torch.profiler: ``steps`` steps of it, behind a short warm-up.
+        """Record what runs in the block with torch.profiler: ``steps`` steps of it, after a short warm-up.
 
         Writes ``profile.json.gz`` and ``profile.txt`` into ``directory`` at the end of the block. ``about`` goes into
-        the trace file. Raises ProfileError if the block has no step behind the warm-up.
+        the trace file. Raises ProfileError if the block has no step after the warm-up.
         """
         self._refuse_unless_free()
         devices = (shape.device for model in self.replicas for shape in model.shapes.values())

@@ -33,7 +33,7 @@ class Writing:
 
 @dataclass(frozen=True, slots=True)
 class TokenPlace:
-    """A place in a node's context: behind its first ``keep`` tokens and the kept part of the one that follows."""
+    """A place in a node's context: after its first ``keep`` tokens and the kept part of the one that follows."""
 
     node: "EngineNode"
     keep: int
@@ -67,7 +67,7 @@ class EngineNode(NodeTokens):
         return TokenPlace(self, *self.split(at, self.writing.chat.encode))
 
     def pause(self, at: int) -> None:
-        """A token that goes on behind the place is replaced by its kept part."""
+        """A token that goes on past the place is replaced by its kept part."""
         self.session.shadows.end(self.path)  # it shares blocks that waiting may move or give up
         engine = self.writing.engine
         if self.sequence.state is not State.PAUSED:

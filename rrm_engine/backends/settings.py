@@ -142,7 +142,7 @@ def _sequence_tokens(config: RunConfig, model: LoadedModel, prompt: int) -> int:
 
 
 def _budgets(config: RunConfig) -> int:
-    """Tokens that may come behind a prompt, with those of the conclusions that come back."""
+    """Tokens that may come after a prompt, with those of the conclusions that come back."""
     budget = {phase: getattr(config, flag) for phase, flag in BUDGETS.items()}
     answer = max(budget[Phase.SOLVER], budget[Phase.CONTINUATION])  # a child's whole one
     conclusion = answer if config.join == "transcript" else CONCLUSION_RESERVE

@@ -1,4 +1,4 @@
-"""How far what a node writes behind attached KV is from what the same model would write behind the text."""
+"""How far what a node writes after attached KV is from what the same model would write after the text."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -10,16 +10,16 @@ from rrm_engine.engine.replicas import AnyEngine
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence, State
 
-BEHIND_ALL = 1 << 62  # as a root: everybody goes before
+BEHIND_ALL = 1 << 62  # as a root: every other one goes before
 
 
 @dataclass(frozen=True, slots=True)
 class SpliceReport:
-    """One resume of ``node``: the distributions of the first ``tokens`` tokens that it wrote behind it.
+    """One resume of ``node``: the distributions of the first ``tokens`` tokens that it wrote after it.
 
     ``kl_mean`` and ``kl_max`` are KL divergences in nats, from the text to what was attached; ``top1`` is the share of
     the tokens for which both have the same likeliest one, ``first_difference`` the first for which they have not (0 is
-    the token right behind the resume, None: nowhere).
+    the token right after the resume, None: nowhere).
     """
 
     node: str
@@ -53,7 +53,7 @@ class Shadows:
 
     A shadow shares its node's exact blocks, full ones only, so that nothing is copied for it; the rest is computed from
     the tokens. Then it is led along what the node writes: it samples one token, which is replaced by the node's.
-    It goes behind everybody, takes blocks from nobody and does without the prefix cache; it ends when its node pauses.
+    It goes after all others, takes none of their blocks and uses no prefix cache; it ends when its node pauses.
     So it costs time, one row of the node's steps, and otherwise nothing but free blocks.
     """
 
@@ -65,7 +65,7 @@ class Shadows:
 
     @property
     def blocks(self) -> int:
-        """Blocks that nobody but a shadow holds."""
+        """Blocks that only a shadow holds."""
         tables = (shadow.sequence.table for shadow in self._live)
         return sum(len(table.blocks) - table.first_own for table in tables)
 
@@ -83,7 +83,7 @@ class Shadows:
         self._live.append(_Shadow(node, joined, sequence, self.tokens))
 
     def on_token(self, sampled: Sampled) -> bool:
-        """A sequence of the job has a token. True if it is a shadow's, which is nobody else's business."""
+        """A sequence of the job has a token. True if it is a shadow's, with which the job has nothing to do."""
         sequence = sampled.sequence
         for shadow in [s for s in self._live if sequence in (s.joined, s.sequence)]:
             if sequence is shadow.joined:

@@ -40,7 +40,7 @@ class NodeTokens:
         return piece
 
     def enter(self, detokenizer: Detokenizer) -> None:
-        """Begin another phase behind the tokens the sequence has now."""
+        """Begin another phase after the tokens the sequence has now."""
         self.user_turns += 1
         self.first = len(self.sequence.tokens)
         self.detokenizer, self.pieces, self.ends, self.cut = detokenizer, [], [], []
@@ -49,7 +49,7 @@ class NodeTokens:
         """(tokens, rest): the sequence's tokens up to ``boundary`` in the text, where an event ends, and the kept
         part of a token cut in two there.
 
-        White space behind an event stays with it: only a token that begins something else is cut. Tokens whose text
+        White space after an event stays with it: only a token that begins something else is cut. Tokens whose text
         came together, as bytes of one character do, are cut as one.
         """
         last = bisect_left(self.ends, boundary)

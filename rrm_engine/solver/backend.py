@@ -1,6 +1,6 @@
-"""The seam between a task's run and who decodes for it: what the run asks for, and what it is told.
+"""The seam between a task's run and what decodes for it: what the run asks for, and what it is told.
 
-A run opens nodes, reads what they write as it comes, has one stop behind a place in its text, lets it go on with what
+A run opens nodes, reads what they write as it comes, has one stop after a place in its text, lets it go on with what
 the user says next, and ends it. How text becomes tokens, what happens to the KV of a node that waits, and where it is
 computed, is the backend's own affair.
 """
@@ -136,7 +136,7 @@ class NodeHandle(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens of its context; 0 where nobody knows."""
+        """Tokens of its context; 0 where the backend does not know."""
 
     @property
     def thinking_cut(self) -> bool:
@@ -146,7 +146,7 @@ class NodeHandle(Protocol):
         """Where in its context the character ``at`` of its phase's text is, for a fork that is opened later."""
 
     def pause(self, at: int) -> None:
-        """Stop it, and forget what it wrote behind the character ``at`` of its phase's text, white space aside."""
+        """Stop it, and forget what it wrote after the character ``at`` of its phase's text, white space aside."""
 
     def halt(self) -> None:
         """Its phase is over, for whatever reason, and nothing more is read of it; what it holds stays."""

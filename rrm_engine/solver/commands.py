@@ -54,7 +54,7 @@ class Commands:
         self._queue: deque[Command] = deque()
 
     def carry_out(self, commands: Iterable[Command]) -> None:
-        """Execute commands in order; a command that fails may put more of them behind."""
+        """Execute commands in order; a command that fails may add more of them at the end."""
         busy = bool(self._queue)
         self._queue.extend(commands)
         while self._queue and not busy:
@@ -159,7 +159,7 @@ class Commands:
         self.tell("resume", node.path, **about, **begun.settings)
 
     def _pause(self, node: NodeRun) -> None:
-        """Stop right behind the event just read."""
+        """Stop right after the event just read."""
         node.handle.pause(node.boundary)
         self.halt(node, "await")
 
@@ -181,7 +181,7 @@ class Commands:
             self._session.keep(parent, path, conclusion)
 
     def _refused(self, path: str, error: RrmError) -> None:
-        """A node that the backend does not take, mostly for its length, has failed; whoever waits for it is told."""
+        """A node that the backend does not take, mostly for its length, has failed; what waits for it is told."""
         self.errors.append(str(error))
         long = isinstance(error, NoRoom)
         self.without_room += long

@@ -49,7 +49,7 @@ class Meter:
         self._set_decoding(node, False, now)
 
     def resume(self, node: str, now: float, after: Iterable[str]) -> None:
-        """The node goes on behind its own last token and those of the nodes it waited for."""
+        """The node goes on after its own last token and those of the nodes it waited for."""
         clock = self.clocks[node]
         clock.depth = max([clock.depth, *(self.clocks[n].depth for n in after if n in self.clocks)])
         clock.resumed_at = now
