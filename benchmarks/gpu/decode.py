@@ -82,7 +82,7 @@ def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batc
     return {
         "context": context,
         "batch": batch,
-        "graphs": bool(runner.static and runner.static.shares[0].replays),
+        "graphs": bool(runner.static.shares[0].replays),
         "host_work": host_work,
         "ms_per_step": 1e3 * step_s,
         "ms_spread": [1e3 * min(times[WARM:]), 1e3 * max(times[WARM:])],

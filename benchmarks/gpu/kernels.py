@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rrm_kernels import reference
+from rrm_kernels.batch import PagedBatch, Scores
+from rrm_kernels.buffers import batch_of
 from rrm_kernels.flash import FlashUnavailable, load_flash
-from rrm_kernels.metadata import RaggedMetadata
-from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores
+from rrm_kernels.reference import paged_attention
 from rrm_kernels.reference_layer import ReferenceLayer
 from rrm_kernels.sharing import SharingCost, find_shared_runs
 from rrm_kernels.triton_attention import TritonUnavailable, load_triton
@@ -56,8 +56,7 @@ class Case:
         queries, contexts = [q for q, _ in self.seqs], [c for _, c in self.seqs]
         seen = [c - q for q, c in self.seqs]
         runs = find_shared_runs(self.tables, seen, self.block_size, ALWAYS) if plan else None
-        metadata = RaggedMetadata.of(queries, contexts, self.tables, self.block_size, self.lab.device, runs)
-        return PagedBatch(torch.empty(0), [], [], ragged=metadata)
+        return batch_of(queries, contexts, self.tables, self.block_size, self.lab.device, runs)
 
     def call(self, attend: Any, options: Options, plan: bool = False) -> torch.Tensor:
         out: torch.Tensor = attend(self.query, self.key, self.value, self.batch(plan), self.scores(options))
@@ -69,13 +68,8 @@ class Case:
 
     def expected(self, options: Options) -> torch.Tensor:
         """In fp32, on the same rounded inputs."""
-        start, chunks = 0, []
-        for table, (queries, context) in zip(self.tables, self.seqs, strict=True):
-            blocks = torch.tensor(table, device=self.lab.device)
-            chunks.append(PrefillChunk(start, start + queries, blocks, context))
-            start += queries
         given = (t.float() for t in (self.query, self.key, self.value))
-        return reference.paged_attention(*given, PagedBatch(torch.empty(0), [], chunks), self.scores(options))
+        return paged_attention(*given, self.batch(), self.scores(options))
 
 
 def run(lab: Lab, rows: list[Row]) -> None:

@@ -89,5 +89,5 @@ def _compare(lab: Lab, plain: Any, model: LoadedModel, family: str, eager: bool)
         "eager": eager,
         "load_check_error": model.load_check_error,
         "agreement": same / (tokens * len(LENGTHS)),
-        "graphs": sum(len(share.graphs) for share in runner.static.shares) if runner.static else 0,
+        "graphs": sum(len(share.graphs) for share in runner.static.shares),
     }

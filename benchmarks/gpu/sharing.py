@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from rrm_kernels.metadata import RaggedMetadata
-from rrm_kernels.reference import Scores
+from rrm_kernels.batch import PagedBatch, Scores
+from rrm_kernels.buffers import batch_of
 from rrm_kernels.sharing import SharingCost, find_shared_runs
 from rrm_kernels.triton_attention import TritonUnavailable, load_triton
 
@@ -42,10 +42,10 @@ def _point(lab: Lab, siblings: int, prefix: int) -> Row:
     plan = find_shared_runs(tables, [c - 1 for c in contexts], BLOCK_SIZE, ALWAYS)
     seconds, outs = [], []
     for runs in (None, plan):
-        metadata = RaggedMetadata.of([1] * siblings, contexts, tables, BLOCK_SIZE, lab.device, runs)
+        batch = batch_of([1] * siblings, contexts, tables, BLOCK_SIZE, lab.device, runs)
 
-        def attend(metadata: RaggedMetadata = metadata) -> torch.Tensor:
-            return ragged_attention(query, key, value, metadata, Scores(width**-0.5))
+        def attend(batch: PagedBatch = batch) -> torch.Tensor:
+            return ragged_attention(query, key, value, batch, Scores(width**-0.5))
 
         outs.append(attend())
         seconds.append(lab.kernel_seconds(attend))

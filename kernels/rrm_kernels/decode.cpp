@@ -16,7 +16,7 @@ struct Shape {
 // Calls f(token, pointer to the token's line) for the tokens first..length of one kv head; lines are `stride` apart.
 // Meanwhile the next block's lines, LINE bytes each, are fetched.
 template <int LINE = 0, typename T, typename F>
-inline void each_token(const T* cache, const int64_t* table, int64_t first, int64_t length, int64_t block_size,
+inline void each_token(const T* cache, const int32_t* table, int64_t first, int64_t length, int64_t block_size,
                        int64_t stride, F f) {
     for (int64_t at = first; at < length;) {
         const int64_t block = at / block_size, offset = at % block_size, stop = std::min(length, (block + 1) * block_size);
@@ -46,7 +46,7 @@ inline void store_line(const Lanes (&line)[WIDTH / LANES], T* out) {
 // scores[h][i] = scale * query[h] . key[i] for HEADS query heads; rows of scores are `room` apart, a multiple of LANES.
 // WIDTH is known at compile time and a multiple of LANES.
 template <typename T, int WIDTH, int HEADS>
-void score(const T* query, float scale, const T* keys, float* scores, int64_t room, const int64_t* table, int64_t first,
+void score(const T* query, float scale, const T* keys, float* scores, int64_t room, const int32_t* table, int64_t first,
            int64_t length, int64_t block_size, int64_t stride) {
     Lanes q[HEADS][WIDTH / LANES], sums[HEADS][LANES] = {};
     for (int h = 0; h < HEADS; h++) {
@@ -69,7 +69,7 @@ void score(const T* query, float scale, const T* keys, float* scores, int64_t ro
 
 // out[h] = sum over i of weights[h][i] * value[i], the sums kept in registers.
 template <typename T, int WIDTH, int HEADS>
-void mix(const float* weights, int64_t room, const T* values, T* out, const int64_t* table, int64_t first,
+void mix(const float* weights, int64_t room, const T* values, T* out, const int32_t* table, int64_t first,
          int64_t length, int64_t block_size, int64_t stride) {
     Lanes sums[HEADS][WIDTH / LANES] = {};
     each_token<WIDTH * sizeof(T)>(values, table, first, length, block_size, stride, [&](int64_t i, const T* line) {
@@ -84,7 +84,7 @@ void mix(const float* weights, int64_t room, const T* values, T* out, const int6
 
 // The same for any width, one head at a time.
 template <typename T>
-void score_any(const float* q, const T* keys, float* scores, const int64_t* table, int64_t first, int64_t length,
+void score_any(const float* q, const T* keys, float* scores, const int32_t* table, int64_t first, int64_t length,
                int64_t block_size, int64_t stride, int64_t width) {
     each_token(keys, table, first, length, block_size, stride, [&](int64_t i, const T* line) {
         float dot = 0;
@@ -95,7 +95,7 @@ void score_any(const float* q, const T* keys, float* scores, const int64_t* tabl
 }
 
 template <typename T>
-void mix_any(const float* weights, const T* values, float* out, const int64_t* table, int64_t first, int64_t length,
+void mix_any(const float* weights, const T* values, float* out, const int32_t* table, int64_t first, int64_t length,
              int64_t block_size, int64_t stride, int64_t width) {
     std::fill(out, out + width, 0.0f);
     each_token(values, table, first, length, block_size, stride, [&](int64_t i, const T* line) {
@@ -127,7 +127,7 @@ void soften(float* row, int64_t count, int64_t room, float softcap, const float*
 
 // All query heads of one kv head of one row; WIDTH 0: not known at compile time.
 template <typename T, int WIDTH>
-void attend(const Shape& s, const T* query, const T* keys, const T* values, T* out, const int64_t* table,
+void attend(const Shape& s, const T* query, const T* keys, const T* values, T* out, const int32_t* table,
             int64_t length, const float* sinks) {
     const int64_t group = s.heads / s.kv_heads, key_width = s.key_width, value_width = s.value_width;
     const int64_t first = s.window ? std::max<int64_t>(0, length - s.window) : 0, count = length - first;
@@ -169,8 +169,8 @@ void attend(const Shape& s, const T* query, const T* keys, const T* values, T* o
 }
 
 template <typename T, int WIDTH>
-void decode(const Shape& s, const T* query, const T* keys, const T* values, T* out, const int64_t* tables,
-            const int64_t* lengths, const float* sinks) {
+void decode(const Shape& s, const T* query, const T* keys, const T* values, T* out, const int32_t* tables,
+            const int32_t* lengths, const float* sinks) {
     const int64_t group = s.heads / s.kv_heads;
     int64_t tokens = 0;
     for (int64_t row = 0; row < s.rows; row++) tokens += lengths[row];
@@ -187,7 +187,7 @@ void decode(const Shape& s, const T* query, const T* keys, const T* values, T* o
 
 template <typename T>
 void decode_any_width(const Shape& s, const void* query, const void* keys, const void* values, void* out,
-                      const int64_t* tables, const int64_t* lengths, const float* sinks) {
+                      const int32_t* tables, const int32_t* lengths, const float* sinks) {
     auto run = decode<T, 0>;
     if (s.key_width == s.value_width) {
         switch (s.key_width) {
@@ -206,7 +206,7 @@ void decode_any_width(const Shape& s, const void* query, const void* keys, const
 }  // namespace
 
 extern "C" void rrm_paged_decode(int is_bf16, const void* query, const void* keys, const void* values, void* out,
-                                 const int64_t* tables, const int64_t* lengths, const float* sinks, int64_t rows,
+                                 const int32_t* tables, const int32_t* lengths, const float* sinks, int64_t rows,
                                  int64_t table_width, int64_t block_size, int64_t heads, int64_t kv_heads,
                                  int64_t key_width, int64_t value_width, float scale, float softcap, int64_t window) {
     const Shape shape{rows,      table_width, block_size, heads,   kv_heads,

@@ -8,8 +8,7 @@ from importlib import import_module
 
 import torch
 
-from rrm_kernels.reference import PagedBatch, Scores
-from rrm_kernels.triton_attention import describe
+from rrm_kernels.batch import PagedAttention, PagedBatch, Scores
 
 FLASH_BLOCK = 256  # FlashAttention-2 reads K and V in tiles that must not cross a block
 DTYPES = (torch.float16, torch.bfloat16)
@@ -41,10 +40,9 @@ def check_supported(
         raise FlashUnsupported(reason)
 
 
-class FlashAttention:
+class FlashAttention(PagedAttention):
     """As ``reference.paged_attention``, without sinks. ``function`` is ``flash_attn.flash_attn_varlen_func``."""
 
-    ragged = True
     block_multiple = FLASH_BLOCK
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
@@ -54,22 +52,20 @@ class FlashAttention:
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
         check_supported(query, value_cache, scores.sinks, self.block_multiple)
-        if batch.ragged is None:
-            batch.ragged = describe(batch, key_cache.shape[1], query.device)
-        metadata, size = batch.ragged, batch.ragged.capacity
+        size = batch.capacity
         return self._function(
             query.contiguous(),
             key_cache,
             value_cache,
-            cu_seqlens_q=metadata.query_start[: size.seqs + 1],
-            cu_seqlens_k=metadata.context_start[: size.seqs + 1],
+            cu_seqlens_q=batch.query_start[: size.seqs + 1],
+            cu_seqlens_k=batch.context_start[: size.seqs + 1],
             max_seqlen_q=size.queries,
-            max_seqlen_k=size.blocks * metadata.block_size,
+            max_seqlen_k=size.blocks * batch.block_size,
             softmax_scale=scores.scale,
             causal=True,
             window_size=(-1, -1) if scores.window is None else (scores.window - 1, 0),
             softcap=scores.softcap or 0.0,
-            block_table=metadata.block_table[: size.seqs],
+            block_table=batch.block_table[: size.seqs],
         )
 
 

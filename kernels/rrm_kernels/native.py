@@ -9,8 +9,8 @@ from functools import cache
 import torch
 
 from rrm_kernels import reference
+from rrm_kernels.batch import PagedAttention, PagedBatch, Scores
 from rrm_kernels.build import NativeUnavailable, load_library
-from rrm_kernels.reference import DecodeGroup, PagedBatch, Scores
 
 __all__ = ["NativeAttention", "NativeLayer", "NativeUnavailable", "load_native", "load_native_layer"]
 
@@ -18,8 +18,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class NativeAttention:
-    """``paged_attention`` with the decoding rows done by the compiled kernel; same arguments, same result."""
+class NativeAttention(PagedAttention):
+    """``reference.paged_attention`` with the decodes at the front done by the compiled kernel."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._decode = library.rrm_paged_decode
@@ -34,10 +34,9 @@ class NativeAttention:
             return reference.paged_attention(query, key_cache, value_cache, batch, scores)
         query = query.contiguous()
         out = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[3])
-        sinks = scores.fp32_sinks()
-        for group in batch.groups:
-            self._run(query, key_cache, value_cache, out, group, scores, sinks)
-        reference.attend_chunks(out, query, key_cache, value_cache, batch.chunks, scores)
+        if batch.decodes:
+            self._run(query, key_cache, value_cache, out, batch, scores)
+        reference.attend_chunks(out, query, key_cache, value_cache, batch, scores)
         return out
 
     def _run(
@@ -46,22 +45,22 @@ class NativeAttention:
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         out: torch.Tensor,
-        group: DecodeGroup,
+        batch: PagedBatch,
         scores: Scores,
-        sinks: torch.Tensor | None,
     ) -> None:
         _, block_size, kv_heads, value_width = value_cache.shape
+        sinks = scores.fp32_sinks()
         self._decode(
             query.dtype == torch.bfloat16,
-            query[group.start].data_ptr(),
+            query.data_ptr(),
             key_cache.data_ptr(),
             value_cache.data_ptr(),
-            out[group.start].data_ptr(),
-            group.tables.data_ptr(),
-            group.lengths.data_ptr(),
+            out.data_ptr(),
+            batch.block_table.data_ptr(),
+            batch.context_len.data_ptr(),
             None if sinks is None else sinks.data_ptr(),
-            group.stop - group.start,
-            group.tables.shape[1],
+            batch.decodes,
+            batch.block_table.shape[1],
             block_size,
             query.shape[1],
             kv_heads,

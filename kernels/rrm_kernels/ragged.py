@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rrm_kernels.metadata import RaggedMetadata
-from rrm_kernels.reference import Scores
+from rrm_kernels.batch import PagedBatch, Scores
 from rrm_kernels.shared import attend_shared
 from rrm_kernels.tile import LOG2_E, Attention, Tile, attend_tile, load_query, padded, store_partial, store_rows
 
@@ -23,23 +22,23 @@ def ragged_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    metadata: RaggedMetadata,
+    batch: PagedBatch,
     scores: Scores,
     splits: int | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """``reference.paged_attention`` of the sequences in ``metadata``: ``[tokens, heads, value width]``.
+    """``reference.paged_attention`` of the sequences in ``batch``: ``[tokens, heads, value width]``.
 
     ``query`` may hold more rows than are live; what stands in theirs is undefined. ``splits`` and ``tile`` are chosen
     from the capacity if not given. Shared runs are used in layers without a window.
     """
     call = Attention(query, key_cache, value_cache, scores)
-    capacity, window = metadata.capacity, scores.window
+    capacity, window = batch.capacity, scores.window
     tile = tile or call.tile(capacity.queries)
     queries = tile.rows // call.per_kv
     # Sequence i's tiles start at number query_start[i] // queries + i: as many as it needs or more, without a list.
     tiles = capacity.tokens // queries + capacity.seqs
-    longest = capacity.blocks * metadata.block_size
+    longest = capacity.blocks * batch.block_size
     splits = splits or _splits(tiles * call.kv_heads, min(longest, window or longest), query.device)
     shares = capacity.pieces > 0 and window is None
     partials = splits + capacity.partials if shares else splits
@@ -55,12 +54,12 @@ def ragged_attention(
         partial=partial,
         lse=lse,
         sinks=sinks if partials == 1 else None,
-        query_start=metadata.query_start,
-        context_len=metadata.context_len,
-        first_key=metadata.first_key if shares else None,
-        block_table=metadata.block_table,
-        num_seqs=metadata.num_seqs,
-        table_width=metadata.block_table.shape[1],
+        query_start=batch.query_start,
+        context_len=batch.context_len,
+        first_key=batch.first_key if shares else None,
+        block_table=batch.block_table,
+        num_seqs=batch.num_seqs,
+        table_width=batch.block_table.shape[1],
         tokens=query.shape[0],
         WINDOW=window or 0,
         SEQS=max(FEWEST_SEQS, triton.next_power_of_2(capacity.seqs)),
@@ -70,8 +69,8 @@ def ragged_attention(
     )
     if partial is not None and lse is not None:
         if shares:
-            attend_shared(call, metadata, partial, lse, splits)
-        _merge(out, partial, lse, sinks, metadata, call.kv_heads)
+            attend_shared(call, batch, partial, lse, splits)
+        _merge(out, partial, lse, sinks, batch, call.kv_heads)
     return out
 
 
@@ -92,17 +91,17 @@ def _merge(
     partial: torch.Tensor,
     lse: torch.Tensor,
     sinks: torch.Tensor | None,
-    metadata: RaggedMetadata,
+    batch: PagedBatch,
     kv_heads: int,
 ) -> None:
     partials, tokens, heads, width = partial.shape
-    _merge_kernel[(min(tokens, metadata.capacity.tokens), kv_heads)](
+    _merge_kernel[(min(tokens, batch.capacity.tokens), kv_heads)](
         out=out,
         partial=partial,
         lse=lse,
         sinks=sinks,
-        query_start=metadata.query_start,
-        num_seqs=metadata.num_seqs,
+        query_start=batch.query_start,
+        num_seqs=batch.num_seqs,
         tokens=tokens,
         HEADS=heads,
         KV_HEADS=kv_heads,

@@ -1,89 +1,11 @@
-"""Paged attention in plain torch: the reference every kernel is tested against, and the CPU path.
-
-Caches are ``[blocks, block_size, kv heads, width]``; K and V may differ in width. Tokens of a step are packed:
-first one query token for each decoding sequence, then the prefill chunks one after another.
-"""
-
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+"""Paged attention in plain torch: the reference every kernel is tested against, and what works everywhere."""
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from rrm_kernels.metadata import RaggedMetadata
+from rrm_kernels.batch import PagedAttention, PagedBatch, Scores
 
 CAUSAL_PIECE = 128  # rows of a prefill chunk that are attended at once
-
-
-@dataclass(slots=True)
-class DecodeGroup:
-    """Sequences of similar length with one query token each: rows ``start`` to ``stop`` of the packed batch.
-
-    ``tables`` int64 ``[rows, blocks]`` padded with the null block, ``lengths`` int64 ``[rows]`` (tokens attended).
-    """
-
-    start: int
-    stop: int
-    tables: torch.Tensor
-    lengths: torch.Tensor
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class PrefillChunk:
-    """Rows ``start`` to ``stop`` are the last ``stop - start`` of a sequence's ``length`` tokens.
-
-    ``table`` int64 ``[blocks]``.
-    """
-
-    start: int
-    stop: int
-    table: torch.Tensor
-    length: int
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class PagedBatch:
-    """Where the packed tokens' KV goes (``slots`` int64 ``[tokens]``) and what each of them attends to.
-
-    No token's position is ``longest`` or beyond. ``ragged`` is the same for kernels that take a step as a whole;
-    a step that was packed for them has no groups and no chunks, else their backend makes it from these.
-    """
-
-    slots: torch.Tensor
-    groups: list[DecodeGroup]
-    chunks: list[PrefillChunk]
-    longest: int = 0
-    ragged: "RaggedMetadata | None" = None
-    host: "PagedBatch | None" = None
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """How a layer's scores are made: products times ``scale``, with a ``window`` of keys less than so many tokens back.
-
-    ``softcap`` is tanh capping, ``sinks`` ``[query heads]`` one extra score a head that takes part in the softmax and
-    adds no value.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-
-    def fp32_sinks(self) -> torch.Tensor | None:
-        """``sinks`` as kernels read them."""
-        return None if self.sinks is None else self.sinks.float().contiguous()
-
-
-class PagedAttention(Protocol):
-    """What every attention backend is: see ``paged_attention``, the reference."""
-
-    def __call__(
-        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
-    ) -> torch.Tensor: ...
 
 
 def store_kv(cache: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> None:
@@ -91,26 +13,37 @@ def store_kv(cache: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> Non
     cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
 
 
-def paged_attention(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
-) -> torch.Tensor:
-    """Causal grouped-query attention of packed queries over their sequences' blocks.
+class ReferenceAttention(PagedAttention):
+    """Decodes of similar length together, prefill chunks one by one."""
 
-    ``query`` is ``[tokens, query heads, width]``; the result ``[tokens, query heads, value width]``. A token at
-    position i attends to positions j <= i, with a window to j > i - window.
-    """
-    tokens, heads, width = query.shape
-    kv_heads, value_width = value_cache.shape[2], value_cache.shape[3]
-    per_kv = heads // kv_heads
-    out = query.new_empty(tokens, heads, value_width)
-    for group in batch.groups:
-        rows = group.stop - group.start
-        q = query[group.start : group.stop].view(rows, kv_heads, per_kv, width)
-        k, v = (_gather(cache, group.tables) for cache in (key_cache, value_cache))
-        result = _attend(q, k, v, _decode_mask(group, k.shape[2], scores.window, query), scores)
-        out[group.start : group.stop] = result.reshape(rows, heads, value_width)
-    attend_chunks(out, query, key_cache, value_cache, batch.chunks, scores)
-    return out
+    def __call__(
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
+    ) -> torch.Tensor:
+        """See ``PagedAttention``."""
+        tokens, heads, width = query.shape
+        kv_heads, value_width = value_cache.shape[2], value_cache.shape[3]
+        out = query.new_empty(tokens, heads, value_width)
+        for start, stop, blocks in groups(batch):
+            q = query[start:stop].view(stop - start, kv_heads, -1, width)
+            k, v = (_gather(cache, batch.block_table[start:stop, :blocks]) for cache in (key_cache, value_cache))
+            mask = _decode_mask(batch, start, stop, k.shape[2], scores.window, query)
+            out[start:stop] = _attend(q, k, v, mask, scores).reshape(stop - start, heads, value_width)
+        attend_chunks(out, query, key_cache, value_cache, batch, scores)
+        return out
+
+
+paged_attention = ReferenceAttention()
+
+
+def groups(batch: PagedBatch) -> list[tuple[int, int, int]]:
+    """(first, stop, blocks) of the decodes at the front, cut where padding to the most blocks would waste too much."""
+    blocks = [-(-length // batch.block_size) for length in batch.context_lens[: batch.decodes]]
+    found, start = [], 0
+    for stop in range(1, len(blocks) + 1):
+        if stop == len(blocks) or blocks[stop] > 2 * blocks[start] + 8:
+            found.append((start, stop, max(blocks[start:stop])))
+            start = stop
+    return found
 
 
 def attend_chunks(
@@ -118,25 +51,44 @@ def attend_chunks(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    chunks: list[PrefillChunk],
+    batch: PagedBatch,
     scores: Scores,
 ) -> None:
-    """The prefill chunks' part of ``paged_attention``, written to their rows of ``out``."""
-    _, heads, width = query.shape
+    """The part of all sequences but the decodes at the front, written to their rows of ``out``."""
+    stop = batch.decodes
+    for i in range(batch.decodes, len(batch.query_lens)):
+        start, stop = stop, stop + batch.query_lens[i]
+        length = batch.context_lens[i]
+        table = batch.block_table[i : i + 1, : -(-length // batch.block_size)]
+        mask = _chunk_mask(batch, i, scores.window, query)
+        out[start:stop] = attend_chunk(query[start:stop], key_cache, value_cache, table, length, mask, scores)
+
+
+def attend_chunk(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    table: torch.Tensor,
+    length: int,
+    mask: torch.Tensor,
+    scores: Scores,
+) -> torch.Tensor:
+    """Of a sequence's last queries over its ``length`` tokens; ``table`` ``[1, blocks]``, see ``chunk_mask``."""
+    count, heads, width = query.shape
     kv_heads, value_width = value_cache.shape[2], value_cache.shape[3]
     per_kv = heads // kv_heads
-    for chunk in chunks:
-        keys, values = (_gather(cache, chunk.table[None])[:, :, : chunk.length] for cache in (key_cache, value_cache))
-        mask = _chunk_mask(chunk, scores.window, query)
-        for start in range(chunk.start, chunk.stop, CAUSAL_PIECE):
-            stop = min(start + CAUSAL_PIECE, chunk.stop)
-            # What no row of the piece sees is left out: keys behind the last row's, and before the first one's window.
-            end = chunk.length - (chunk.stop - stop)
-            first = max(0, end - (stop - start) + 1 - scores.window) if scores.window else 0
-            k, v = keys[:, :, first:end], values[:, :, first:end]
-            seen = mask[start - chunk.start : stop - chunk.start, first:end].repeat(per_kv, 1)
-            q = query[start:stop].view(-1, kv_heads, per_kv, width).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, width)
-            out[start:stop] = _attend(q, k, v, seen, scores).view(heads, -1, value_width).transpose(0, 1)
+    keys, values = (_gather(cache, table)[:, :, :length] for cache in (key_cache, value_cache))
+    out = query.new_empty(count, heads, value_width)
+    for start in range(0, count, CAUSAL_PIECE):
+        stop = min(start + CAUSAL_PIECE, count)
+        # What no row of the piece sees is left out: keys after the last row's, and before the first one's window.
+        end = length - (count - stop)
+        first = max(0, end - (stop - start) + 1 - scores.window) if scores.window else 0
+        k, v = keys[:, :, first:end], values[:, :, first:end]
+        seen = mask[start:stop, first:end].repeat(per_kv, 1)
+        q = query[start:stop].view(-1, kv_heads, per_kv, width).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, width)
+        out[start:stop] = _attend(q, k, v, seen, scores).view(heads, -1, value_width).transpose(0, 1)
+    return out
 
 
 def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
@@ -146,25 +98,39 @@ def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     return flat.view(rows, -1, *cache.shape[2:]).transpose(1, 2)
 
 
-def _decode_mask(group: DecodeGroup, span: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    if window not in group.masks:
+def _decode_mask(
+    batch: PagedBatch, start: int, stop: int, span: int, window: int | None, like: torch.Tensor
+) -> torch.Tensor:
+    """Of decodes ``start`` to ``stop`` over ``span`` keys; made once a step."""
+    key = (start, window)
+    if key not in batch.derived:
+        lengths = batch.context_len[start:stop, None]
         position = torch.arange(span, device=like.device)
-        seen = position < group.lengths[:, None]
+        seen = position < lengths
         if window is not None:
-            seen &= position >= group.lengths[:, None] - window
-        group.masks[window] = _additive(seen, like)[:, None, None, :]
-    return group.masks[window]
+            seen &= position >= lengths - window
+        batch.derived[key] = _additive(seen, like)[:, None, None, :]
+    mask: torch.Tensor = batch.derived[key]
+    return mask
 
 
-def _chunk_mask(chunk: PrefillChunk, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    if window not in chunk.masks:
-        key = torch.arange(chunk.length, device=like.device)
-        query = key[chunk.length - (chunk.stop - chunk.start) :, None]
-        seen = key <= query
-        if window is not None:
-            seen &= key > query - window
-        chunk.masks[window] = _additive(seen, like)
-    return chunk.masks[window]
+def _chunk_mask(batch: PagedBatch, i: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """Of sequence ``i``, made once a step."""
+    key = (i, window)
+    if key not in batch.derived:
+        batch.derived[key] = chunk_mask(batch.query_lens[i], batch.context_lens[i], window, like)
+    mask: torch.Tensor = batch.derived[key]
+    return mask
+
+
+def chunk_mask(queries: int, length: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """What the last ``queries`` of ``length`` tokens see, to be added to scores: ``[queries, length]``."""
+    key = torch.arange(length, device=like.device)
+    query = key[length - queries :, None]
+    seen = key <= query
+    if window is not None:
+        seen &= key > query - window
+    return _additive(seen, like)
 
 
 def _additive(seen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The torch references of what runs on static buffers: a layer's row-wise parts, and attention from the metadata.
+"""The torch references of what runs on static buffers: a layer's row-wise parts, and attention from a batch's buffers.
 
 Slow and plain. They read the same buffers as the kernels do and honour the same padding, so that a step's path can be
 followed without a GPU.
@@ -7,7 +7,8 @@ followed without a GPU.
 import torch
 import torch.nn.functional as F
 
-from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores, paged_attention
+from rrm_kernels.batch import PagedAttention, PagedBatch, Scores
+from rrm_kernels.reference import attend_chunk, chunk_mask
 
 
 class ReferenceLayer:
@@ -54,28 +55,24 @@ class ReferenceLayer:
             cache.view(-1, kv_heads, width)[slots[stored]] = new[stored]
 
 
-class ReferenceRagged:
-    """``reference.paged_attention`` of what the metadata's device buffers say; rows of no sequence are left as NaN."""
+class ReferenceRagged(PagedAttention):
+    """Attention from what the batch's device buffers say alone; rows of no sequence are left as NaN."""
 
-    ragged = True
     capturable = True
-    sharing = None
 
     def __call__(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
-        """See ``paged_attention``. Shared runs are not taken into account."""
-        metadata = batch.ragged
-        assert metadata is not None
-        starts, lengths = metadata.query_start.tolist(), metadata.context_len.tolist()
+        """See ``PagedAttention``. Shared runs are not taken into account."""
+        starts, lengths = batch.query_start.tolist(), batch.context_len.tolist()
         out = query.new_full((*query.shape[:2], value_cache.shape[3]), float("nan"))
-        for i in range(int(metadata.num_seqs)):
-            start, stop = starts[i], starts[i + 1]
+        for i in range(int(batch.num_seqs)):
+            start, stop, length = starts[i], starts[i + 1], lengths[i]
             if stop > start:
-                chunk = PrefillChunk(0, stop - start, metadata.block_table[i].long(), lengths[i])
-                one = PagedBatch(batch.slots, [], [chunk])
-                given = (query[start:stop], key_cache, value_cache, one, scores)
-                out[start:stop] = paged_attention(*given)
+                mask = chunk_mask(stop - start, length, scores.window, query)
+                table = batch.block_table[i : i + 1]
+                given = (query[start:stop], key_cache, value_cache, table, length, mask, scores)
+                out[start:stop] = attend_chunk(*given)
         return out
 
 

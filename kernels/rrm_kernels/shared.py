@@ -8,26 +8,26 @@ import torch
 import triton
 import triton.language as tl
 
-from rrm_kernels.metadata import RaggedMetadata
+from rrm_kernels.batch import PagedBatch
 from rrm_kernels.tile import Attention, attend_tile, load_query, store_partial
 
 
 def attend_shared(
-    call: Attention, metadata: RaggedMetadata, partial: torch.Tensor, lse: torch.Tensor, first_partial: int
+    call: Attention, batch: PagedBatch, partial: torch.Tensor, lse: torch.Tensor, first_partial: int
 ) -> None:
     """Write the pieces' results to ``partial`` and ``lse``, from number ``first_partial`` on."""
-    capacity = metadata.capacity
+    capacity = batch.capacity
     tile = call.tile(capacity.run_members)
     queries = tile.rows // call.per_kv
     grid = (capacity.pieces, triton.cdiv(capacity.run_members, queries), call.kv_heads)
     _shared_kernel[grid](
         partial=partial,
         lse=lse,
-        pieces=metadata.pieces,
-        members=metadata.members,
-        num_pieces=metadata.num_pieces,
-        block_table=metadata.block_table,
-        table_width=metadata.block_table.shape[1],
+        pieces=batch.pieces,
+        members=batch.members,
+        num_pieces=batch.num_pieces,
+        block_table=batch.block_table,
+        table_width=batch.block_table.shape[1],
         tokens=partial.shape[1],
         first_partial=first_partial,
         QUERIES=queries,

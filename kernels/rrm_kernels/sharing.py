@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+MAX_SHARED_QUERIES = 8  # a step with longer prefill chunks computes more than it reads; sharing would not help it
+
+Table = Sequence[int] | npt.NDArray[np.integer]
+Tables = Sequence[Table]
+
 
 @dataclass(frozen=True, slots=True)
 class SharingCost:
@@ -41,8 +46,22 @@ class SharingPlan:
     private_from: list[int]
 
 
+def plan_sharing(
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    tables: Tables,
+    block_size: int,
+    cost: SharingCost | None,
+) -> SharingPlan | None:
+    """The shared runs of a step, or None where no ``cost`` is given or its chunks are too long for any to pay."""
+    if cost is None or len(tables) < 2 or max(query_lens) > MAX_SHARED_QUERIES:
+        return None
+    seen = [context - queries for context, queries in zip(context_lens, query_lens, strict=True)]
+    return find_shared_runs(tables, seen, block_size, cost)
+
+
 def find_shared_runs(
-    tables: Sequence[Sequence[int] | npt.NDArray[np.integer]],
+    tables: Tables,
     lengths: Sequence[int],
     block_size: int,
     cost: SharingCost | None = None,

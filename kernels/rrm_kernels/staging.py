@@ -34,6 +34,7 @@ class Staging:
         self._sent = torch.cuda.Event() if on_cuda else None
         self.host: dict[str, npt.NDArray[np.integer]] = {n: t.numpy() for n, t in self._views(self._source).items()}
         self.device = self._views(self._target)
+        self._mirrors: dict[torch.device, Staging] = {}
 
     def begin(self) -> None:
         """Wait until the last upload has read the host's arrays; as a rule it has, long ago."""
@@ -53,16 +54,23 @@ class Staging:
     def place(self) -> torch.device:
         return self._target.device
 
-    def mirror(self, device: torch.device) -> "Staging":
-        """The same arrays on another device, which ``follow`` brings up to date; the host's are shared."""
-        there = copy(self)
-        there._target = torch.zeros_like(self._target, device=device)
-        there.device = there._views(there._target)
-        return there
+    def on(self, device: torch.device, move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> "Staging":
+        """This, or its mirror on another device with what is here now; ``move`` brings a tensor there.
 
-    def follow(self, other: "Staging", move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> None:
-        """Take over what ``other``, whose mirror this is, has on its device now; ``move`` brings a tensor here."""
-        self._target.copy_(move(other._target, self.place))
+        A mirror keeps its place too.
+        """
+        if device == self.place:
+            return self
+        if device not in self._mirrors:
+            mirror = self._mirrors[device] = copy(self)
+            mirror._target = torch.zeros_like(self._target, device=device)
+            mirror.device = mirror._views(mirror._target)
+        self._mirrors[device].follow(self._target, move)
+        return self._mirrors[device]
+
+    def follow(self, other: torch.Tensor, move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> None:
+        """Take over what another device's ``other`` holds now."""
+        self._target.copy_(move(other, self.place))
 
     def _views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         views = {}

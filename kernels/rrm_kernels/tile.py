@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rrm_kernels.reference import Scores
+from rrm_kernels.batch import Scores
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(math.log2(math.e))

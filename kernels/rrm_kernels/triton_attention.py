@@ -1,37 +1,24 @@
-"""``paged_attention`` on the Triton kernels: metadata and shared runs of a step, made once for all its layers.
+"""Attention on the Triton kernels. Importable without triton; ``load_triton`` says what is missing."""
 
-Importable without triton; ``load_triton`` says what is missing.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from rrm_kernels.metadata import RaggedMetadata, Tables
-from rrm_kernels.reference import PagedBatch, Scores
-from rrm_kernels.sharing import SharingCost, SharingPlan, find_shared_runs
+from rrm_kernels.batch import PagedAttention, PagedBatch, Scores
+from rrm_kernels.sharing import SharingCost
 
 if TYPE_CHECKING:
     from rrm_kernels.triton_layer import TritonLayer
-
-MAX_SHARED_QUERIES = 8  # a step with longer prefill chunks computes more than it reads; sharing would not help it
 
 
 class TritonUnavailable(RuntimeError):
     """The kernels cannot run here; the message says what to install or to use."""
 
 
-class TritonAttention:
-    """As ``reference.paged_attention``. ``sharing`` decides where shared-prefix attention pays; None: never.
+class TritonAttention(PagedAttention):
+    """``sharing`` decides where shared-prefix attention pays; None: never. ``name`` says in words what it is."""
 
-    ``name`` says in words what it is. It takes a step as a whole (``ragged``), and its launches depend on nothing but
-    the metadata's capacity (``capturable``).
-    """
-
-    ragged = True
     capturable = True
 
     def __init__(
@@ -44,48 +31,8 @@ class TritonAttention:
     def __call__(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
-        if batch.ragged is None:
-            batch.ragged = describe(batch, key_cache.shape[1], query.device, self.sharing)
         query = query if query.stride(-1) == 1 else query.contiguous()
-        return self._kernel(query, key_cache, value_cache, batch.ragged, scores)
-
-
-def plan_sharing(
-    query_lens: Sequence[int],
-    context_lens: Sequence[int],
-    tables: Tables,
-    block_size: int,
-    cost: SharingCost | None,
-) -> SharingPlan | None:
-    """The shared runs of a step, or None where no ``cost`` is given or its chunks are too long for any to pay."""
-    if cost is None or len(tables) < 2 or max(query_lens) > MAX_SHARED_QUERIES:
-        return None
-    seen = [context - queries for context, queries in zip(context_lens, query_lens, strict=True)]
-    return find_shared_runs(tables, seen, block_size, cost)
-
-
-def describe(
-    batch: PagedBatch, block_size: int, device: torch.device, sharing: SharingCost | None = None
-) -> RaggedMetadata:
-    """The metadata of a step that was packed for other backends; reads it back from the device if that is all there is.
-
-    The engine's steps come with their metadata; this is for calling a kernel with a batch of one's own.
-    """
-    batch = batch.host or batch
-    tables: list[npt.NDArray[np.integer]] = []
-    query_lens: list[int] = []
-    context_lens: list[int] = []
-    for group in batch.groups:
-        query_lens += [1] * (group.stop - group.start)
-        context_lens += group.lengths.tolist()
-        tables += list(group.tables.cpu().numpy())
-    for chunk in batch.chunks:
-        query_lens.append(chunk.stop - chunk.start)
-        context_lens.append(chunk.length)
-        tables.append(chunk.table.cpu().numpy())
-    tables = [table[: -(-length // block_size)] for table, length in zip(tables, context_lens, strict=True)]
-    plan = plan_sharing(query_lens, context_lens, tables, block_size, sharing)
-    return RaggedMetadata.of(query_lens, context_lens, tables, block_size, device, plan)
+        return self._kernel(query, key_cache, value_cache, batch, scores)
 
 
 def load_triton(device: torch.device, sharing: SharingCost | None = None) -> TritonAttention:

@@ -6,17 +6,14 @@ from typing import Any
 
 import torch
 
+from rrm_kernels.batch import PagedAttention, PagedBatch, Scores
 from rrm_kernels.flash import FLASH_BLOCK, FlashUnavailable, FlashUnsupported, check_supported
-from rrm_kernels.reference import PagedBatch, Scores
-from rrm_kernels.triton_attention import describe
 
 NEEDED = {"block_table", "seqused_k", "enable_gqa", "window_size", "scale"}
 
 
-class VarlenAttention:
+class VarlenAttention(PagedAttention):
     """As ``reference.paged_attention``, without sinks and soft-caps. ``function`` is torch's ``varlen_attn``."""
-
-    ragged = True
 
     def __init__(self, function: Callable[..., Any], block_multiple: int = FLASH_BLOCK) -> None:
         self._function = function
@@ -28,22 +25,20 @@ class VarlenAttention:
         if scores.softcap is not None:
             raise FlashUnsupported("soft-capped scores are not supported by it")
         check_supported(query, value_cache, scores.sinks, self.block_multiple)
-        if batch.ragged is None:
-            batch.ragged = describe(batch, key_cache.shape[1], query.device)
-        metadata, size = batch.ragged, batch.ragged.capacity
+        size = batch.capacity
         out: torch.Tensor = self._function(
             query.contiguous(),
             key_cache,
             value_cache,
-            cu_seq_q=metadata.query_start[: size.seqs + 1],
-            cu_seq_k=metadata.context_start[: size.seqs + 1] if self.block_multiple > 1 else None,  # FA3 wants none
+            cu_seq_q=batch.query_start[: size.seqs + 1],
+            cu_seq_k=batch.context_start[: size.seqs + 1] if self.block_multiple > 1 else None,  # FA3 wants none
             max_q=size.queries,
-            max_k=size.blocks * metadata.block_size,
+            max_k=size.blocks * batch.block_size,
             scale=scores.scale,
             window_size=(-1 if scores.window is None else scores.window - 1, 0),
             enable_gqa=query.shape[1] != key_cache.shape[2],
-            seqused_k=metadata.context_len[: size.seqs],
-            block_table=metadata.block_table[: size.seqs],
+            seqused_k=batch.context_len[: size.seqs],
+            block_table=batch.block_table[: size.seqs],
         )
         return out
 

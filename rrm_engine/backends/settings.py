@@ -17,7 +17,6 @@ from rrm_engine.graph.types import Limits, Phase
 from rrm_engine.kv.cache import bytes_per_block_on_devices
 from rrm_engine.loading.generation import refuse_unusable
 from rrm_engine.loading.prepare import LoadedModel
-from rrm_engine.models.attention import block_multiple
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.protocol.style import SAMPLING, Style
@@ -46,7 +45,7 @@ def resolve(
     """
     values: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), **_where(config, model, replicas)}
     values["prompt_style"] = config.prompt_style if config.prompt_style != "auto" else style.name
-    if config.block_size % (multiple := block_multiple(model.attend)):
+    if config.block_size % (multiple := model.attend.block_multiple):
         raise RrmError(
             f"--block-size {config.block_size}: --attention {config.attention} takes multiples of {multiple}; "
             f"give --block-size {multiple}"

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from rrm_kernels.reference import PagedBatch
 
 from rrm_engine.device.transfer import hand_over
+from rrm_engine.engine.packing import PackedStep
 
 MAX_GRAPH_BYTES = 2 << 30
 LEAST_FREE_BYTES = 1 << 30  # of device memory; with less nothing is captured, for a step may need it
@@ -25,16 +25,6 @@ class Key:
     blocks: int
     pieces: int
     partials: int
-
-
-@dataclass(slots=True)
-class Inputs:
-    """A step on one device, in static buffers: token ids, positions and sampled rows (int64), and the batch."""
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    sampled: torch.Tensor
-    batch: PagedBatch
 
 
 Replay = Callable[[], torch.Tensor]  # runs what was recorded, on what the buffers hold now; returns its result
@@ -102,7 +92,7 @@ class CudaGraphs:
         return replay
 
 
-Call = Callable[[Inputs, torch.Tensor | None], torch.Tensor]
+Call = Callable[[PackedStep, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass
@@ -121,7 +111,7 @@ class Share:
     _seen: set[Key] = field(default_factory=set)
     _hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # static, by rows
 
-    def run(self, inputs: Inputs, hidden: torch.Tensor | None, key: Key | None) -> torch.Tensor:
+    def run(self, inputs: PackedStep, hidden: torch.Tensor | None, key: Key | None) -> torch.Tensor:
         """What ``call`` returns; with a ``key`` as a rule by a replay, and valid until the next one."""
         with self.on_device():
             if hidden is not None:
@@ -138,7 +128,7 @@ class Share:
             self._hidden[key.tokens] = torch.empty_like(hidden, device=self.device)
         return self._hidden[key.tokens].copy_(hand_over(hidden, self.device))
 
-    def _replayed(self, inputs: Inputs, hidden: torch.Tensor | None, key: Key) -> torch.Tensor:
+    def _replayed(self, inputs: PackedStep, hidden: torch.Tensor | None, key: Key) -> torch.Tensor:
         if (replay := self.graphs.get(key)) is None:
             first = key not in self._seen  # compiles and sets up what a capture may not
             self._seen.add(key)
@@ -148,7 +138,7 @@ class Share:
         self.replays += 1
         return replay()
 
-    def _capture(self, inputs: Inputs, hidden: torch.Tensor | None) -> Replay:
+    def _capture(self, inputs: PackedStep, hidden: torch.Tensor | None) -> Replay:
         """Record the call on the buffers of ``inputs``; it serves every step with the same key."""
         constants = self.constants()
         replay = self.recorder.record(partial(self.call, inputs, hidden))

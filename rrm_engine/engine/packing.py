@@ -1,10 +1,14 @@
-"""A step on the host: its tokens side by side, where each one's KV goes and what it attends to."""
+"""A step's inputs: its tokens side by side, where each one's KV goes and what it attends to."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+from rrm_kernels.batch import Capacity, PagedBatch
+from rrm_kernels.buffers import BatchBuffers, StepShape
+from rrm_kernels.sharing import SharingCost, plan_sharing
 
+from rrm_engine.device.transfer import hand_over
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence
 
@@ -23,7 +27,7 @@ class Drawn:
 
 @dataclass(slots=True)
 class Layout:
-    """The work items of a step one behind the other. Item i has ``query_lens[i]`` tokens, the last of its context."""
+    """The work items of a step side by side. Item i has ``query_lens[i]`` tokens, the last of its context."""
 
     token_ids: list[int] = field(default_factory=list)
     ahead: list[tuple[int, Sequence]] = field(default_factory=list)  # rows of tokens that are not known yet, and whose
@@ -45,10 +49,10 @@ class Layout:
 
 
 def lay_out(work: Iterable[Work], block_size: int) -> Layout:
-    """The layout of work items, in their order."""
+    """The layout of work items: decodes first, those of similar length together, then prefill chunks."""
     layout = Layout()
     token_ids, slots = layout.token_ids, layout.slots
-    for item in work:
+    for item in sorted(work, key=lambda item: (item.count > 1, item.start if item.count == 1 else 0)):
         sequence, start, count = item.sequence, item.start, item.count
         stop, blocks = start + count, sequence.table.blocks
         if item.ahead and sequence.probe.forced:
@@ -70,3 +74,75 @@ def lay_out(work: Iterable[Work], block_size: int) -> Layout:
             layout.sampled.append(len(token_ids) - 1)
             layout.order.append(item)
     return layout
+
+
+@dataclass(slots=True)
+class PackedStep:
+    """A step's inputs on one device. ``sampled`` are the rows whose logits are needed."""
+
+    token_ids: torch.Tensor  # int64 [tokens]
+    positions: torch.Tensor  # int64 [tokens]
+    sampled: torch.Tensor  # int64 [rows]
+    batch: PagedBatch
+    order: list[Work]  # the work items that sample, in the order of ``sampled``
+
+
+class StepBuffers:
+    """Where steps within a capacity lie, one after the other, for one transfer each."""
+
+    def __init__(self, capacity: Capacity, block_size: int, device: torch.device) -> None:
+        rows = ("token_ids", "positions", "drawn")
+        of_rows = dict.fromkeys(rows, ((capacity.tokens,), torch.int64))
+        self.batch = BatchBuffers(capacity, block_size, device, of_rows | {"sampled": ((capacity.seqs,), torch.int64)})
+        self.staging = self.batch.staging
+        self.uploaded = 0  # bytes of the last step
+
+    def fill(self, layout: Layout, drawn: Drawn | None = None, sharing: SharingCost | None = None) -> StepShape:
+        """Write a step and send it to the device. Tokens that nobody knows yet are taken from ``drawn``, on the device.
+
+        Where ``sharing`` finds more shared runs than there is room for, the step shares nothing.
+        """
+        host, there, live = self.staging.host, self.staging.device, len(layout.token_ids)
+        self.staging.begin()
+        shape = self._shape(layout, sharing)
+        self.batch.write(shape, layout.slots)
+        for name, values, rest in (
+            ("token_ids", layout.token_ids, 0),
+            ("positions", layout.positions, 0),
+            ("sampled", layout.sampled, 0),
+            ("drawn", layout.drawn_rows(drawn, live), -1),
+        ):
+            host[name][: len(values)] = values
+            host[name][len(values) :] = rest
+        self.uploaded = self.batch.upload(shape)
+        if drawn is not None and layout.ahead:
+            drawn.fill(there["token_ids"][:live], there["drawn"][:live])
+        return shape
+
+    def step(
+        self, layout: Layout, device: torch.device, launches: Capacity, rows: int, sampled: int, longest: int
+    ) -> PackedStep:
+        """What ``fill`` wrote, on a device: so many rows, for launches of that size."""
+        staging = self.staging.on(device, hand_over)
+        there, lens = staging.device, (layout.query_lens, layout.context_lens)
+        batch = PagedBatch.over(staging, launches, self.batch.block_size, *lens, rows=rows, longest=longest)
+        token_ids, positions = there["token_ids"][:rows], there["positions"][:rows]
+        return PackedStep(token_ids, positions, there["sampled"][:sampled], batch, layout.order)
+
+    def _shape(self, layout: Layout, sharing: SharingCost | None) -> StepShape:
+        tables, size = layout.tables, self.batch.block_size
+        lens = layout.query_lens, layout.context_lens
+        host = self.batch.write_tables(tables)
+        rows = [host[i, : len(table)] for i, table in enumerate(tables)]
+        plan = plan_sharing(*lens, rows, size, sharing)
+        shape = StepShape(*lens, rows, size, plan)
+        return shape if self.batch.capacity.holds(shape.size()) else StepShape(*lens, rows, size)
+
+
+def pack(work: Iterable[Work], block_size: int, device: torch.device, drawn: Drawn | None = None) -> PackedStep:
+    """A step in buffers of its own, of the size that it takes."""
+    layout = lay_out(work, block_size)
+    size = StepShape(layout.query_lens, layout.context_lens, layout.tables, block_size).size()
+    buffers = StepBuffers(size, block_size, device)
+    buffers.fill(layout, drawn)
+    return buffers.step(layout, device, size, size.tokens, len(layout.sampled), max(layout.context_lens))

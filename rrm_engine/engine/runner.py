@@ -1,31 +1,17 @@
 """One packed forward for everything a step runs: prefill chunks and decodes of all sequences together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from rrm_kernels.reference import DecodeGroup, PagedAttention, PagedBatch, PrefillChunk, paged_attention
+from rrm_kernels.batch import PagedAttention
+from rrm_kernels.reference import paged_attention
 
-from rrm_engine.device.transfer import integers
-from rrm_engine.engine.packing import Drawn, lay_out
+from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
 from rrm_engine.engine.static_steps import static_steps
 from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.pool import NULL_BLOCK
-from rrm_engine.models.attention import Forward, PagedForward, batch_on
-
-
-@dataclass(slots=True)
-class PackedStep:
-    """A step's inputs: decodes first (by length), then chunks. ``sampled`` are the rows whose logits are needed."""
-
-    token_ids: torch.Tensor  # int64 [tokens]
-    positions: torch.Tensor  # int64 [tokens]
-    batch: PagedBatch
-    sampled: torch.Tensor  # int64 [rows]
-    order: list[Work]  # the work items that sample, in the order of ``sampled``
+from rrm_engine.models.attention import Forward
 
 
 class ModelRunner:
@@ -46,8 +32,6 @@ class ModelRunner:
     ) -> None:
         """``eager``: launch every step's kernels one by one, where they could be captured and replayed."""
         self.static = static_steps(forward, attend, cache, device, eager)
-        self.attend = attend
-        self.forward = forward
         self.cache = cache
         self.device = device
         self.ranges = Ranges()
@@ -76,17 +60,10 @@ class ModelRunner:
                 self._splice(step.splices)
         if not step.work:
             return torch.empty(0, 0), []
-        if self.static is not None:
-            with self.ranges("pack", step.work):
-                packed_step = self.static.pack(step.work, drawn)
-            with self.ranges.forward(step.work):
-                return self.static.run(packed_step), packed_step.order
         with self.ranges("pack", step.work):
-            packed = pack(step.work, self.cache.block_size, self.device, drawn)
+            packed = self.static.pack(step.work, drawn)
         with self.ranges.forward(step.work):
-            paged = PagedForward(self.cache, packed.batch, self.attend)
-            logits = self.forward(packed.token_ids, packed.positions, packed.sampled, paged)
-        return logits, packed.order
+            return self.static.run(packed), packed.order
 
     def _splice(self, splices: tuple[Splice, ...]) -> None:
         sources, destinations, moves = [], [], []
@@ -96,37 +73,3 @@ class ModelRunner:
             destinations += splice.sequence.table.slots(position, position + len(span))
             moves += [position - span.start] * len(span)
         self.cache.splice(sources, destinations, moves, self.rotary)
-
-
-def pack(work: tuple[Work, ...], block_size: int, device: torch.device, drawn: Drawn | None = None) -> PackedStep:
-    """Lay a step's tokens side by side and say where each one's KV goes and what it attends to.
-
-    Tokens that nobody knows yet are taken from ``drawn``.
-    """
-    decodes = sorted((w for w in work if w.count == 1), key=lambda w: w.start)  # its table may reach further
-    layout = lay_out([*decodes, *(w for w in work if w.count > 1)], block_size)
-    chunks, stop = [], len(decodes)
-    for i in range(len(decodes), len(layout.tables)):
-        start, stop = stop, stop + layout.query_lens[i]
-        chunks.append(PrefillChunk(start, stop, integers(layout.tables[i]), layout.context_lens[i]))
-    groups = _groups(layout.tables[: len(decodes)], layout.context_lens)
-    batch = batch_on(PagedBatch(integers(layout.slots), groups, chunks, max(layout.context_lens)), device)
-    token_ids = integers(layout.token_ids, device)
-    if drawn is not None and layout.ahead:
-        drawn.fill(token_ids, integers(layout.drawn_rows(drawn, len(token_ids)), device))
-    positions, sampled = integers(layout.positions, device), integers(layout.sampled, device)
-    return PackedStep(token_ids, positions, batch, sampled, layout.order)
-
-
-def _groups(tables: list[list[int]], lengths: list[int]) -> list[DecodeGroup]:
-    """Decoding sequences, already in order of length, cut where padding to the longest would waste too much."""
-    groups = []
-    start = 0
-    for stop in range(1, len(tables) + 1):
-        if stop == len(tables) or len(tables[stop]) > 2 * len(tables[start]) + 8:
-            padded = np.full((stop - start, len(tables[stop - 1])), NULL_BLOCK, dtype=np.int64)
-            for row, blocks in enumerate(tables[start:stop]):
-                padded[row, : len(blocks)] = blocks
-            groups.append(DecodeGroup(start, stop, torch.from_numpy(padded), integers(lengths[start:stop])))
-            start = stop
-    return groups

@@ -23,12 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rrm_kernels.batch import PagedAttention
 from rrm_kernels.flash import FlashUnsupported
-from rrm_kernels.reference import PagedAttention
 from torch import nn
 
 from rrm_engine.device.memory import is_out_of_memory
-from rrm_engine.engine.runner import ModelRunner, pack
+from rrm_engine.engine.packing import pack
+from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
 from rrm_engine.engine.sequence import Sequence as Tokens
@@ -39,7 +40,7 @@ from rrm_engine.kv.table import BlockTable
 from rrm_engine.loading.places import PLAIN_ATTENTION, layer_inputs
 from rrm_engine.loading.plain import LOGITS, Past, Place, Plain, run_plain
 from rrm_engine.loading.rounding import deviation, jitter, widened
-from rrm_engine.models.attention import ATTENTION_NAME, Forward, PagedForward, block_multiple
+from rrm_engine.models.attention import ATTENTION_NAME, Forward, PagedForward
 from rrm_engine.models.fuse import parameters_read
 from rrm_engine.models.spread import decoder_layers
 
@@ -233,7 +234,7 @@ class Check:
         self.device = device
         self.attend = attend
         self.deviations: list[dict[Place, torch.Tensor]] = [{} for _ in plain]  # by sequence and place, of each token
-        size = -(-BLOCK_SIZE // block_multiple(attend)) * block_multiple(attend)
+        size = -(-BLOCK_SIZE // attend.block_multiple) * attend.block_multiple
         self.cache = KVCache(sum(-(-(p.past_tokens + len(p.tokens)) // size) for p in plain), size)
 
     def result(self, num_layers: int) -> LoadCheck:

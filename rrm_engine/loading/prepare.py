@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rrm_kernels.reference import PagedAttention, paged_attention
+from rrm_kernels.batch import PagedAttention
+from rrm_kernels.reference import paged_attention
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from rrm_kernels.rope import rerotate
 
-from rrm_engine.engine.runner import pack
+from rrm_engine.engine.packing import pack
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence
@@ -13,7 +13,7 @@ from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
 from rrm_engine.loading.prepare import LoadedModel, UnsupportedModel
-from rrm_engine.models.attention import PagedForward, block_multiple
+from rrm_engine.models.attention import PagedForward
 
 TOKENS = 24
 FARTHEST = 4096  # positions: far enough for frequencies that differ in slow dimensions only
@@ -56,7 +56,8 @@ def _keys_and_values(loaded: LoadedModel, first: int) -> dict[int, tuple[torch.T
     config: Any = loaded.model.config
     vocabulary = config.get_text_config().vocab_size
     tokens = torch.randint(min(vocabulary, 1000), (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
-    block_size = -(-TOKENS // block_multiple(loaded.attend)) * block_multiple(loaded.attend)
+    multiple = loaded.attend.block_multiple
+    block_size = -(-TOKENS // multiple) * multiple
     cache = KVCache(1, block_size, loaded.shapes)
     table = BlockTable(BlockPool(1, block_size, prefix_cache=False))
     table.append(TOKENS)

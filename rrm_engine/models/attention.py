@@ -5,22 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from rrm_kernels.batch import PagedAttention, PagedBatch, Scores
 from rrm_kernels.flash import FlashUnavailable, load_flash
 from rrm_kernels.native import DTYPES, NativeUnavailable, load_native
-from rrm_kernels.reference import (
-    DecodeGroup,
-    PagedAttention,
-    PagedBatch,
-    PrefillChunk,
-    Scores,
-    paged_attention,
-    store_kv,
-)
+from rrm_kernels.reference import paged_attention, store_kv
 from rrm_kernels.triton_attention import TritonUnavailable, load_triton
 from rrm_kernels.varlen import load_varlen
 from transformers import AttentionInterface
 
-from rrm_engine.device.transfer import hand_over, to_device
+from rrm_engine.device.transfer import hand_over
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.loading.places import Exchange
@@ -56,7 +49,7 @@ class PagedForward:
         if device == self.batch.slots.device:
             return self.batch
         if device not in self.brought:
-            self.brought[device] = batch_on(self.batch.host or self.batch, device)
+            self.brought[device] = self.batch.on(device, hand_over)
         batch: PagedBatch = self.brought[device]
         return batch
 
@@ -69,19 +62,6 @@ class PagedForward:
             self.brought[key] = tensor, hand_over(tensor, device)  # the first one lives on, so its id is not reused
         there: torch.Tensor = self.brought[key][1]
         return there
-
-
-def batch_on(host: PagedBatch, device: torch.device) -> PagedBatch:
-    """A batch that was packed on the host, on ``device``."""
-    if host.ragged is not None:
-        return PagedBatch(hand_over(host.slots, device), [], [], host.longest, host.ragged.on(device, hand_over))
-    if device.type == "cpu":
-        return host
-    groups = [
-        DecodeGroup(g.start, g.stop, to_device(g.tables, device), to_device(g.lengths, device)) for g in host.groups
-    ]
-    chunks = [PrefillChunk(c.start, c.stop, to_device(c.table, device), c.length) for c in host.chunks]
-    return PagedBatch(to_device(host.slots, device), groups, chunks, host.longest, host=host)
 
 
 class Forward(Protocol):
@@ -185,23 +165,18 @@ def _native(device: torch.device, dtype: torch.dtype) -> PagedAttention:
         raise RrmError(str(error)) from error
 
 
-class OnOwnDevice:
+class OnOwnDevice(PagedAttention):
     """An attention with CUDA's current device that of its arguments, as kernels compiled outside torch need it."""
 
     def __init__(self, attend: PagedAttention) -> None:
         self.attend = attend
+        self.block_multiple, self.capturable, self.sharing = attend.block_multiple, attend.capturable, attend.sharing
 
-    def __call__(self, query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+    def __call__(
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
+    ) -> torch.Tensor:
         with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
-            return self.attend(query, *rest, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.attend, name)
-
-
-def block_multiple(attend: PagedAttention) -> int:
-    """The tokens that KV blocks must be a multiple of for this backend."""
-    return getattr(attend, "block_multiple", 1)
+            return self.attend(query, key_cache, value_cache, batch, scores)
 
 
 def register_attention() -> None:

@@ -12,8 +12,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rrm_kernels.batch import PagedAttention, Scores
 from rrm_kernels.native import DTYPES, NativeLayer, NativeUnavailable, load_native_layer
-from rrm_kernels.reference import PagedAttention, Scores
 from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, load_triton_layer
 from torch import nn
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from rrm_engine.engine.runner import pack
+from rrm_engine.engine.packing import pack
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence

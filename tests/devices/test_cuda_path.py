@@ -13,6 +13,7 @@ from graph_scripts import live_graph, mistakes, short_graph
 from oracle import engine_for, plain_model, prepared, prompt
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
+from rrm_kernels import buffers
 from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged
 from rrm_kernels.sharing import SharingCost
 from rrm_kernels.staging import Staging
@@ -80,7 +81,6 @@ def on_two_devices() -> tuple[Any, LoadedModel]:
 def with_runner(engine: Engine, model: LoadedModel, eager: bool) -> StaticSteps:
     """Give the engine a runner of the wanted kind, on the same cache."""
     engine.runner = ModelRunner(model.forward, engine.runner.cache, model.device, model.attend, eager)
-    assert engine.runner.static is not None
     return engine.runner.static
 
 
@@ -98,7 +98,6 @@ def test_padded_steps_on_triton_equal_plain_transformers(monkeypatch: pytest.Mon
     model = loaded(plain)
     monkeypatch.setattr(model.attend, "sharing", ALWAYS)
     engine = engine_for(model, lookahead=True)
-    assert engine.runner.static is not None
     keys = watch(engine.runner.static, monkeypatch)
     assert mistakes(plain, short_graph(engine)) == {}
     assert {key.queries == 1 for key in keys} == {True, False}
@@ -234,7 +233,7 @@ def test_padding_that_writes_to_a_real_block_is_noticed(
 ) -> None:
     """Negative control."""
     pair = Pair(on_torch[1])
-    monkeypatch.setattr(static_steps, "PADDING_SLOT", pair.engines[0].pool.block_size)  # the first real block
+    monkeypatch.setattr(buffers, "PADDING_SLOT", pair.engines[0].pool.block_size)  # the first real block
     pair.submit(3, 9, 3)
     assert pair.run() > 0.01
 
@@ -252,7 +251,7 @@ def test_what_an_earlier_step_left_in_a_buffer_is_noticed(
     def forgetting(self: Staging, last: str, rows: int) -> int:
         before = self.device[stale].clone()
         sent = upload(self, last, rows)
-        if self in [buffers.staging for buffers in pair.padded._buffers.values()]:
+        if self in [static.staging for static in pair.padded._buffers.values()]:
             self.device[stale].copy_(before)
         return sent
 
@@ -281,17 +280,18 @@ def test_one_upload_a_step_of_what_is_live(on_torch: tuple[Any, LoadedModel], mo
     while engine.has_work:
         engine.step()
     assert len(uploads) == engine.steps
-    sizes = [buffers.staging._target.numel() for buffers in steps._buffers.values()]
+    sizes = [static.staging._target.numel() for static in steps._buffers.values()]
     assert max(uploads) < max(sizes)
 
 
 def test_tables_are_rewritten_only_where_they_changed(on_torch: tuple[Any, LoadedModel]) -> None:
     """The host's block tables are those of the step, whatever the one before was."""
     steps = with_runner(engine_for(on_torch[1]), on_torch[1], eager=False)
-    metadata = steps._buffer(4, 4, 16).metadata
+    batch = steps._buffer(4, 4, 16).batch
     for tables in ([[1, 2, 3], [4, 5]], [[1, 2, 3, 6], [4, 7]], [[4, 5, 6]], [[4], [9, 8]], [[4, 5, 6], [9, 8, 1]]):
-        host = metadata.fill_tables(tables)
-        assert [host[i, : len(table)].tolist() for i, table in enumerate(tables)] == tables
+        host = batch.write_tables(tables)
+        assert [row[: len(table)].tolist() for row, table in zip(host, tables, strict=False)] == tables
+        assert not any(row[len(table) :].any() for row, table in zip(host, tables, strict=False))
 
 
 def test_steps_that_are_too_large_are_not_padded(
@@ -386,5 +386,4 @@ def test_the_setting_reaches_the_runner(on_torch: tuple[Any, LoadedModel], eager
     ready = Solver.load(RunConfig(kv_blocks=400))
     ready.model.forward, ready.model.attend = on_torch[1].forward, on_torch[1].attend
     engine = Solver(ready.model, RunConfig(kv_blocks=400, eager=eager)).engine
-    assert engine.runner.static is not None
     assert engine.runner.static.pad is not eager

@@ -1,6 +1,7 @@
 """Backends of others' kernels: called as their libraries want it, chosen by name, refused with the reason."""
 
 import inspect
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from oracle import plain_model, prepared
 from rrm_kernels import build
+from rrm_kernels.batch import Scores
+from rrm_kernels.buffers import batch_of
 from rrm_kernels.flash import FlashAttention, FlashUnavailable, FlashUnsupported, load_flash
-from rrm_kernels.metadata import RaggedMetadata
 from rrm_kernels.native import load_native
-from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores, paged_attention
+from rrm_kernels.reference import paged_attention
 from rrm_kernels.varlen import NEEDED, VarlenAttention, load_varlen
 from torch.nn.attention.varlen import varlen_attn
 
@@ -35,16 +37,12 @@ class Step:
         generator = torch.Generator().manual_seed(0)
         self.key, self.value = (torch.randn(5, BLOCK, 2, 64, generator=generator).to(device, dtype) for _ in range(2))
         self.query = torch.randn(sum(q for q, _ in SEQS), 4, 64, generator=generator).to(device, dtype)
-        metadata = RaggedMetadata.of([q for q, _ in SEQS], [c for _, c in SEQS], TABLES, BLOCK, device)
-        self.batch = PagedBatch(torch.empty(0), [], [], ragged=metadata)
+        self.batch = batch_of(*zip(*SEQS, strict=True), TABLES, BLOCK, device)
 
     def expected(self, window: int | None = None, softcap: float | None = None) -> torch.Tensor:
-        start, chunks = 0, []
-        for table, (queries, context) in zip(TABLES, SEQS, strict=True):
-            chunks.append(PrefillChunk(start, start + queries, torch.tensor(table), context))
-            start += queries
         given = (t.float().cpu() for t in (self.query, self.key, self.value))
-        return paged_attention(*given, PagedBatch(torch.empty(0), [], chunks), Scores(0.125, window, softcap))
+        batch = batch_of(*zip(*SEQS, strict=True), TABLES, BLOCK, CPU)
+        return paged_attention(*given, batch, Scores(0.125, window, softcap))
 
 
 class Bound:
@@ -62,13 +60,12 @@ class Bound:
         lengths = given["seqused_k"] if "seqused_k" in given else given[self.names["keys"]].diff()
         assert len(starts) == len(lengths) + 1 == len(tables) + 1
         assert given[self.names["longest"]] >= max(q for q, _ in SEQS)
-        chunks = [
-            PrefillChunk(starts[i], starts[i + 1], tables[i].long(), int(length)) for i, length in enumerate(lengths)
-        ]
+        queries = [stop - start for start, stop in pairwise(starts)]
+        batch = batch_of(queries, lengths.tolist(), tables.tolist(), BLOCK, CPU)
         window, softcap = left + 1 if left >= 0 else None, given.get("softcap") or None
         scale = given[self.names["scale"]]
         inputs = (t.float() for t in (query, key, value))
-        return paged_attention(*inputs, PagedBatch(torch.empty(0), [], chunks), Scores(scale, window, softcap))
+        return paged_attention(*inputs, batch, Scores(scale, window, softcap))
 
 
 VARLEN = {"starts": "cu_seq_q", "keys": "cu_seq_k", "longest": "max_q", "scale": "scale"}

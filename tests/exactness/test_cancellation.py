@@ -275,15 +275,14 @@ def test_budgets_bind_every_descendant(planner: int, nodes: int, driven: Driven)
 def test_a_failed_step_under_memory_pressure_loses_no_block(driven: Driven, alone: Callable[[str], Outcome]) -> None:
     """Wherever it fails, with blocks on their way to the host or back, and whoever was in it."""
     solver = driven.solver(wait_policy="offload", kv_blocks=40, max_concurrency=2)
-    runner, attend = solver.engine.runner, solver.engine.runner.attend
     reasons = []
     for step in range(60, 500, 110):
-        break_forward(runner, step, memory=False)
+        mend = break_forward(solver.engine.runner, step, memory=False)
         events: Events = []
         failed, other, later = sorted(
             solver.run([Job(f"{n}", TASK) for n in range(3)], events.append, concurrency=2), key=lambda r: r.job.id
         )
-        runner.attend = attend
+        mend()
         nothing_left(solver, "")
         assert solver.engine.pool.num_used == solver.engine.space.num_used == 0
         assert failed.error is not None and other.error is not None

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rrm_kernels.reference import PagedBatch
 
 from rrm_engine.backends import local
 from rrm_engine.device import memory
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.models.attention import PagedForward
 from rrm_engine.runs import directory
 from rrm_engine.runs.directory import Row, RunDir
 
@@ -177,18 +177,26 @@ def fail_forward(number: int, memory: bool) -> None:
     Engine.__init__ = built  # type: ignore[method-assign]
 
 
-def break_forward(runner: ModelRunner, number: int, memory: bool) -> None:
-    """Let ``runner``'s forward ``number`` fail in its second layer: out of memory, for real, or with another error."""
-    attend, step, layer, last = runner.attend, 0, 0, None
+def break_forward(runner: ModelRunner, number: int, memory: bool) -> Callable[[], None]:
+    """Let ``runner``'s forward ``number`` fail in its second layer: out of memory, for real, or with another error.
 
-    def failing(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, *rest: Any) -> Any:
-        nonlocal step, layer, last
-        step, layer, last = (step, layer + 1, last) if batch is last else (step + 1, 1, batch)
-        if (step, layer) == (number, 2):
-            torch.empty(1 << 50 if memory else -1)
-        return attend(query, keys, values, batch, *rest)
+    What is returned mends it.
+    """
+    right, step = PagedForward.attention, 0
 
-    runner.attend = failing
+    def failing(self: PagedForward, layer: int, *given: Any) -> torch.Tensor:
+        nonlocal step
+        if self.cache is runner.cache:
+            step += layer == 0
+            if (step, layer) == (number, 1):
+                torch.empty(1 << 50 if memory else -1)
+        return right(self, layer, *given)
+
+    def mend() -> None:
+        PagedForward.attention = right  # type: ignore[method-assign]
+
+    PagedForward.attention = failing  # type: ignore[method-assign]
+    return mend
 
 
 def overlook_limits() -> None:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from emulated_cuda import Emulation
 from oracle import engine_for
-from rrm_kernels.metadata import RaggedMetadata
-from rrm_kernels.reference import PagedBatch, Scores
+from rrm_kernels.batch import PagedBatch, Scores
 from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged
 from rrm_kernels.triton_attention import TritonAttention
 
@@ -37,18 +36,18 @@ class LaunchedLayer:
 
 
 def launched_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, metadata: RaggedMetadata, scores: Scores
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: PagedBatch, scores: Scores
 ) -> torch.Tensor:
     names = ("query_start", "context_len", "num_seqs", "block_table")
-    arrays = {name: getattr(metadata, name) for name in names}
+    arrays = {name: getattr(batch, name) for name in names}
     out = query.new_empty(*query.shape[:2], values.shape[-1])
     Emulation.current.kernel(reference_attention, out, query, keys, values, arrays, scores)
     return out
 
 
 def reference_attention(out: torch.Tensor, query: Any, keys: Any, values: Any, arrays: Any, scores: Scores) -> None:
-    metadata: Any = SimpleNamespace(**arrays)
-    out.copy_(ReferenceRagged()(query, keys, values, PagedBatch(out, [], [], ragged=metadata), scores))
+    batch: Any = SimpleNamespace(**arrays)
+    out.copy_(ReferenceRagged()(query, keys, values, batch, scores))
 
 
 def on_cuda(plain: Any, devices: int = 1, first: int = 0) -> LoadedModel:
@@ -62,5 +61,4 @@ def on_cuda(plain: Any, devices: int = 1, first: int = 0) -> LoadedModel:
 def engine_on(model: LoadedModel, eager: bool = False, **changes: Any) -> Engine:
     engine = engine_for(model, **changes)
     engine.runner = ModelRunner(model.forward, engine.runner.cache, model.device, model.attend, eager)
-    assert engine.runner.static is not None
     return engine

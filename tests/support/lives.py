@@ -15,8 +15,7 @@ import torch
 
 from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.packing import Drawn
-from rrm_engine.engine.runner import pack
+from rrm_engine.engine.packing import Drawn, pack
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
 from rrm_engine.engine.sequence import Sequence, State
@@ -64,14 +63,11 @@ class Memory:
         assert packed.token_ids.tolist() == [
             foreseen(sequence, position + 1)[position] for sequence, position in owners
         ], "not the sequence's token"
-        for group in packed.batch.groups:
-            for row, table, length in zip(
-                range(group.start, group.stop), group.tables.tolist(), group.lengths.tolist(), strict=True
-            ):
-                self.attend(table, length, *owners[row])
-        for chunk in packed.batch.chunks:
-            for row in range(chunk.start, chunk.stop):
-                self.attend(chunk.table.tolist(), chunk.length - (chunk.stop - 1 - row), *owners[row])
+        batch = packed.batch
+        starts, lengths, tables = (t.tolist() for t in (batch.query_start, batch.context_len, batch.block_table))
+        for (start, stop), length, table in zip(pairwise(starts), lengths, tables, strict=True):
+            for row in range(start, stop):
+                self.attend(table, length - (stop - 1 - row), *owners[row])
         logits = torch.zeros(len(packed.order), VOCABULARY)
         for row, work in enumerate(packed.order):
             logits[row, made_up(foreseen(work.sequence, work.start + work.count))] = 1

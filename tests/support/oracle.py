@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+from rrm_kernels.batch import PagedAttention
 from rrm_kernels.build import runnable_variants
 from rrm_kernels.native import NativeUnavailable
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +20,18 @@ from rrm_engine.kv.pool import BlockPool
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
 
 Loaded = TypeVar("Loaded")
+
+
+class Attending(PagedAttention):
+    """A function as an attention backend."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        self.function = function
+
+    def __call__(self, *given: Any) -> torch.Tensor:
+        return self.function(*given)
+
+
 VOCABULARY = 500
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

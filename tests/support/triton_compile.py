@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from rrm_kernels.metadata import RaggedMetadata
+from rrm_kernels.batch import Scores
+from rrm_kernels.buffers import batch_of
 from rrm_kernels.ragged import ragged_attention
-from rrm_kernels.reference import Scores
 from rrm_kernels.sharing import SharingCost, find_shared_runs
 from rrm_kernels.triton_layer import TritonLayer
 from triton.backends.compiler import GPUTarget
@@ -54,10 +54,10 @@ def attention(dtype: torch.dtype) -> None:
     tables = [[1, 2, 3], [1, 2, 4]]
     pool = torch.zeros(9, 16, 2, 64, dtype=dtype)
     plan = find_shared_runs(tables, [32, 32], 16, SharingCost(0, 0))
-    decodes = RaggedMetadata.of([1, 1], [40, 45], tables, 16, torch.device("cpu"), plan)
+    decodes = batch_of([1, 1], [40, 45], tables, 16, torch.device("cpu"), plan)
     query = torch.zeros(2, 10, 64, dtype=dtype)
     ragged_attention(query, pool, pool, decodes, Scores(0.1, sinks=torch.zeros(10)), splits=2)
-    prefill = RaggedMetadata.of([20], [40], tables[:1], 16, torch.device("cpu"))
+    prefill = batch_of([20], [40], tables[:1], 16, torch.device("cpu"))
     query = torch.zeros(20, 10, 64, dtype=dtype)
     ragged_attention(query, pool, pool[..., :40].contiguous(), prefill, Scores(0.1, 7, 30.0, torch.zeros(10)))
 

@@ -1,14 +1,17 @@
 """The compiled CPU kernel against the torch reference, and both against plain attention written out."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from oracle import VARIANTS, compiled
 from rrm_kernels import build, reference
+from rrm_kernels.batch import Scores
+from rrm_kernels.buffers import batch_of
 from rrm_kernels.native import NativeUnavailable, load_native
-from rrm_kernels.reference import DecodeGroup, PagedBatch, PrefillChunk, Scores, paged_attention
+from rrm_kernels.reference import paged_attention
 
 BLOCKS, BLOCK_SIZE = 40, 4
 
@@ -32,13 +35,10 @@ class Case:
         self.query = random(3 + 5 + 2, heads, key_width)
         self.sinks = random(heads)
         order = torch.randperm(BLOCKS - 1, generator=generator) + 1
-        lengths = torch.tensor([1, 6, 27])
-        tables = torch.zeros(3, 7, dtype=torch.int64)
-        tables[0, :1], tables[1, :2], tables[2] = order[:1], order[1:3], order[3:10]
-        chunks = [PrefillChunk(3, 8, order[10:13], 11), PrefillChunk(8, 10, order[13:14], 2)]
-        self.batch = PagedBatch(torch.empty(0), [DecodeGroup(0, 3, tables, lengths)], chunks)
+        tables = [order[start:stop] for start, stop in pairwise([0, 1, 3, 10, 13, 14])]
+        self.batch = batch_of([1, 1, 1, 5, 2], [1, 6, 27, 11, 2], tables, BLOCK_SIZE, torch.device("cpu"))
         self.places = [(tables[0], 0, 1), (tables[1], 5, 6), (tables[2], 26, 27)]  # (table, position, length) a row
-        self.places += [(order[10:13], 6 + i, 7 + i) for i in range(5)] + [(order[13:14], i, i + 1) for i in range(2)]
+        self.places += [(tables[3], 6 + i, 7 + i) for i in range(5)] + [(tables[4], i, i + 1) for i in range(2)]
 
     def written_out(self, scale: float, window: int | None, softcap: float | None, sinks: bool) -> torch.Tensor:
         """Row by row and head by head, in float64."""
@@ -93,7 +93,7 @@ def test_a_wrong_table_is_noticed(native: Any, width: int) -> None:
     """Negative control: the comparison above depends on the blocks' order."""
     case = Case(6, 2, width, width, torch.float32)
     expected = case.written_out(0.25, None, None, False)
-    case.batch.groups[0].tables[2] = case.batch.groups[0].tables[2].flip(0)
+    case.batch.block_table[2] = case.batch.block_table[2].flip(0)
     for attention in (paged_attention, native):
         result = attention(case.query, case.key, case.value, case.batch, Scores(0.25))
         assert (result.double() - expected)[2].abs().max() > 0.01

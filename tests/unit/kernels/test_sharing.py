@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rrm_kernels.reference import DecodeGroup, PagedBatch, PrefillChunk
-from rrm_kernels.sharing import SharedRun, SharingCost, SharingPlan, find_shared_runs
-from rrm_kernels.triton_attention import MAX_SHARED_QUERIES, describe
+from rrm_kernels.buffers import batch_of
+from rrm_kernels.sharing import MAX_SHARED_QUERIES, SharedRun, SharingCost, SharingPlan, find_shared_runs, plan_sharing
 
 SIZE = 4
 ALWAYS = SharingCost(member=0, crossover=0)
@@ -119,15 +118,13 @@ def test_the_crossover_decides_for_the_step_as_a_whole() -> None:
 
 @pytest.mark.parametrize(("queries", "pieces"), [(MAX_SHARED_QUERIES, 1), (MAX_SHARED_QUERIES + 1, 0)])
 def test_a_step_with_a_long_prefill_chunk_shares_nothing(queries: int, pieces: int) -> None:
-    """The metadata the backend makes of a packed batch: two decodes over common blocks, and a chunk."""
-    tables = torch.tensor([[1, 2, 3, 0], [1, 2, 4, 5]])
-    chunk = PrefillChunk(2, 2 + queries, torch.tensor([6, 7, 8]), 11)
-    batch = PagedBatch(torch.empty(0), [DecodeGroup(0, 2, tables, torch.tensor([9, 14]))], [chunk])
-    metadata = describe(batch, SIZE, torch.device("cpu"), ALWAYS)
-    assert metadata.query_start.tolist() == [0, 1, 2, 2 + queries]
-    assert metadata.context_len.tolist() == [9, 14, 11]
-    assert metadata.block_table.tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [6, 7, 8, 0]]
-    assert metadata.num_seqs.tolist() == [3]
-    assert metadata.num_pieces.tolist() == [pieces]
-    assert metadata.first_key.tolist() == [2 * SIZE * pieces] * 2 + [0]
-    assert describe(batch, SIZE, torch.device("cpu"), None).num_pieces.tolist() == [0]
+    """Two decodes over common blocks, and a chunk."""
+    step = [1, 1, queries], [9, 14, 11], [[1, 2, 3], [1, 2, 4, 5], [6, 7, 8]], SIZE
+    batch = batch_of(*step, torch.device("cpu"), plan_sharing(*step, ALWAYS))
+    assert batch.query_start.tolist() == [0, 1, 2, 2 + queries]
+    assert batch.context_len.tolist() == [9, 14, 11]
+    assert batch.block_table.tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [6, 7, 8, 0]]
+    assert batch.num_seqs.tolist() == [3]
+    assert batch.num_pieces.tolist() == [pieces]
+    assert batch.first_key.tolist() == [2 * SIZE * pieces] * 2 + [0]
+    assert plan_sharing(*step, None) is None

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from rrm_kernels.reference import PagedBatch, PrefillChunk, Scores, paged_attention
+from rrm_kernels.batch import Capacity, PagedBatch, Scores
+from rrm_kernels.buffers import BatchBuffers, batch_of
+from rrm_kernels.reference import paged_attention
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
-from rrm_kernels.metadata import Capacity, RaggedMetadata
 from rrm_kernels.ragged import ragged_attention
 from rrm_kernels.sharing import SharingCost, SharingPlan, find_shared_runs
 from rrm_kernels.tile import INTERPRETED, Tile
@@ -55,19 +56,14 @@ class Case:
 
     def expected(self, *options: Any) -> torch.Tensor:
         """The reference in fp32, on the same (rounded) inputs."""
-        start, chunks = 0, []
-        for table, (queries, context) in zip(self.tables, self.seqs, strict=True):
-            chunks.append(PrefillChunk(start, start + queries, torch.tensor(table), context))
-            start += queries
-        batch = PagedBatch(torch.empty(0), [], chunks)
+        batch = batch_of(*zip(*self.seqs, strict=True), self.tables, self.block_size, torch.device("cpu"))
         sinks = self.sinks.float() if options and options[-1] else None
         scale, window, softcap = options[:3] if options else (0.25, None, None)
         given = (self.query.float(), self.key.float(), self.value.float(), batch)
         return paged_attention(*given, Scores(scale, window, softcap, sinks))
 
-    def metadata(self, sharing: SharingPlan | None = None) -> RaggedMetadata:
-        queries, contexts = zip(*self.seqs, strict=True)
-        return RaggedMetadata.of(queries, contexts, self.tables, self.block_size, DEVICE, sharing)
+    def batch(self, sharing: SharingPlan | None = None) -> PagedBatch:
+        return batch_of(*zip(*self.seqs, strict=True), self.tables, self.block_size, DEVICE, sharing)
 
     def plan(self, cost: SharingCost = ALWAYS) -> SharingPlan:
         return find_shared_runs(self.tables, [c - q for q, c in self.seqs], self.block_size, cost)
@@ -78,7 +74,7 @@ class Case:
         window: int | None = None,
         softcap: float | None = None,
         sinks: bool = False,
-        metadata: RaggedMetadata | None = None,
+        batch: PagedBatch | None = None,
         splits: int = 1,
         tile: Tile | None = SMALL,
     ) -> torch.Tensor:
@@ -86,7 +82,7 @@ class Case:
         key[self.unused], value[self.unused] = float("nan"), float("nan")
         given = [t.to(DEVICE) for t in (self.query, key, value)]
         scores = Scores(scale, window, softcap, self.sinks.to(DEVICE) if sinks else None)
-        out = ragged_attention(*given, metadata or self.metadata(), scores, splits=splits, tile=tile)
+        out = ragged_attention(*given, batch or self.batch(), scores, splits=splits, tile=tile)
         return out.cpu().float()
 
 
@@ -139,42 +135,41 @@ def test_a_strided_query_is_read_where_it_lies() -> None:
 
 
 @pytest.mark.parametrize("broken", ["context", "table", "query_start"])
-def test_wrong_metadata_is_noticed(broken: str) -> None:
+def test_a_wrong_batch_is_noticed(broken: str) -> None:
     """Negative control: the comparisons above depend on every buffer."""
     case = Case(MIXED)
-    metadata = case.metadata()
+    batch = case.batch()
     if broken == "context":
-        metadata.context_len[0] -= 1
+        batch.context_len[0] -= 1
     elif broken == "table":
-        metadata.block_table[0] = metadata.block_table[0].flip(0)
+        batch.block_table[0] = batch.block_table[0].flip(0)
     else:
-        metadata.query_start[3] -= 1
-    assert difference(case.run(metadata=metadata), case.expected(0.25, None, None, False)) > 0.01
+        batch.query_start[3] -= 1
+    assert difference(case.run(batch=batch), case.expected(0.25, None, None, False)) > 0.01
 
 
 def test_buffers_of_fixed_capacity_serve_step_after_step() -> None:
     """As under CUDA graphs: the same buffers and grid, first a large step, then a small one, then none."""
     large = Case([(1, 37), (1, 21), (4, 9), (1, 16)], shared=[(3, 0, 3), (1, 0, 4)])
     small = Case([(1, 9), (3, 14)])
-    metadata = RaggedMetadata.empty(Capacity(5, 10, 5, 12, pieces=3, members=6, run_members=4, partials=3), 4, DEVICE)
+    buffers = BatchBuffers(Capacity(5, 10, 5, 12, pieces=3, members=6, run_members=4, partials=3), 4, DEVICE)
     for case in (large, small):
         queries, contexts = zip(*case.seqs, strict=True)
         plan = case.plan()
         assert bool(plan.runs) == (case is large)
-        metadata.update_from(queries, contexts, case.tables, plan)
+        batch = buffers.update(queries, contexts, case.tables, plan)
         expected = case.expected(0.25, None, None, False)
         case.query = torch.cat([case.query, torch.full((10 - len(case.query), *case.query.shape[1:]), float("nan"))])
-        assert difference(case.run(metadata=metadata, splits=2)[: len(expected)], expected) < 3e-6
-    metadata.update_from([], [], [])
-    small.run(metadata=metadata, splits=2)
+        assert difference(case.run(batch=batch, splits=2)[: len(expected)], expected) < 3e-6
+    small.run(batch=buffers.update([], [], []), splits=2)
 
 
 def test_a_step_beyond_the_capacity_is_refused() -> None:
-    metadata = RaggedMetadata.empty(Capacity(2, 4, 2, 8), 4, DEVICE)
+    buffers = BatchBuffers(Capacity(2, 4, 2, 8), 4, DEVICE)
     with pytest.raises(ValueError, match="this step has 3 seqs, the buffers were made for 2"):
-        metadata.update_from([1, 1, 1], [1, 1, 1], [[1], [2], [3]])
+        buffers.update([1, 1, 1], [1, 1, 1], [[1], [2], [3]])
     with pytest.raises(ValueError, match="this step has 3 queries, the buffers were made for 2"):
-        metadata.update_from([3], [3], [[1]])
+        buffers.update([3], [3], [[1]])
 
 
 # sequences, and what they share: two groups, one with a group inside it, and outsiders with prefill chunks
@@ -195,34 +190,34 @@ def test_shared_runs_give_the_same_as_reading_them_for_each(options: Any) -> Non
     expected = case.expected(*options)
     assert difference(case.run(*options), expected) < 3e-6
     for splits in (1, 2):
-        metadata = case.metadata(plan)
-        assert metadata.capacity.partials == 2
-        assert difference(case.run(*options, metadata=metadata, splits=splits), expected) < 3e-6
+        batch = case.batch(plan)
+        assert batch.capacity.partials == 2
+        assert difference(case.run(*options, batch=batch, splits=splits), expected) < 3e-6
 
 
 def test_shared_runs_are_really_read_for_all_members() -> None:
     """Negative control: a member's own table may be wrong where a run covers it, the run's owner's may not."""
     case = Case(FAMILY, shared=FAMILY_SHARES)
     expected = case.expected(0.25, None, None, False)
-    metadata = case.metadata(case.plan())
-    metadata.block_table[1, :6] = 0
-    assert difference(case.run(metadata=metadata), expected) < 3e-6
-    metadata.block_table[0, 1] = 0
-    wrong = (case.run(metadata=metadata) - expected).abs().amax((1, 2)).nan_to_num(float("inf"))
+    batch = case.batch(case.plan())
+    batch.block_table[1, :6] = 0
+    assert difference(case.run(batch=batch), expected) < 3e-6
+    batch.block_table[0, 1] = 0
+    wrong = (case.run(batch=batch) - expected).abs().amax((1, 2)).nan_to_num(float("inf"))
     assert (wrong[:4] > 0.01).all()
     assert (wrong[4:] < 1e-5).all()
 
 
 def test_windowed_layers_ignore_shared_runs() -> None:
     case = Case(FAMILY, shared=FAMILY_SHARES)
-    result = case.run(0.25, 7, None, False, metadata=case.metadata(case.plan()))
+    result = case.run(0.25, 7, None, False, batch=case.batch(case.plan()))
     assert torch.equal(result, case.run(0.25, 7, None, False))
     assert difference(result, case.expected(0.25, 7, None, False)) < 3e-6
 
 
 def test_a_long_run_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrm_kernels.metadata.PIECE", 10)
+    monkeypatch.setattr("rrm_kernels.buffers.PIECE", 10)
     case = Case(FAMILY, shared=FAMILY_SHARES)
-    metadata = case.metadata(case.plan())
-    assert metadata.capacity.partials == 4
-    assert difference(case.run(metadata=metadata), case.expected(0.25, None, None, False)) < 3e-6
+    batch = case.batch(case.plan())
+    assert batch.capacity.partials == 4
+    assert difference(case.run(batch=batch), case.expected(0.25, None, None, False)) < 3e-6

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import MOE, plain_model, prepared
+from oracle import MOE, Attending, plain_model, prepared
 from rrm_kernels import reference
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -181,7 +181,7 @@ def test_a_window_that_is_one_too_wide_is_refused(monkeypatch: pytest.MonkeyPatc
         return attend(query, keys, values, batch, replace(scores, window=scores.window and scores.window + 1))
 
     plain = plain_model("mistral")
-    monkeypatch.setattr("rrm_engine.loading.prepare.choose_attention", lambda *_: ("wide", wide))
+    monkeypatch.setattr("rrm_engine.loading.prepare.choose_attention", lambda *_: ("wide", Attending(wide)))
     assert "it differs from plain transformers in the attention" in refusal(plain, "native")
 
 

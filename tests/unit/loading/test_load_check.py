@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import COMMON, engine_for, plain_model, prepared, prompt
-from rrm_kernels.reference import PagedAttention, Scores, paged_attention
+from oracle import COMMON, Attending, engine_for, plain_model, prepared, prompt
+from rrm_kernels.batch import PagedAttention, Scores
+from rrm_kernels.reference import paged_attention
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
@@ -80,7 +81,9 @@ def _padded_biases(attention: Any) -> list[torch.Tensor]:
 
 def changed_scores(change: Callable[[Scores], Scores]) -> Change:
     def attend_otherwise(case: Case, monkeypatch: pytest.MonkeyPatch) -> PagedAttention:
-        return lambda query, keys, values, batch, scores: case.attend(query, keys, values, batch, change(scores))
+        return Attending(
+            lambda query, keys, values, batch, scores: case.attend(query, keys, values, batch, change(scores))
+        )
 
     return attend_otherwise
 
@@ -98,7 +101,7 @@ def no_softcap() -> Change:
 
 
 def swapped(case: Case, monkeypatch: pytest.MonkeyPatch) -> PagedAttention:
-    return lambda query, keys, values, batch, scores: case.attend(query, values, keys, batch, scores)
+    return Attending(lambda query, keys, values, batch, scores: case.attend(query, values, keys, batch, scores))
 
 
 def changed_step(change: Callable[[Any], None]) -> Change:
@@ -343,7 +346,7 @@ def failing(*_: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("fault", [failing, lambda *given: 2 * paged_attention(*given)], ids=["fails", "is wrong"])
 def test_the_torch_reference_stands_in_for_an_attention_that(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rrm_engine.loading.prepare.choose_attention", lambda *_: ("compiled", fault))
+    monkeypatch.setattr("rrm_engine.loading.prepare.choose_attention", lambda *_: ("compiled", Attending(fault)))
     model = prepared(plain_model("llama"))
     assert model.attend is paged_attention and model.slower is None
     assert re.match(r"torch reference \(compiled: (it differs from plain|its forward pass fails)", model.attention)

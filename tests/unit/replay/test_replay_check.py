@@ -62,7 +62,7 @@ def test_a_step_that_runs_the_sampled_token_is_noticed(model: LoadedModel, monke
             sequence.probe.forced = forced
         return layout
 
-    monkeypatch.setattr("rrm_engine.engine.runner.lay_out", unforced)
+    monkeypatch.setattr("rrm_engine.engine.static_steps.lay_out", unforced)
     test_free_choices_are_those_of_plain_transformers(model, lookahead=False)
     with pytest.raises(AssertionError):
         test_free_choices_are_those_of_plain_transformers(model, lookahead=True)
