@@ -35,7 +35,7 @@ class Case:
         self.query = random(3 + 5 + 2, heads, key_width)
         self.sinks = random(heads)
         order = torch.randperm(BLOCKS - 1, generator=generator) + 1
-        tables = [order[start:stop] for start, stop in pairwise([0, 1, 3, 10, 13, 14])]
+        tables = [order[start:stop].tolist() for start, stop in pairwise([0, 1, 3, 10, 13, 14])]
         self.batch = batch_of([1, 1, 1, 5, 2], [1, 6, 27, 11, 2], tables, BLOCK_SIZE, torch.device("cpu"))
         self.places = [(tables[0], 0, 1), (tables[1], 5, 6), (tables[2], 26, 27)]  # (table, position, length) a row
         self.places += [(tables[3], 6 + i, 7 + i) for i in range(5)] + [(tables[4], i, i + 1) for i in range(2)]

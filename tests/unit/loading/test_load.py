@@ -175,7 +175,7 @@ def test_a_broken_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_window_that_is_one_too_wide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = reference.paged_attention
+    attend: Any = reference.paged_attention
 
     def wide(query: Any, keys: Any, values: Any, batch: Any, scores: Any) -> torch.Tensor:
         return attend(query, keys, values, batch, replace(scores, window=scores.window and scores.window + 1))
