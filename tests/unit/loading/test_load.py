@@ -160,12 +160,12 @@ def test_the_probe_passes_what_is_right(family: str) -> None:
 
 def test_a_broken_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A packed run in which prefill sees one token of its own future."""
-    mask = reference._chunk_mask
+    mask = reference.chunk_mask
 
-    def leaky(chunk: Any, window: Any, like: torch.Tensor) -> torch.Tensor:
-        return mask(chunk, window, like).roll(-1, dims=0).index_fill(0, torch.tensor([chunk.stop - chunk.start - 1]), 0)
+    def leaky(queries: int, *given: Any) -> torch.Tensor:
+        return mask(queries, *given).roll(-1, dims=0).index_fill(0, torch.tensor([queries - 1]), 0)
 
-    monkeypatch.setattr(reference, "_chunk_mask", leaky)
+    monkeypatch.setattr(reference, "chunk_mask", leaky)
     reason = refusal(plain_model("qwen3"))
     assert re.search(r"it differs from plain transformers in the attention (of layer|at token) \d+, by ", reason)
     assert (
