@@ -98,7 +98,7 @@ class StepBuffers:
         self.uploaded = 0  # bytes of the last step
 
     def fill(self, layout: Layout, drawn: Drawn | None = None, sharing: SharingCost | None = None) -> StepShape:
-        """Write a step and send it to the device. Tokens that nobody knows yet are taken from ``drawn``, on the device.
+        """Write a step and send it to the device. Tokens the host does not know yet are taken from ``drawn`` there.
 
         Where ``sharing`` finds more shared runs than there is room for, the step shares nothing.
         """

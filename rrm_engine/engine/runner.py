@@ -18,7 +18,7 @@ class ModelRunner:
     """Runs a model over one cache; ``device`` is where its layers begin.
 
     Nothing here waits for a device, and steps are given to the devices one after the other: what a step writes on a
-    device comes behind everything that earlier steps read there. That is why blocks of a step in flight may be
+    device comes after everything that earlier steps read there. That is why blocks of a step in flight may be
     released, cached, forked, offloaded and given to others as soon as it has been launched.
     """
 

@@ -56,7 +56,7 @@ class StaticSteps:
     def pack(self, work: tuple[Work, ...], drawn: Drawn | None = None) -> StaticStep:
         """Write a step into its buffers and send it to the device, in one transfer.
 
-        Tokens that nobody knows yet are taken from ``drawn``, on the device.
+        Tokens the host does not know yet are taken from ``drawn``, on the device.
         """
         layout = lay_out(work, self.block_size)
         tokens, seqs, blocks = self._size(layout)
