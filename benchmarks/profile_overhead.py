@@ -183,7 +183,7 @@ class Lockstep:
             ended = 0
             while not ended:
                 for arm in noise.sample(ARMS, len(ARMS)):
-                    loop.JobRun, job.Reading = (self.classes[arm][c] for c in (job.JobRun, reading.Reading))
+                    loop.JobRun, job.Reading = (self.classes[arm][c] for c in (job.JobRun, reading.Reading))  # type: ignore
                     began = process_time()
                     ended += next(drives[arm], self) is self
                     seconds[arm].append(process_time() - began)

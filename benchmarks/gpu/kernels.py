@@ -68,8 +68,8 @@ class Case:
 
     def expected(self, options: Options) -> torch.Tensor:
         """In fp32, on the same rounded inputs."""
-        given = (t.float() for t in (self.query, self.key, self.value))
-        return paged_attention(*given, self.batch(), self.scores(options))
+        query, key, value = (t.float() for t in (self.query, self.key, self.value))
+        return paged_attention(query, key, value, self.batch(), self.scores(options))
 
 
 def run(lab: Lab, rows: list[Row]) -> None:

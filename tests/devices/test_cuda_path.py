@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graph_scripts import live_graph, mistakes, short_graph
+from lab import engine_of
 from oracle import engine_for, plain_model, prepared, prompt
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
@@ -385,5 +386,5 @@ def test_nothing_waits_for_the_device_before_sampling(on_torch: tuple[Any, Loade
 def test_the_setting_reaches_the_runner(on_torch: tuple[Any, LoadedModel], eager: bool) -> None:
     ready = Solver.load(RunConfig(kv_blocks=400))
     ready.model.forward, ready.model.attend = on_torch[1].forward, on_torch[1].attend
-    engine = Solver(ready.model, RunConfig(kv_blocks=400, eager=eager)).engine
+    engine = engine_of(Solver(ready.model, RunConfig(kv_blocks=400, eager=eager)))
     assert engine.runner.static.pad is not eager

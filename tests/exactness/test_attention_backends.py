@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 BLOCK = 256
 SEQS = [(1, 300), (5, 40), (1, 1)]  # query tokens, context
 TABLES = [[3, 1], [2], [4]]
+QUERIES, CONTEXTS = zip(*SEQS, strict=True)
 
 
 class Step:
@@ -37,12 +38,12 @@ class Step:
         generator = torch.Generator().manual_seed(0)
         self.key, self.value = (torch.randn(5, BLOCK, 2, 64, generator=generator).to(device, dtype) for _ in range(2))
         self.query = torch.randn(sum(q for q, _ in SEQS), 4, 64, generator=generator).to(device, dtype)
-        self.batch = batch_of(*zip(*SEQS, strict=True), TABLES, BLOCK, device)
+        self.batch = batch_of(QUERIES, CONTEXTS, TABLES, BLOCK, device)
 
     def expected(self, window: int | None = None, softcap: float | None = None) -> torch.Tensor:
-        given = (t.float().cpu() for t in (self.query, self.key, self.value))
-        batch = batch_of(*zip(*SEQS, strict=True), TABLES, BLOCK, CPU)
-        return paged_attention(*given, batch, Scores(0.125, window, softcap))
+        query, key, value = (t.float().cpu() for t in (self.query, self.key, self.value))
+        batch = batch_of(QUERIES, CONTEXTS, TABLES, BLOCK, CPU)
+        return paged_attention(query, key, value, batch, Scores(0.125, window, softcap))
 
 
 class Bound:
@@ -64,8 +65,7 @@ class Bound:
         batch = batch_of(queries, lengths.tolist(), tables.tolist(), BLOCK, CPU)
         window, softcap = left + 1 if left >= 0 else None, given.get("softcap") or None
         scale = given[self.names["scale"]]
-        inputs = (t.float() for t in (query, key, value))
-        return paged_attention(*inputs, batch, Scores(scale, window, softcap))
+        return paged_attention(query.float(), key.float(), value.float(), batch, Scores(scale, window, softcap))
 
 
 VARLEN = {"starts": "cu_seq_q", "keys": "cu_seq_k", "longest": "max_q", "scale": "scale"}

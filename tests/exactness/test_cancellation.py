@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from driven import NODES, TASK, TOKENS, Driven
 from forked_bench import break_forward
+from lab import engine_of
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.session import EngineNode
@@ -98,7 +99,7 @@ STATES = [
 
 def nothing_left(solver: Solver, gone: str) -> None:
     """No sequence whose key begins with ``gone`` is there, and what is held is what the others hold."""
-    engine = solver.engine
+    engine = engine_of(solver)
     engine.check()
     assert not [s.key for s in engine.sequences if s.key.startswith(gone)], "it still has sequences"
     held = {block for s in engine.sequences for block in s.table.blocks}
@@ -171,7 +172,7 @@ def test_a_neighbour_that_suffers_is_noticed(
 
     def wiping(self: JobRun) -> None:
         release(self)
-        for keys, _ in solver.engine.runner.cache._layers.values():
+        for keys, _ in engine_of(solver).runner.cache._layers.values():
             keys.zero_()
 
     monkeypatch.setattr(JobRun, "release", wiping)
@@ -275,16 +276,17 @@ def test_budgets_bind_every_descendant(planner: int, nodes: int, driven: Driven)
 def test_a_failed_step_under_memory_pressure_loses_no_block(driven: Driven, alone: Callable[[str], Outcome]) -> None:
     """Wherever it fails, with blocks on their way to the host or back, and whoever was in it."""
     solver = driven.solver(wait_policy="offload", kv_blocks=40, max_concurrency=2)
+    engine = engine_of(solver)
     reasons = []
     for step in range(60, 500, 110):
-        mend = break_forward(solver.engine.runner, step, memory=False)
+        mend = break_forward(engine.runner, step, memory=False)
         events: Events = []
         failed, other, later = sorted(
             solver.run([Job(f"{n}", TASK) for n in range(3)], events.append, concurrency=2), key=lambda r: r.job.id
         )
         mend()
         nothing_left(solver, "")
-        assert solver.engine.pool.num_used == solver.engine.space.num_used == 0
+        assert engine.pool.num_used == engine.space.num_used == 0
         assert failed.error is not None and other.error is not None
         reasons += [failed.error, other.error]
         assert outcome(later, events) == alone("task")

@@ -195,7 +195,7 @@ def break_forward(runner: ModelRunner, number: int, memory: bool) -> Callable[[]
     def mend() -> None:
         PagedForward.attention = right  # type: ignore[method-assign]
 
-    PagedForward.attention = failing  # type: ignore[method-assign]
+    PagedForward.attention = failing  # type: ignore[assignment]
     return mend
 
 
@@ -206,7 +206,7 @@ def overlook_limits() -> None:
 
 def let_allocations_fail() -> None:
     """An allocation that fails is not turned into a sentence."""
-    local.refuse_out_of_memory = lambda sentence: nullcontext()  # type: ignore[return-value]
+    local.refuse_out_of_memory = lambda sentence: nullcontext()  # type: ignore[assignment, return-value]
 
 
 def write_rows_before_events() -> None:

@@ -3,6 +3,7 @@
 import pytest
 from graphs import brief, child, resume_of, started
 
+from rrm_engine.graph.paths import ROOT, NodePath
 from rrm_engine.graph.states import NodeState
 from rrm_engine.graph.types import Conclusion, EndReason, Finish, Pause, Phase, Resume, Start, Status, Stop
 from rrm_engine.protocol.events import Atomic, Await, Done, Malformed
@@ -14,8 +15,8 @@ class TestAwait:
         m.on_event("root", child("a"))
         m.on_event("root.a", Atomic("A"))
         assert m.on_event("root", Await(("a",))) == [
-            Pause("root"),
-            Resume("root", Phase.CONTINUATION, (Conclusion("a", "A"),)),
+            Pause(ROOT),
+            Resume(ROOT, Phase.CONTINUATION, (Conclusion("a", "A"),)),
         ]
 
     def test_no_names_mean_all_children_not_yet_awaited(self) -> None:
@@ -70,7 +71,7 @@ class TestAwait:
     def test_done_with_children_running_awaits_them(self) -> None:
         m = started()
         m.on_event("root", child("a"))
-        assert m.on_event("root", Done(), text="") == [Pause("root")]
+        assert m.on_event("root", Done(), text="") == [Pause(ROOT)]
 
     def test_what_a_paused_node_had_in_flight_is_ignored(self) -> None:
         m = started()
@@ -84,7 +85,7 @@ class TestAwait:
 class TestConclusions:
     def test_atomic_without_an_answer_turns_to_solving(self) -> None:
         m = started()
-        assert m.on_event("root", Atomic()) == [Pause("root"), Resume("root", Phase.SOLVER)]
+        assert m.on_event("root", Atomic()) == [Pause(ROOT), Resume(ROOT, Phase.SOLVER)]
         assert brief(m.on_end("root", EndReason.EOS, "So it is 7.")) == ["stop root", "finish atomic"]
 
     def test_a_node_that_chose_to_solve_does_not_split(self) -> None:
@@ -97,7 +98,7 @@ class TestConclusions:
     def test_atomic_without_an_answer_is_done_where_there_are_children(self) -> None:
         m = started()
         m.on_event("root", child("a"))
-        assert m.on_event("root", Atomic()) == [Pause("root")]
+        assert m.on_event("root", Atomic()) == [Pause(ROOT)]
         assert m.repairs == {"implicit_await": 1}
 
     def test_an_answer_abandons_the_children_still_running(self) -> None:
@@ -115,7 +116,9 @@ class TestConclusions:
     def test_done_concludes_with_the_text_before_it(self) -> None:
         m = started()
         m.on_event("root", child("a"))
-        assert m.on_event("root.a", Done(), text="It is 4.\n") == [Stop("root.a", Conclusion("a", "It is 4."))]
+        assert m.on_event("root.a", Done(), text="It is 4.\n") == [
+            Stop(NodePath("root.a"), Conclusion("a", "It is 4."))
+        ]
 
     def test_done_without_text_leaves_the_decision_to_the_end(self) -> None:
         m = started()
@@ -132,7 +135,7 @@ class TestConclusions:
         m = started()
         m.on_event("root", child("a"))
         (stop,) = m.on_end("root.a", EndReason.EOS, " \n")
-        assert stop == Stop("root.a", Conclusion("a", "failed: it ended without an answer", ok=False))
+        assert stop == Stop(NodePath("root.a"), Conclusion("a", "failed: it ended without an answer", ok=False))
 
 
 class TestFallback:
@@ -140,7 +143,7 @@ class TestFallback:
         m = started()
         commands = m.on_end("root", EndReason.EOS, "I would first look at x.")
         assert brief(commands) == ["stop root", "start root!direct"]
-        assert commands[-1] == Start("root!direct", Phase.DIRECT, "the task")
+        assert commands[-1] == Start(NodePath("root!direct"), Phase.DIRECT, "the task")
         assert m.on_event("root!direct", child("a")) == []
         commands = m.on_end("root!direct", EndReason.EOS, "FINAL: 9")
         assert commands[-1] == Finish(Status.FALLBACK, "FINAL: 9")

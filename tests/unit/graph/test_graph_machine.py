@@ -4,6 +4,7 @@ import pytest
 from graphs import brief, child, resume_of, started
 
 from rrm_engine.graph.machine import MAX_NOTES, GraphMachine
+from rrm_engine.graph.paths import ROOT, NodePath
 from rrm_engine.graph.states import NodeState
 from rrm_engine.graph.types import (
     Cancel,
@@ -23,25 +24,25 @@ from rrm_engine.protocol.events import Atomic, Await, Child, Done, Malformed
 
 def test_a_root_splits_into_two_cases_and_joins_them() -> None:
     m = GraphMachine("How many ...?", Limits())
-    assert m.start() == [Start("root", Phase.GRAPH, "How many ...?")]
+    assert m.start() == [Start(ROOT, Phase.GRAPH, "How many ...?")]
 
     # Children start at their own event, while the root goes on writing.
     assert m.on_event("root", Child("case_a", "x even")) == [
-        Start("root.case_a", Phase.GRAPH, "x even", parent="root", depth=1)
+        Start(NodePath("root.case_a"), Phase.GRAPH, "x even", parent=ROOT, depth=1)
     ]
     assert m.on_event("root", Child("case_b", "x odd")) == [
-        Start("root.case_b", Phase.GRAPH, "x odd", parent="root", depth=1)
+        Start(NodePath("root.case_b"), Phase.GRAPH, "x odd", parent=ROOT, depth=1)
     ]
-    assert m.on_event("root", Await(("case_a", "case_b"), rule="sum")) == [Pause("root")]
+    assert m.on_event("root", Await(("case_a", "case_b"), rule="sum")) == [Pause(ROOT)]
 
     b, a = Conclusion("case_b", "FINAL: 104"), Conclusion("case_a", "FINAL: 100")
-    assert m.on_event("root.case_b", Atomic("FINAL: 104")) == [Stop("root.case_b", b)]
+    assert m.on_event("root.case_b", Atomic("FINAL: 104")) == [Stop(NodePath("root.case_b"), b)]
     assert m.on_event("root.case_a", Atomic("FINAL: 100")) == [
-        Stop("root.case_a", a),
-        Resume("root", Phase.CONTINUATION, (a, b), rule="sum"),  # in the order named
+        Stop(NodePath("root.case_a"), a),
+        Resume(ROOT, Phase.CONTINUATION, (a, b), rule="sum"),  # in the order named
     ]
     assert m.on_event("root", Atomic("104 + 100. FINAL: 204")) == [
-        Stop("root", Conclusion("root", "104 + 100. FINAL: 204")),
+        Stop(ROOT, Conclusion("root", "104 + 100. FINAL: 204")),
         Finish(Status.GRAPH, "104 + 100. FINAL: 204"),
     ]
     assert m.on_event("root", Done()) == []  # was in flight
@@ -194,9 +195,9 @@ class TestLimits:
         m = started(max_nodes=1)
         m.on_event("root", child("a"))
         pause, resume = m.on_event("root", Done())
-        assert pause == Pause("root")
+        assert pause == Pause(ROOT)
         assert resume == Resume(
-            "root", Phase.CONTINUATION, notes=("Child a was not started: the graph has all its 1 nodes.",)
+            ROOT, Phase.CONTINUATION, notes=("Child a was not started: the graph has all its 1 nodes.",)
         )
 
     def test_what_a_node_has_read_of_neither_keeps_it_from_ending_nor_comes_again(self) -> None:
@@ -243,8 +244,8 @@ def test_cancel_ends_everything_once() -> None:
     m.on_event("root", Await())
     commands = m.cancel("the user left")
     assert commands == [
-        Cancel("root", "the user left"),
-        Cancel("root.a", "the user left"),
+        Cancel(ROOT, "the user left"),
+        Cancel(NodePath("root.a"), "the user left"),
         Finish(Status.FAILED, "", error="the user left"),
     ]
     assert m.cancel("again") == m.on_end("root.a", EndReason.EOS, "x") == []
@@ -252,9 +253,9 @@ def test_cancel_ends_everything_once() -> None:
 
 def test_a_fork_starts_from_its_parents_context() -> None:
     m = GraphMachine("t", Limits(), child_context="parent")
-    assert m.start() == [Start("root", Phase.GRAPH, "t")]
+    assert m.start() == [Start(ROOT, Phase.GRAPH, "t")]
     (start,) = m.on_event("root", Child("a", "ta"))
-    assert start == Start("root.a", Phase.GRAPH, "ta", parent="root", depth=1, fork=True)
+    assert start == Start(NodePath("root.a"), Phase.GRAPH, "ta", parent=ROOT, depth=1, fork=True)
 
 
 def test_malformed_events_are_counted_and_told() -> None:

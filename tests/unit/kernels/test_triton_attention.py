@@ -56,14 +56,16 @@ class Case:
 
     def expected(self, *options: Any) -> torch.Tensor:
         """The reference in fp32, on the same (rounded) inputs."""
-        batch = batch_of(*zip(*self.seqs, strict=True), self.tables, self.block_size, torch.device("cpu"))
+        queries, contexts = zip(*self.seqs, strict=True)
+        batch = batch_of(queries, contexts, self.tables, self.block_size, torch.device("cpu"))
         sinks = self.sinks.float() if options and options[-1] else None
         scale, window, softcap = options[:3] if options else (0.25, None, None)
         given = (self.query.float(), self.key.float(), self.value.float(), batch)
         return paged_attention(*given, Scores(scale, window, softcap, sinks))
 
     def batch(self, sharing: SharingPlan | None = None) -> PagedBatch:
-        return batch_of(*zip(*self.seqs, strict=True), self.tables, self.block_size, DEVICE, sharing)
+        queries, contexts = zip(*self.seqs, strict=True)
+        return batch_of(queries, contexts, self.tables, self.block_size, DEVICE, sharing)
 
     def plan(self, cost: SharingCost = ALWAYS) -> SharingPlan:
         return find_shared_runs(self.tables, [c - q for q, c in self.seqs], self.block_size, cost)
@@ -74,15 +76,16 @@ class Case:
         window: int | None = None,
         softcap: float | None = None,
         sinks: bool = False,
+        *,
         batch: PagedBatch | None = None,
         splits: int = 1,
         tile: Tile | None = SMALL,
     ) -> torch.Tensor:
         key, value = self.key.clone(), self.value.clone()
         key[self.unused], value[self.unused] = float("nan"), float("nan")
-        given = [t.to(DEVICE) for t in (self.query, key, value)]
+        query, key, value = (t.to(DEVICE) for t in (self.query, key, value))
         scores = Scores(scale, window, softcap, self.sinks.to(DEVICE) if sinks else None)
-        out = ragged_attention(*given, batch or self.batch(), scores, splits=splits, tile=tile)
+        out = ragged_attention(query, key, value, batch or self.batch(), scores, splits=splits, tile=tile)
         return out.cpu().float()
 
 

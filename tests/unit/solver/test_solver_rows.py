@@ -84,7 +84,7 @@ PLACES: dict[str, tuple[type, str, int]] = {
 @pytest.mark.parametrize("place", PLACES)
 def test_a_bug_costs_its_row_only(lab: Lab, reference: Recorded, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     kind, name, nth = PLACES[place]
-    settings = {"join": "transcript"} if kind is Joiner else {}
+    settings: dict[str, Any] = {"join": "transcript"} if kind is Joiner else {}
     reference = recorded(lab, **settings) if settings else reference
     running: list[str] = []  # keys of jobs
     for owner, method in ((JobRun, "start"), (JobRun, "on_written"), (EngineSession, "on_token")):
