@@ -8,7 +8,6 @@ from rrm_engine.graph.paths import NodePath
 from rrm_engine.graph.states import INITIAL, NodeState
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
 
-
 QUOTES = ('""', "''", "``", "“”", "‘’")  # noqa: RUF001
 
 
