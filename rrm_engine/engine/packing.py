@@ -133,10 +133,12 @@ class StepBuffers:
         tables, size = layout.tables, self.batch.block_size
         lens = layout.query_lens, layout.context_lens
         host = self.batch.write_tables(tables)
-        rows = [host[i, : len(table)] for i, table in enumerate(tables)]
-        plan = plan_sharing(*lens, rows, size, sharing)
-        shape = StepShape(*lens, rows, size, plan)
-        return shape if self.batch.capacity.holds(shape.size()) else StepShape(*lens, rows, size)
+        if sharing is not None:
+            rows = [host[i, : len(table)] for i, table in enumerate(tables)]
+            shape = StepShape(*lens, rows, size, plan_sharing(*lens, rows, size, sharing))
+            if self.batch.capacity.holds(shape.size()):
+                return shape
+        return StepShape(*lens, tables, size)
 
 
 def pack(work: Iterable[Work], block_size: int, device: torch.device, drawn: Drawn | None = None) -> PackedStep:
