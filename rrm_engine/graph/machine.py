@@ -215,8 +215,9 @@ class GraphMachine:
         if parent.repeats(event.id, event.task):
             self._note(parent, "repeated_child", f"Child {event.id:.64} was declared already.")
             return
-        if twin := parent.twin(event.task, event.depends_on):
-            self._merge(parent, twin, event)
+        twin = parent.twin(event.task, event.depends_on)
+        if twin is not None and not parent.closes_cycle((event.id,), event.depends_on):
+            self._merge(parent, twin, event.id)
             return
         child_id = parent.free_id(event.id)
         names = dict.fromkeys((event.id, child_id))
@@ -232,14 +233,11 @@ class GraphMachine:
             self._pause(parent)
             self._go_on(parent, Phase.SOLVER)
 
-    def _merge(self, parent: Node, twin: Node, event: Child) -> None:
-        """The child has a sibling's task: that sibling answers to its name too."""
-        if parent.closes_cycle((event.id,), event.depends_on):
-            self._note(parent, "cycle", f"Child {event.id:.64} was not started: it would wait for itself.")
-            return
-        self._note(parent, "same_task", f"Child {event.id:.64} has the task of {twin.id}, which answers for both.")
-        if twin not in parent.find(event.id):
-            parent.call(twin, (event.id,))
+    def _merge(self, parent: Node, twin: Node, name: str) -> None:
+        """A child of that name would have a sibling's task: the sibling answers to the name too."""
+        self._note(parent, "same_task", f"Child {name:.64} has the task of {twin.id}, which answers for both.")
+        if twin not in parent.find(name):
+            parent.call(twin, (name,))
             self._wake_dependants(twin)
 
     def _refusal(self, parent: Node, event: Child, names: Iterable[str]) -> tuple[str, str] | None:
@@ -290,19 +288,24 @@ class GraphMachine:
             self._refuse_await(node)
             return
         self._pause(node)
-        named = [child for name in event.children for child in self._resolve(node, name)]
+        named: list[Node] = []
+        for name in event.children:
+            named += self._resolve(node, name, named)
         if not event.children and not (named := node.unawaited):
             self._note(node, "unknown_await", "There was no child to await.")
         self._wait(node, named, event.rule)
 
-    def _resolve(self, node: Node, name: str) -> list[Node]:
-        """The children an await means by ``name``, marked at once: a second mention adds nothing."""
+    def _resolve(self, node: Node, name: str, named: Iterable[Node]) -> list[Node]:
+        """The children an await means by ``name``, marked at once: a second mention adds nothing.
+
+        It has ``named`` some already, of which one may have several names, and one may be named twice.
+        """
         known = node.find(name)
         found = [child for child in known if not child.awaited]
         if not known:
             waiting = ", ".join(c.id for c in node.unawaited[:MAX_NOTES]) or "none"
             self._note(node, "unknown_await", f"There is no child {name:.64}; not yet awaited: {waiting}.")
-        elif not found:
+        elif not found and not any(child in named for child in known):
             self._note(node, "repeated_await", f"Child {name:.64} was awaited before.")
         for child in found:
             child.awaited = True

@@ -126,6 +126,14 @@ class TestIds:
         assert brief(m.on_event("root", Child("c", "Find 5"))) == ["start root.c"]
         assert brief(m.on_event("root.a", Atomic("120"))) == ["stop root.a", "start root.late"]
         assert brief(m.on_event("root", Await(("b", "a")))) == ["pause root", "resume root"]
+        assert m.repairs == {"same_task": 1}, "its other name is no child that was awaited before"
+
+    def test_a_name_that_would_make_a_sibling_wait_for_itself_is_refused(self) -> None:
+        m = started()
+        m.on_event("root", Child("a", "t", ("b",)))
+        m.on_event("root", Child("b", "t", ("b",)))
+        assert m.repairs == {"cycle": 1}
+        assert "wait for itself" in resume_of(m.on_event("root", Await(("b",)))).conclusions[0].answer
 
     def test_a_child_with_its_parents_task_makes_the_parent_solve_it(self) -> None:
         m = started()
