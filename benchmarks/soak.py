@@ -358,7 +358,7 @@ class Soak:
 
 def tiny() -> tuple[Any, Any]:
     """The tests' tiny random Qwen3, whose greedy choices are far apart; and no tokenizer."""
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
     from oracle import plain_model
 
     return plain_model("qwen3"), SimpleNamespace(eos_token_id=1)

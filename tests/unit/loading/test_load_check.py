@@ -129,9 +129,10 @@ def decode_position(step: Any) -> None:
 
 
 def wrong_block(step: Any) -> None:
-    for chunk in step.batch.chunks:
-        if len(chunk.table) > 2:
-            chunk.table[1] = chunk.table[0]
+    batch = step.batch
+    for chunk in range(batch.decodes, len(batch.query_lens)):
+        if batch.context_lens[chunk] > 2 * batch.block_size:
+            batch.block_table[chunk, 1] = batch.block_table[chunk, 0]
 
 
 def no_norm_weight(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
