@@ -25,10 +25,6 @@ Splitting
     * A child whose id is taken is renamed (``a_2``); to its parent it answers to both names. The very same
       child again, while the first is not awaited, is ignored. Ids are made fit for a path: ``a.b`` is
       ``a_b``.
-    * A child that has the task of one not yet awaited, and depends on the same, is that one, under both names.
-      Tasks are compared without case, white space, quotes around them and punctuation at their end.
-    * A child whose task is its parent's own is refused. If the parent is in GRAPH and has no other child, it solves
-      the task itself, as after an ``atomic`` without an answer.
     * ``max_width`` bounds the children of one *round*: from the node's start or resume to its next wait.
       ``max_nodes`` bounds the nodes of the graph, the root included, the fallback not.
     * A refused child takes neither place nor id. Its parent reads a note at its next resume, and a failed
@@ -66,7 +62,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from rrm_engine.graph.direct import DirectMachine
-from rrm_engine.graph.node import Node, normalised
+from rrm_engine.graph.node import Node
 from rrm_engine.graph.paths import ROOT, NodePath
 from rrm_engine.graph.states import ALIVE, OVER, TRANSITIONS, NodeState
 from rrm_engine.graph.types import (
@@ -215,10 +211,6 @@ class GraphMachine:
         if parent.repeats(event.id, event.task):
             self._note(parent, "repeated_child", f"Child {event.id:.64} was declared already.")
             return
-        twin = parent.twin(event.task, event.depends_on)
-        if twin is not None and not parent.closes_cycle((event.id,), event.depends_on):
-            self._merge(parent, twin, event.id)
-            return
         child_id = parent.free_id(event.id)
         names = dict.fromkeys((event.id, child_id))
         child = self._new_node(parent.path.child(child_id), child_id, event.task, parent)
@@ -229,16 +221,6 @@ class GraphMachine:
         parent.adopt(child, names)
         self._wake_dependants(child)
         self._start_if_unblocked(child)
-        if refusal and refusal[0] == "own_task" and parent.phase is Phase.GRAPH and not parent.unawaited:
-            self._pause(parent)
-            self._go_on(parent, Phase.SOLVER)
-
-    def _merge(self, parent: Node, twin: Node, name: str) -> None:
-        """A child of that name would have a sibling's task: the sibling answers to the name too."""
-        self._note(parent, "same_task", f"Child {name:.64} has the task of {twin.id}, which answers for both.")
-        if twin not in parent.find(name):
-            parent.call(twin, (name,))
-            self._wake_dependants(twin)
 
     def _refusal(self, parent: Node, event: Child, names: Iterable[str]) -> tuple[str, str] | None:
         """(repair, why) if the child must not be."""
@@ -251,8 +233,6 @@ class GraphMachine:
             return "over_nodes", f"the graph has all its {limits.max_nodes} nodes"
         if not event.task.strip():
             return "empty_task", "it has no task"
-        if normalised(event.task) == normalised(parent.task):
-            return "own_task", "it has the task of this node itself"
         if parent.closes_cycle(names, event.depends_on):
             return "cycle", "it would wait for itself"
         return None
@@ -288,24 +268,19 @@ class GraphMachine:
             self._refuse_await(node)
             return
         self._pause(node)
-        named: list[Node] = []
-        for name in event.children:
-            named += self._resolve(node, name, named)
+        named = [child for name in event.children for child in self._resolve(node, name)]
         if not event.children and not (named := node.unawaited):
             self._note(node, "unknown_await", "There was no child to await.")
         self._wait(node, named, event.rule)
 
-    def _resolve(self, node: Node, name: str, named: Iterable[Node]) -> list[Node]:
-        """The children an await means by ``name``, marked at once: a second mention adds nothing.
-
-        It has ``named`` some already, of which one may have several names, and one may be named twice.
-        """
+    def _resolve(self, node: Node, name: str) -> list[Node]:
+        """The children an await means by ``name``, marked at once: a second mention adds nothing."""
         known = node.find(name)
         found = [child for child in known if not child.awaited]
         if not known:
             waiting = ", ".join(c.id for c in node.unawaited[:MAX_NOTES]) or "none"
             self._note(node, "unknown_await", f"There is no child {name:.64}; not yet awaited: {waiting}.")
-        elif not found and not any(child in named for child in known):
+        elif not found:
             self._note(node, "repeated_await", f"Child {name:.64} was awaited before.")
         for child in found:
             child.awaited = True

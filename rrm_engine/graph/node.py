@@ -8,8 +8,6 @@ from rrm_engine.graph.paths import NodePath
 from rrm_engine.graph.states import INITIAL, NodeState
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
 
-QUOTES = ('""', "''", "``", "“”", "‘’")  # noqa: RUF001
-
 
 @dataclass(slots=True, eq=False)
 class Node:
@@ -69,15 +67,6 @@ class Node:
         """Whether the node has already declared this very child and not awaited it."""
         return any(c.task == task and not c.awaited and c.state is not NodeState.REFUSED for c in self.find(name))
 
-    def twin(self, task: str, depends_on: Iterable[str]) -> "Node | None":
-        """The child that has this task, is given the same and has not been awaited."""
-        same, names = normalised(task), list(dict.fromkeys(depends_on))
-        targets = [next(reversed(self.find(name)), None) for name in names]
-        for child in self.unawaited:
-            if normalised(child.task) == same and child.dependencies == dict(zip(names, targets, strict=True)):
-                return child
-        return None
-
     def free_id(self, name: str) -> str:
         """``name`` made fit for a path and unlike every sibling's id; refused children hold no id."""
         base = re.sub(r"[^\w-]+", "_", name)[:64] or "child"
@@ -117,13 +106,9 @@ class Node:
                 target.dependants.append(child)
 
     def adopt(self, child: "Node", names: Iterable[str]) -> None:
-        """Take the child in, known by ``names``."""
+        """Make the child known by ``names``; siblings that expected one of them now depend on it."""
         self.children.pop(child.id, None)  # a refused child of that id; the new one comes last
         self.children[child.id] = child
-        self.call(child, names)
-
-    def call(self, child: "Node", names: Iterable[str]) -> None:
-        """Let the child answer to ``names``; siblings that expected one of them now depend on it."""
         for name in names:
             self.names.setdefault(name, []).append(child)
             for sibling in self.expected.pop(name, ()):
@@ -137,17 +122,6 @@ class Node:
             for child in children:
                 del child.dependencies[name]
                 yield child, name
-
-
-def normalised(task: str) -> str:
-    """``task`` without what makes no other task of it: case, white space, quotes around it, its last full stops.
-
-    An exclamation mark stays, for it may be a factorial; so does a quote at one end, which may be a derivative.
-    """
-    text = " ".join(task.split()).rstrip(" .?")
-    while len(text) > 2 and text[0] + text[-1] in QUOTES:
-        text = text[1:-1].strip().rstrip(" .?")
-    return text.casefold() or task.strip()
 
 
 def _conclusions(nodes: Iterable[Node]) -> tuple[Conclusion, ...]:

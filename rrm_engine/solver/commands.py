@@ -193,7 +193,7 @@ class Commands:
         node, limits = self._machine.nodes[path], self._runtime.limits
         room = limits.max_nodes - len(self._machine.nodes)
         splits = node.depth < limits.max_depth and node.awaits < limits.max_awaits and room >= limits.max_width
-        return len(node.names), splits
+        return len(node.children), splits
 
     def _dependencies(self, path: str) -> list[str]:
         found = [d.path for d in self._machine.nodes[path].dependencies.values() if d is not None]

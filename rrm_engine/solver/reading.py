@@ -76,7 +76,7 @@ class Reading:
         answer = machine.on_event(node.path, item.event, text)
         if machine.accepted is not None:
             commands.remember_fork(node, machine.accepted)
-        made = {"child": machine.accepted} if kind == "child" else {}  # None: in vain
+        made = {"child": machine.accepted} if kind == "child" else {}  # None: refused
         commands.tell("event", node.path, kind=kind, **asdict(item.event), **made, repairs=item.repairs)
         commands.carry_out(answer)
 

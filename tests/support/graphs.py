@@ -3,7 +3,6 @@
 `Contract` keeps its own record of events told and commands received and never looks into the machine.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -61,11 +60,6 @@ def is_refusal(conclusion: Conclusion) -> bool:
     return conclusion.answer.startswith("failed: not started")
 
 
-def _bare(task: str) -> str:
-    """A task without what the machine overlooks when it compares two."""
-    return re.sub(r"[\s\"'.]", "", task).lower()
-
-
 @dataclass
 class Declared:
     """A child event as told. Each has a task of its own, which leads from a Start back to its event."""
@@ -90,8 +84,6 @@ class Contract:
     widths: Counter[tuple[str, int]] = field(default_factory=Counter)
     awaiting: dict[str, tuple[str, ...]] = field(default_factory=dict)
     delivered: set[str] = field(default_factory=set)
-    tasks: dict[str, str] = field(default_factory=dict)  # by path
-    started: set[tuple[str, int, str]] = field(default_factory=set)  # parent, round, task of those without dependencies
     finish: Finish | None = None
     obeyed: int = 0  # commands
 
@@ -149,7 +141,6 @@ class Contract:
     def _start(self, start: Start) -> None:
         require(start.node not in self.state, f"{start.node} starts twice")
         self.state[start.node] = "decoding"
-        self.tasks[start.node] = start.task
         self.depth[start.node] = start.depth
         require(start.depth <= self.limits.max_depth, "too deep")
         nodes = sum(not path.endswith("!direct") for path in self.state)
@@ -167,11 +158,6 @@ class Contract:
         child = self.declared[start.task]
         require(child.path is None, "one event, two nodes")
         child.path = start.node
-        require(_bare(start.task) != _bare(self.tasks[parent]), "a child with its parent's task")
-        if not child.event.depends_on:
-            same = (parent, child.round, _bare(start.task))
-            require(same not in self.started, "two siblings with one task")
-            self.started.add(same)
         require(child.parent == parent and start.node.rpartition(".")[0] == parent, "a foreign parent")
         require(start.depth == self.depth[parent] + 1, "a wrong depth")
         require(self.state[parent] != "over", "a child of a parent that is over")
