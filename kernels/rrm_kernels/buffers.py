@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ class StepShape:
         self.query_lens = query_lens
         self.context_lens = context_lens
         self.blocks = max((len(t) for t in tables), default=0)
-        self.starts = np.cumsum([0, *query_lens])
+        self.starts = [0, *accumulate(query_lens)]
         self.first_keys = [n * block_size for n in sharing.private_from] if sharing else [0] * len(tables)
         self.pieces: list[tuple[int, ...]] = []
         self.members: list[int] = []
@@ -51,7 +52,7 @@ class StepShape:
         """What exactly this step takes."""
         return Capacity(
             seqs=len(self.query_lens),
-            tokens=int(self.starts[-1]),
+            tokens=self.starts[-1],
             queries=max(self.query_lens, default=0),
             blocks=self.blocks,
             pieces=len(self.pieces),
@@ -116,7 +117,7 @@ class BatchBuffers:
         """Write everything but the block tables on the host."""
         host, seqs = self.staging.host, len(shape.query_lens)
         starts = host["query_start"], host["context_start"]
-        for array, sums in zip(starts, (shape.starts, np.cumsum([0, *shape.context_lens])), strict=True):
+        for array, sums in zip(starts, (shape.starts, [0, *accumulate(shape.context_lens)]), strict=True):
             array[: seqs + 1] = sums
             array[seqs + 1 :] = sums[-1]
         host["context_len"][:seqs] = shape.context_lens

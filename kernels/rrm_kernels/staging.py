@@ -17,7 +17,7 @@ class Staging:
     """``host[name]`` is written, ``device[name]`` is what kernels read; ``upload`` brings the one to the other.
 
     Both have a fixed size and place, as CUDA graphs need it. On CUDA the host's buffer is pinned and the transfer
-    runs beside what the host does next; call ``begin`` before writing again.
+    runs beside what the host does next; call ``begin`` before writing again. On CPU both are one, and nothing moves.
     """
 
     def __init__(self, arrays: Arrays, device: torch.device) -> None:
@@ -30,7 +30,8 @@ class Staging:
             size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         on_cuda = device.type == "cuda"
         self._source = torch.zeros(size, dtype=torch.uint8, pin_memory=on_cuda)
-        self._target = torch.zeros(size, dtype=torch.uint8, device=device)
+        on_host = device.type == "cpu"
+        self._target = self._source if on_host else torch.zeros(size, dtype=torch.uint8, device=device)
         self._sent = torch.cuda.Event() if on_cuda else None
         self.host: dict[str, npt.NDArray[np.integer]] = {n: t.numpy() for n, t in self._views(self._source).items()}
         self.device = self._views(self._target)
@@ -45,7 +46,8 @@ class Staging:
         """Bring all arrays before ``last`` and its first ``rows`` to the device, in one transfer. Returns its bytes."""
         array = self.host[last]
         size = self._starts[last] + rows * (array.nbytes // len(array) if len(array) else 0)
-        self._target[:size].copy_(self._source[:size], non_blocking=True)
+        if self._target is not self._source:
+            self._target[:size].copy_(self._source[:size], non_blocking=True)
         if self._sent is not None:
             self._sent.record(torch.cuda.current_stream(self._target.device))
         return size

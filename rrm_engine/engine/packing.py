@@ -106,14 +106,15 @@ class StepBuffers:
         self.staging.begin()
         shape = self._shape(layout, sharing)
         self.batch.write(shape, layout.slots)
-        for name, values, rest in (
-            ("token_ids", layout.token_ids, 0),
-            ("positions", layout.positions, 0),
-            ("sampled", layout.sampled, 0),
-            ("drawn", layout.drawn_rows(drawn, live), -1),
+        for name, values in (
+            ("token_ids", layout.token_ids),
+            ("positions", layout.positions),
+            ("sampled", layout.sampled),
         ):
             host[name][: len(values)] = values
-            host[name][len(values) :] = rest
+            host[name][len(values) :] = 0
+        if layout.ahead:
+            host["drawn"][:live] = layout.drawn_rows(drawn, live)
         self.uploaded = self.batch.upload(shape)
         if drawn is not None and layout.ahead:
             drawn.fill(there["token_ids"][:live], there["drawn"][:live])
