@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from rrm_kernels.batch import PagedAttention
 from rrm_kernels.flash import FlashUnsupported
+from rrm_kernels.reference import paged_attention
 from torch import nn
 
 from rrm_engine.device.memory import is_out_of_memory
@@ -56,6 +57,7 @@ BLOCK_SIZE = 8
 STOPS = ((9, 23, 24), (7, 8))  # where the two sequences' chunks end; the last one of each is a decode of one token
 UNSUPPORTED = "models like this are not supported"
 TRY_OTHERS = f"try --attention sdpa or another --dtype; if that is refused too, {UNSUPPORTED}"
+TRY_ANOTHER_DTYPE = f"try another --dtype; if that is refused too, {UNSUPPORTED}"  # what sdpa runs was the last try
 LONGEST_PAST = 8192  # tokens; a window beyond is not looked at
 
 TEXTS = (
@@ -260,7 +262,8 @@ class Check:
         elif not error <= bound_of_logits:
             size = f"by {error:.2g} of the logits' spread (allowed: {bound_of_logits:.2g})"
             reason = f"a packed run differs from a plain one {size}"
-        return LoadCheck(reason, TRY_OTHERS, worst, error, dict(self.cache.shapes), self.forward, self.attend)
+        advice = TRY_ANOTHER_DTYPE if self.attend is paged_attention else TRY_OTHERS
+        return LoadCheck(reason, advice, worst, error, dict(self.cache.shapes), self.forward, self.attend)
 
     def _steps(self) -> Iterator[tuple[Work, ...]]:
         pool = BlockPool(self.cache.num_blocks, self.cache.block_size, prefix_cache=False)

@@ -120,15 +120,16 @@ def prepare_model(
     attention_name, attend = choose_attention(attention, device, dtype)
     devices = layers or [device] * config.num_hidden_layers
 
-    on_device = OnOwnDevice(attend) if spreads or device.type == "cuda" else attend
+    compiled = attend is not paged_attention
+    on_device = OnOwnDevice(attend) if compiled and (spreads or device.type == "cuda") else attend
 
     def optimise(model: Any, kept: Collection[nn.Module]) -> Iterator[tuple[Forward, PagedAttention]]:
         fuse(model, kept)
-        if attend is not paged_attention and (lean := lean_forward(model, devices, attend)) is not None:
+        if compiled and (lean := lean_forward(model, devices, attend)) is not None:
             yield lean, on_device
         forward = transformers_forward(model, devices[-1] if spreads else None)
         yield forward, on_device
-        if attention == "auto" and attend is not paged_attention:
+        if attention == "auto" and compiled:
             yield forward, paged_attention
 
     result = check_model(model, tokenizer, devices, optimise)
