@@ -18,6 +18,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 MANY_TOKENS = 1024  # fewer are not worth a search
+LIKELIEST = 1024  # tokens that top-p looks at first on CPU: in order they take a tenth of the time of a vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +99,42 @@ def choose(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], positio
     if params.temperature == 0:
         return _argmax(logits)
     scores = logits.float() / params.temperature
-    if 0 < params.top_k < scores.shape[-1]:
+    vocabulary = scores.shape[-1]
+    if params.top_p < 1 and not 0 < params.top_k < vocabulary:
+        first = LIKELIEST if scores.device.type == "cpu" and vocabulary > 4 * LIKELIEST else vocabulary
+        return _choose_in_order(scores, params, keys, positions, first)
+    ids = None
+    if 0 < params.top_k < vocabulary:
         scores, ids = scores.topk(params.top_k)
-    elif params.top_p < 1:
-        scores, ids = scores.sort(descending=True)
-    else:
-        ids = None
     if params.top_p < 1 or params.min_p > 0:
-        probs = scores.softmax(-1)
-        drop = probs < params.min_p * probs.amax(-1, keepdim=True)
-        if params.top_p < 1:
-            drop |= probs.cumsum(-1) - probs >= params.top_p
-        scores = scores.masked_fill(drop, float("-inf"))
+        scores = _without_unlikely(scores, scores.softmax(-1), params)
     return _likeliest(scores, ids, keys, positions)
+
+
+def _choose_in_order(
+    scores: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int], first: int
+) -> torch.Tensor:
+    """Top-p over a whole vocabulary from its ``first`` likeliest tokens; rows that go on beyond them are sorted whole.
+
+    Which of the two a row is does not depend on other rows.
+    """
+    total = scores.logsumexp(-1, keepdim=True)
+    best, ids = scores.topk(first) if first < scores.shape[-1] else scores.sort(descending=True)
+    probs = (best - total).exp()
+    chosen = _likeliest(_without_unlikely(best, probs, params), ids, keys, positions)
+    if first < scores.shape[-1]:
+        for row in (probs.cumsum(-1)[:, -1] < params.top_p).nonzero()[:, 0].tolist():
+            one = slice(row, row + 1)
+            chosen[one] = _choose_in_order(scores[one], params, keys[one], positions[one], scores.shape[-1])
+    return chosen
+
+
+def _without_unlikely(scores: torch.Tensor, probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """``scores`` but for what min-p and, if they are in descending order, top-p leave out."""
+    drop = probs < params.min_p * probs.amax(-1, keepdim=True)
+    if params.top_p < 1:
+        drop |= probs.cumsum(-1) - probs >= params.top_p
+    return scores.masked_fill(drop, float("-inf"))
 
 
 def choose_warped(scores: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:

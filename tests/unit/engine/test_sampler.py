@@ -7,7 +7,8 @@ import torch
 from oracle import sample
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from rrm_engine.engine.sampler import SamplingParams, keyed_gumbel, noise_key
+from rrm_engine.engine import sampler
+from rrm_engine.engine.sampler import SamplingParams, choose, keyed_gumbel, noise_key
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
@@ -59,6 +60,31 @@ def test_candidates_are_those_of_transformers(params: SamplingParams) -> None:
     counts = torch.bincount(torch.tensor(sample(row.expand(draws, -1).clone(), sequences)), minlength=VOCABULARY)
     assert counts[probs == 0].sum() == 0
     assert (counts / draws - probs).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("params", [SamplingParams(0.9, top_p=0.95), SamplingParams(0.9, top_p=0.999, min_p=1e-6)])
+def test_top_p_from_the_likeliest_tokens_is_top_p_of_all(
+    params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of every kind in one step: peaked ones, flat ones, whose likeliest tokens are not enough, one with few."""
+    rows, sorted_whole = torch.randn(40, 9000, generator=torch.Generator().manual_seed(3)), []
+    rows[:20] *= torch.linspace(1, 30, 20)[:, None]
+    rows[-1, 3:] = float("-inf")
+    keys, positions = [5] * 40, list(range(40))
+
+    def noting(x: torch.Tensor, *given: Any, **named: Any) -> Any:
+        sorted_whole.append(len(x))
+        return torch.sort(x, *given, **named)
+
+    monkeypatch.setattr(torch.Tensor, "sort", noting)
+    fast = choose(rows, params, keys, positions)
+    assert 5 < len(sorted_whole) < 35 and set(sorted_whole) == {1}
+    monkeypatch.setattr(sampler, "LIKELIEST", 9000)
+    assert torch.equal(fast, choose(rows, params, keys, positions))
+    assert sorted_whole[-1] == 40
+    for row in range(40):  # and none depends on its neighbours
+        monkeypatch.setattr(sampler, "LIKELIEST", 1024)
+        assert choose(rows[row : row + 1], params, [5], [row]).tolist() == fast[row : row + 1].tolist()
 
 
 def test_a_token_does_not_depend_on_its_neighbours() -> None:
