@@ -91,6 +91,17 @@ def grade(answer: str, expected: str | None) -> bool | None:
     return bool(answer.strip()) and _math_equal(answer[-MAX_FORMULA:], _formula(wanted))
 
 
+def stated(answer: str) -> str:
+    """What ``answer`` states as its answer, in one spelling, to compare answers with each other; "" if it states none.
+
+    A number is its digits; of other notations the same answer may have two spellings.
+    """
+    final = extract_final(answer)
+    candidate = _tidy((final if final is not None else extract_answer(answer)) or "")
+    labelled = _LABELLED.fullmatch(candidate)
+    return _digits(labelled[1]) if labelled and not _NOT.search(candidate) else candidate.casefold()
+
+
 def warm_up() -> None:
     """Import math-verify now, so that its half second falls on no row's latency."""
     _math_equal("1", "1")

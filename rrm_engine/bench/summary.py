@@ -13,9 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rrm_engine.bench.trust import DIRECT, RECURSIVE, has_time, is_headline, ran_to_end
 from rrm_engine.runs.directory import Row
 
-DIRECT, RECURSIVE = "direct", "rrm"
 Z95 = 1.959964
 RESAMPLES = 2000
 MIN_TASKS = 5  # below, the interval of a median says nothing
@@ -129,25 +129,7 @@ def pairs(rows: Iterable[Row]) -> list[Pair]:
 
 def is_timed(direct: Row, recursive: Row) -> bool:
     """Both are whole runs that took measurable, finite time."""
-    return all(
-        ran_to_end(row) and math.isfinite(row["latency_s"]) and row["latency_s"] > 0 for row in (direct, recursive)
-    )
-
-
-def ran_to_end(row: Row) -> bool:
-    """Whether the row's time is that of a whole run. A graph that came to nothing (``invalid``) is one."""
-    return bool(row["status"] != "failed")
-
-
-def is_headline(direct: Row, recursive: Row) -> bool:
-    """See the module's first lines. ``fallback`` is a status of its own, so ``graph`` excludes it."""
-    return bool(
-        is_timed(direct, recursive)
-        and recursive["status"] == "graph"
-        and recursive["overlap_s"] > 0
-        and direct["correct"]
-        and recursive["correct"]
-    )
+    return has_time(direct) and has_time(recursive)
 
 
 def speedups(chosen: Sequence[Pair]) -> dict[str, Any]:

@@ -99,7 +99,16 @@ def test_the_flags_of_the_bench_are_those_on_their_page() -> None:
         flag for action in flags.build_parser()._actions for flag in action.option_strings if flag.startswith("--")
     }
     assert known - named == {"--version"}
-    others = {"--plot", "--jobs", "--nodes", "--out", "--seed", "--repeats", "--help"}  # of other commands there
+    others = {
+        "--plot",
+        "--jobs",
+        "--nodes",
+        "--out",
+        "--seed",
+        "--repeats",
+        "--rows",
+        "--help",
+    }  # of other commands there
     assert named - known <= others
 
 
