@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from rrm_engine.backends.tokens import NodeTokens
 from rrm_engine.engine.replicas import AnyEngine
+from rrm_engine.engine.sequence import Sequence as EngineSequence
 from rrm_engine.graph.types import Conclusion
 from rrm_engine.kv.span import Span
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import final_of
 from rrm_engine.solver.backend import Continuation
 
+EngineTokens = NodeTokens[EngineSequence]
 Render = Callable[[Sequence[Conclusion]], str]  # the user turn that hands conclusions over
 Placed = tuple[int, Span]  # index in the tokens of a turn
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -56,7 +58,7 @@ class Joiner:
     as_text: int = 0  # conclusions appended as text although ``join`` is not
     _kept: dict[str, Kept] = field(default_factory=dict)  # by the child's path
 
-    def keep(self, parent: NodeTokens, child: NodeTokens, conclusion: Conclusion) -> None:
+    def keep(self, parent: EngineTokens, child: EngineTokens, conclusion: Conclusion) -> None:
         """A child has concluded and still has its KV: hold what its parent will need of it."""
         if self.join.mode == "text" or not conclusion.ok:
             return
@@ -83,7 +85,7 @@ class Joiner:
 
     def turn(
         self,
-        node: NodeTokens,
+        node: EngineTokens,
         continuation: Continuation,
         thinking: bool,
         behind: Mapping[str, Any],
@@ -126,7 +128,7 @@ class Joiner:
         return text.count(mark) == 1 and (same or self.join.mode == "transcript")
 
 
-def _last_phase(child: NodeTokens, eos_ids: frozenset[int]) -> tuple[int, Kept] | None:
+def _last_phase(child: EngineTokens, eos_ids: frozenset[int]) -> tuple[int, Kept] | None:
     """All that a node wrote in its last phase, and where that begins in its tokens."""
     tokens = child.sequence.tokens[child.first :]
     if tokens and tokens[-1] in eos_ids:
@@ -134,7 +136,7 @@ def _last_phase(child: NodeTokens, eos_ids: frozenset[int]) -> tuple[int, Kept] 
     return (child.first, Kept("", tokens, "")) if tokens else None
 
 
-def _locate(child: NodeTokens, final: str) -> tuple[int, Kept] | None:
+def _locate(child: EngineTokens, final: str) -> tuple[int, Kept] | None:
     """The tokens that lie inside the last ``final`` of a node's text, and where they begin in its tokens.
 
     None if the text does not hold it literally (it may have been escaped), or it holds no whole token.

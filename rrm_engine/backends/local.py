@@ -1,10 +1,8 @@
 """The in-process backend: one model, one engine, many jobs; this is what the Python API and the bench use."""
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -13,6 +11,7 @@ from rrm_engine.backends.engine import EngineBackend
 from rrm_engine.backends.join import JoinSettings
 from rrm_engine.backends.session import Writing
 from rrm_engine.backends.settings import describe_sampling, phase_plans, resolve
+from rrm_engine.backends.solving import Solving
 from rrm_engine.config import RunConfig
 from rrm_engine.device.memory import in_units, refuse_out_of_memory
 from rrm_engine.engine.engine import Engine
@@ -30,9 +29,6 @@ from rrm_engine.loading.rotary import find_rotary
 from rrm_engine.loading.swap_costs import measure_swap_costs
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
-from rrm_engine.solver.events import Emit, Events
-from rrm_engine.solver.loop import run_jobs
-from rrm_engine.solver.result import Job, JobResult
 from rrm_engine.solver.runtime import Runtime
 from rrm_engine.trace.profile import STEPS, Profile
 
@@ -43,12 +39,13 @@ def _ignore(_: Any) -> None:
     pass
 
 
-class Solver:
+class Solver(Solving):
     """A loaded model that solves tasks, directly or recursively, in one continuous batch.
 
-    ``resolved`` is the config with every default filled in. A Solver does one thing at a time: while a ``run`` or a
-    ``stream`` is not at its end and not closed, another one is refused, whichever thread asks for it.
+    ``resolved`` is the config with every default filled in.
     """
+
+    backend: EngineBackend
 
     def __init__(
         self,
@@ -81,10 +78,7 @@ class Solver:
             JoinSettings(cast(Any, config.join), config.boundary_tokens, config.splice_report),
         )
         self.backend = EngineBackend(writing, config)
-        self._runtime = Runtime(self.backend, style, limits, cast(Any, config.child_context))
-        self._started = 0
-        self._busy = Lock()
-        self._closed = False
+        super().__init__(Runtime(self.backend, style, limits, cast(Any, config.child_context)))
 
     @classmethod
     def load(
@@ -107,41 +101,6 @@ class Solver:
         solver.plan = plan
         return solver
 
-    def solve(self, task: str, mode: str = "rrm", on_event: Emit | None = None) -> JobResult:
-        """Solve one task; ``mode`` is ``rrm`` or ``direct``. Otherwise as ``run``."""
-        with closing(self.run([self._job(task, mode)], on_event)) as results:
-            return next(results)
-
-    def stream(self, task: str, mode: str = "rrm") -> Iterator[dict[str, Any]]:
-        """Solve one task and yield its events as they happen.
-
-        Besides the events of ``trace.jsonl`` there is ``{"event": "text", "node": ..., "text": ...}`` for all that
-        is written, and last ``{"event": "result", "result": JobResult}``. Otherwise as ``run``.
-        """
-        job = self._job(task, mode)
-        self._refuse_unless_free()
-        return self._stream(job)
-
-    def run(
-        self, jobs: Iterable[Job], on_event: Emit | None = None, concurrency: int = 1
-    ) -> Generator[JobResult, None, None]:
-        """Solve jobs, ``concurrency`` at a time; yields each result when it is there.
-
-        ``on_event`` is called with every event as a JSON-ready dict. A job that fails has its error in its result, and
-        the others go on. Closing the generator, or an exception such as KeyboardInterrupt, cancels what runs; so does
-        an exception in ``on_event``, which is not called again then and comes out of the generator.
-
-        Raises RrmError, at the call, for what is no Job, two jobs with one key, a concurrency below 1, a closed solver
-        and one in use.
-        """
-        jobs = _checked(jobs)
-        if type(concurrency) is not int or concurrency < 1:
-            raise RrmError(f"concurrency must be a whole number, at least 1, not {concurrency!r}")
-        if on_event is not None and not callable(on_event):
-            raise RrmError(f"on_event must be something to call, not {on_event!r}")
-        self._refuse_unless_free()
-        return self._results(jobs, on_event, concurrency)
-
     @contextmanager
     def profile(self, directory: Path | str, steps: int = STEPS, **about: Any) -> Iterator[Profile]:
         """Record what runs in the block with torch.profiler: ``steps`` steps of it, after a short warm-up.
@@ -158,10 +117,6 @@ class Solver:
         finally:
             self.engine.announce_to(Ranges())
             profile.write(Path(directory))
-
-    def progress(self) -> dict[str, Any]:
-        """What is going on now: sequences, blocks, tokens per second over the last seconds."""
-        return self.backend.progress()
 
     def describe(self) -> dict[str, Any]:
         """The model and the memory plan, for the header and ``run.json``."""
@@ -192,71 +147,8 @@ class Solver:
 
     def close(self) -> None:
         """From now on nothing can be solved; checks that no block was lost. Raises RrmError while something runs."""
-        if not self._closed:
-            self._refuse_unless_free()
-        self._closed = True
+        super().close()
         self.engine.check()
-
-    def _refuse_unless_free(self) -> None:
-        if self._closed:
-            raise RrmError("this Solver is closed: load another one")
-        if self._busy.locked():
-            raise RrmError(
-                "this Solver is in use: take all results of the run or stream that goes on, or close() that, before "
-                "the next one begins"
-            )
-
-    def _job(self, task: str, mode: str) -> Job:
-        return Job(f"task{self._started}", task, mode)
-
-    def _results(self, jobs: list[Job], emit: Emit | None, concurrency: int) -> Generator[JobResult, None, None]:
-        with closing(self._drive(jobs, emit, concurrency)) as drive:
-            for result in drive:
-                if result is not None:
-                    yield result
-
-    def _stream(self, job: Job) -> Iterator[dict[str, Any]]:
-        events: deque[dict[str, Any]] = deque()
-        with closing(self._drive([job], events.append, 1, texts=True)) as drive:
-            for result in drive:
-                while events:
-                    yield events.popleft()
-                if result is not None:
-                    yield {"event": "result", "result": result}
-
-    def _drive(
-        self, jobs: Iterable[Job], emit: Emit | None, concurrency: int, *, texts: bool = False
-    ) -> Generator[JobResult | None, None, None]:
-        """What `run_jobs` yields, for as long as nothing else is going on here."""
-        self._refuse_unless_free()  # something else may have begun since the call
-        with (
-            self._busy,
-            closing(
-                run_jobs(
-                    self._runtime, self._noted(jobs), Events(emit), concurrency, first=self._started + 1, texts=texts
-                )
-            ) as results,
-        ):
-            yield from results
-
-    def _noted(self, jobs: Iterable[Job]) -> Iterator[Job]:
-        """The jobs, counted as they begin."""
-        for job in jobs:
-            self._started += 1
-            yield job
-
-
-def _checked(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs to run. Raises RrmError for what is none, and for two with one key: their noise would be the same."""
-    if not isinstance(jobs, Iterable):
-        raise RrmError(f"run takes Jobs, in a list for example, not {jobs!r}")
-    found: dict[str, Job] = {}
-    for job in jobs:
-        if not isinstance(job, Job):
-            raise RrmError(f"run takes Jobs, not {job!r}")
-        if found.setdefault(job.key, job) is not job:
-            raise RrmError(f"two jobs have the key {job.key!r}: give them different ids or samples")
-    return list(found.values())
 
 
 def _load(config: RunConfig, announce: Callable[[str], None]) -> tuple[list[LoadedModel], MemoryPlan | None]:

@@ -12,7 +12,7 @@ from rrm_engine.backends.shadow import Shadows
 from rrm_engine.backends.tokens import NodeTokens
 from rrm_engine.engine.engine import Sampled
 from rrm_engine.engine.replicas import AnyEngine
-from rrm_engine.engine.sequence import State, Stop
+from rrm_engine.engine.sequence import Sequence, State, Stop
 from rrm_engine.graph.paths import NodeKey, NodePath
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
 from rrm_engine.protocol.chat import ChatFormat
@@ -41,7 +41,7 @@ class TokenPlace:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class EngineNode(NodeTokens):
+class EngineNode(NodeTokens[Sequence]):
     """A node that was opened: see `solver.backend.NodeHandle`."""
 
     session: "EngineSession"

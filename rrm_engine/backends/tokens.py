@@ -2,15 +2,24 @@
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
-from rrm_engine.engine.sequence import Sequence
 from rrm_engine.graph.paths import NodePath
 from rrm_engine.protocol.detokenize import Detokenizer
 from rrm_engine.protocol.encode import Content, TextEncoder
 
 
+class HasTokens(Protocol):
+    """What holds all tokens of a node: a sequence of the engine's, or a plain list."""
+
+    tokens: list[int]
+
+
+S = TypeVar("S", bound=HasTokens)
+
+
 @dataclass(slots=True, eq=False)
-class NodeTokens:
+class NodeTokens(Generic[S]):
     """A node's sequence and the text of its current phase.
 
     ``ends[i]`` is the length of that text after the phase's i-th token, so that a place in the text can be found
@@ -18,7 +27,7 @@ class NodeTokens:
     """
 
     path: NodePath
-    sequence: Sequence
+    sequence: S
     detokenizer: Detokenizer
     first: int = 0  # index in the sequence of the phase's first sampled token
     user_turns: int = 1  # in its context

@@ -100,7 +100,7 @@ def test_endless_broken_bytes_cost_the_same_each(kind: str, monkeypatch: pytest.
 # ---- events that end in the middle of a token
 
 
-def node_after(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> NodeTokens:
+def node_after(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> NodeTokens[Any]:
     prompt = [0, 0, 0]
     sequence: Any = SimpleNamespace(tokens=[*prompt, *tokens])
     node = NodeTokens(ROOT, sequence, Detokenizer(tokenizer), first=len(prompt))
