@@ -3,6 +3,8 @@
 // Caches are [blocks, block_size, kv_heads, width]; query and out are [rows, heads, width]. Scores and sums are fp32
 // whatever the caches hold. Called through ctypes by native.py, which checks shapes.
 
+#include <type_traits>
+
 #include "common.h"
 
 namespace {
@@ -13,21 +15,39 @@ struct Shape {
     int64_t window;        // 0: none
 };
 
-// Calls f(token, pointer to the token's line) for the tokens first..length of one kv head; lines are `stride` apart.
-// Meanwhile the next block's lines, LINE bytes each, are fetched.
+// Tokens that are worked on at once, by one group of heads after another: their lines stay in the cache meanwhile. A
+// multiple of every LANES.
+constexpr int64_t TILE = 64;
+
+// What is fetched meanwhile: of the lines a tile ahead, before the token `known`, one of `every`, from number `phase` on.
+struct Fetch {
+    int64_t known = 0;
+    int every = 1, phase = 0;
+};
+
+// Calls f(token - first, pointer to its line) for the tokens first..length of one kv head; lines are `stride` apart.
 template <int LINE = 0, typename T, typename F>
 inline void each_token(const T* cache, const int32_t* table, int64_t first, int64_t length, int64_t block_size,
-                       int64_t stride, F f) {
+                       int64_t stride, F f, const Fetch& fetch = {}) {
+    const int64_t hop = std::max<int64_t>(1, TILE / block_size);
+    int wait = fetch.phase;
     for (int64_t at = first; at < length;) {
         const int64_t block = at / block_size, offset = at % block_size, stop = std::min(length, (block + 1) * block_size);
         const T* line = cache + (table[block] * block_size + offset) * stride;
-        const int64_t ahead = stop < length ? (table[block + 1] - table[block]) * block_size * stride : 0;
+        const bool follows = (block + hop) * block_size < fetch.known;
+        const int64_t ahead = follows ? int64_t(table[block + hop] - table[block]) * block_size * stride : 0;
         for (; at < stop; at++, line += stride) {
-            for (int i = 0; i < LINE; i += 64) __builtin_prefetch((const char*)(line + ahead) + i);
+            if (LINE > 0 && wait-- == 0) {
+                for (int i = 0; i < LINE; i += 64) __builtin_prefetch((const char*)(line + ahead) + i);
+                wait = fetch.every - 1;
+            }
             f(at - first, line);
         }
     }
 }
+
+template <int N>
+using Heads = std::integral_constant<int, N>;
 
 template <int WIDTH, typename T>
 inline void load_line(const T* from, Lanes (&out)[WIDTH / LANES]) {
@@ -43,17 +63,17 @@ inline void store_line(const Lanes (&line)[WIDTH / LANES], T* out) {
     if (i < WIDTH / LANES) store(line[i], out + i * LANES);
 }
 
-// scores[h][i] = scale * query[h] . key[i] for HEADS query heads; rows of scores are `room` apart, a multiple of LANES.
-// WIDTH is known at compile time and a multiple of LANES.
+// scores[h][i] = query[h] . key[i] for HEADS query heads, fp32 as load_line orders them; rows of scores are `room` apart,
+// a multiple of LANES. WIDTH is known at compile time and a multiple of LANES.
 template <typename T, int WIDTH, int HEADS>
-void score(const T* query, float scale, const T* keys, float* scores, int64_t room, const int32_t* table, int64_t first,
-           int64_t length, int64_t block_size, int64_t stride) {
-    Lanes q[HEADS][WIDTH / LANES], sums[HEADS][LANES] = {};
+void score(const float* query, const T* keys, float* scores, int64_t room, const int32_t* table, int64_t first,
+           int64_t length, int64_t block_size, int64_t stride, const Fetch& fetch) {
+    Lanes q[HEADS][WIDTH / LANES], sums[HEADS][LANES];
+    if ((length - first) % LANES) std::memset(sums, 0, sizeof sums);  // the last ones would have sums of nothing
     for (int h = 0; h < HEADS; h++) {
-        load_line<WIDTH>(query + h * WIDTH, q[h]);
-        for (Lanes& part : q[h]) part *= scale;
+        for (int d = 0; d < WIDTH / LANES; d++) q[h][d] = load(query + h * WIDTH + d * LANES);
     }
-    each_token<WIDTH * sizeof(T)>(keys, table, first, length, block_size, stride, [&](int64_t i, const T* line) {
+    const auto one = [&](int64_t i, const T* line) {
         Lanes key[WIDTH / LANES];
         load_line<WIDTH>(line, key);
         for (int h = 0; h < HEADS; h++) {
@@ -64,22 +84,29 @@ void score(const T* query, float scale, const T* keys, float* scores, int64_t ro
         if (i % LANES == LANES - 1 || i == length - first - 1) {
             for (int h = 0; h < HEADS; h++) store(sum_each(sums[h]), scores + h * room + i / LANES * LANES);
         }
-    });
+    };
+    each_token<WIDTH * sizeof(T)>(keys, table, first, length, block_size, stride, one, fetch);
 }
 
-// out[h] = sum over i of weights[h][i] * value[i], the sums kept in registers.
+// sums[h] += sum over i of weights[h][i] * value[i], fp32 as load_line orders them, kept in registers meanwhile.
 template <typename T, int WIDTH, int HEADS>
-void mix(const float* weights, int64_t room, const T* values, T* out, const int32_t* table, int64_t first,
-         int64_t length, int64_t block_size, int64_t stride) {
-    Lanes sums[HEADS][WIDTH / LANES] = {};
-    each_token<WIDTH * sizeof(T)>(values, table, first, length, block_size, stride, [&](int64_t i, const T* line) {
+void mix(const float* weights, int64_t room, const T* values, float* sums, const int32_t* table, int64_t first,
+         int64_t length, int64_t block_size, int64_t stride, const Fetch& fetch) {
+    Lanes held[HEADS][WIDTH / LANES];
+    for (int h = 0; h < HEADS; h++) {
+        for (int d = 0; d < WIDTH / LANES; d++) held[h][d] = load(sums + h * WIDTH + d * LANES);
+    }
+    const auto one = [&](int64_t i, const T* line) {
         Lanes value[WIDTH / LANES];
         load_line<WIDTH>(line, value);
         for (int h = 0; h < HEADS; h++) {
-            for (int d = 0; d < WIDTH / LANES; d++) sums[h][d] += weights[h * room + i] * value[d];
+            for (int d = 0; d < WIDTH / LANES; d++) held[h][d] += weights[h * room + i] * value[d];
         }
-    });
-    for (int h = 0; h < HEADS; h++) store_line<WIDTH>(sums[h], out + h * WIDTH);
+    };
+    each_token<WIDTH * sizeof(T)>(values, table, first, length, block_size, stride, one, fetch);
+    for (int h = 0; h < HEADS; h++) {
+        for (int d = 0; d < WIDTH / LANES; d++) store(held[h][d], sums + h * WIDTH + d * LANES);
+    }
 }
 
 // The same for any width, one head at a time.
@@ -125,46 +152,84 @@ void soften(float* row, int64_t count, int64_t room, float softcap, const float*
     for (int64_t i = 0; i < room; i++) row[i] *= inverse;
 }
 
-// All query heads of one kv head of one row; WIDTH 0: not known at compile time.
+// What all heads of one kv head of one row share; `first` to `length` are the tokens they see.
+struct Context {
+    const int32_t* table;
+    int64_t first, length, count, room;
+
+    Context(const Shape& s, const int32_t* table, int64_t length)
+        : table(table), first(s.window ? std::max<int64_t>(0, length - s.window) : 0), length(length),
+          count(length - first), room((count + LANES - 1) / LANES * LANES) {}
+
+    template <typename F>  // f(first token of a tile, the one after its last)
+    void each_tile(F f) const {
+        for (int64_t at = first; at < length; at += TILE) f(at, std::min(length, at + TILE));
+    }
+};
+
+// All query heads of one kv head of one row, tile by tile: K and V come from memory once.
 template <typename T, int WIDTH>
-void attend(const Shape& s, const T* query, const T* keys, const T* values, T* out, const int32_t* table,
-            int64_t length, const float* sinks) {
-    const int64_t group = s.heads / s.kv_heads, key_width = s.key_width, value_width = s.value_width;
-    const int64_t first = s.window ? std::max<int64_t>(0, length - s.window) : 0, count = length - first;
-    const int64_t key_stride = s.kv_heads * key_width, value_stride = s.kv_heads * value_width;
-    const int64_t room = (count + LANES - 1) / LANES * LANES;
+void attend(const Shape& s, const T* query, const T* keys, const T* values, T* out, const Context& c, const float* sinks) {
+    const int64_t group = s.heads / s.kv_heads, stride = s.kv_heads * WIDTH;
     thread_local std::vector<float> memory;
-    memory.resize(4 * room + key_width + value_width);
-    float* const scores = memory.data();
-    for (int64_t g = 0, step; g < group; g += step) {
-        const T* q = query + g * key_width;
-        T* result = out + g * value_width;
-        const auto soften_all = [&] {
-            for (int64_t h = 0; h < step; h++) soften(scores + h * room, count, room, s.softcap, sinks ? sinks + g + h : nullptr);
-        };
-        if constexpr (WIDTH == 0) {
-            step = 1;
-            float *one = scores + room, *sums = one + key_width;
-            for (int64_t i = 0; i < key_width; i++) one[i] = to_float(q[i]) * s.scale;
-            score_any(one, keys, scores, table, first, length, s.block_size, key_stride, key_width);
-            soften_all();
-            mix_any(scores, values, sums, table, first, length, s.block_size, value_stride, value_width);
-            for (int64_t i = 0; i < value_width; i++) store(sums[i], result + i);
-        } else {
-            // As many heads at once as their sums fit into the registers.
-            step = std::min<int64_t>(group - g, WIDTH / LANES <= 6 ? 4 : 2);
-            const auto run = [&](auto score_heads, auto mix_heads) {
-                score_heads(q, s.scale, keys, scores, room, table, first, length, s.block_size, key_stride);
-                soften_all();
-                mix_heads(scores, room, values, result, table, first, length, s.block_size, value_stride);
-            };
-            switch (step) {
-                case 4: run(score<T, WIDTH, 4>, mix<T, WIDTH, 4>); break;
-                case 3: run(score<T, WIDTH, 3>, mix<T, WIDTH, 3>); break;
-                case 2: run(score<T, WIDTH, 2>, mix<T, WIDTH, 2>); break;
-                default: run(score<T, WIDTH, 1>, mix<T, WIDTH, 1>);
-            }
+    memory.resize(group * (c.room + 2 * WIDTH));
+    float *const scores = memory.data(), *const q = scores + group * c.room, *const sums = q + group * WIDTH;
+    for (int64_t g = 0; g < group; g++) {
+        Lanes line[WIDTH / LANES];
+        load_line<WIDTH>(query + g * WIDTH, line);
+        for (int d = 0; d < WIDTH / LANES; d++) store(line[d] * s.scale, q + g * WIDTH + d * LANES);
+    }
+    std::fill(sums, sums + group * WIDTH, 0.0f);
+    // As many heads at once as their sums fit into the registers; each step has its share of the next tile fetched.
+    const auto in_steps = [&](auto four, auto three, auto two, auto one) {
+        constexpr int64_t most = WIDTH / LANES <= 6 ? 4 : 2;
+        Fetch fetch{c.length, int((group + most - 1) / most), 0};
+        for (int64_t g = 0, step; g < group; g += step, fetch.phase++) {
+            step = std::min(group - g, most);
+            step == 4 ? four(g, fetch) : step == 3 ? three(g, fetch) : step == 2 ? two(g, fetch) : one(g, fetch);
         }
+    };
+    c.each_tile([&](int64_t at, int64_t stop) {
+        const auto run = [&](auto heads) {
+            return [&, heads](int64_t g, const Fetch& fetch) {
+                score<T, WIDTH, decltype(heads)::value>(q + g * WIDTH, keys, scores + g * c.room + at - c.first, c.room,
+                                                        c.table, at, stop, s.block_size, stride, fetch);
+            };
+        };
+        in_steps(run(Heads<4>{}), run(Heads<3>{}), run(Heads<2>{}), run(Heads<1>{}));
+    });
+    for (int64_t g = 0; g < group; g++) {
+        soften(scores + g * c.room, c.count, c.room, s.softcap, sinks ? sinks + g : nullptr);
+    }
+    c.each_tile([&](int64_t at, int64_t stop) {
+        const auto run = [&](auto heads) {
+            return [&, heads](int64_t g, const Fetch& fetch) {
+                mix<T, WIDTH, decltype(heads)::value>(scores + g * c.room + at - c.first, c.room, values, sums + g * WIDTH,
+                                                      c.table, at, stop, s.block_size, stride, fetch);
+            };
+        };
+        in_steps(run(Heads<4>{}), run(Heads<3>{}), run(Heads<2>{}), run(Heads<1>{}));
+    });
+    for (int64_t g = 0; g < group; g++) {
+        Lanes line[WIDTH / LANES];
+        for (int d = 0; d < WIDTH / LANES; d++) line[d] = load(sums + g * WIDTH + d * LANES);
+        store_line<WIDTH>(line, out + g * WIDTH);
+    }
+}
+
+// The same for widths that are not known at compile time.
+template <typename T>
+void attend_any(const Shape& s, const T* query, const T* keys, const T* values, T* out, const Context& c,
+                const float* sinks) {
+    thread_local std::vector<float> memory;
+    memory.resize(c.room + s.key_width + s.value_width);
+    float *const scores = memory.data(), *const q = scores + c.room, *const sums = q + s.key_width;
+    for (int64_t g = 0; g < s.heads / s.kv_heads; g++) {
+        for (int64_t d = 0; d < s.key_width; d++) q[d] = to_float(query[g * s.key_width + d]) * s.scale;
+        score_any(q, keys, scores, c.table, c.first, c.length, s.block_size, s.kv_heads * s.key_width, s.key_width);
+        soften(scores, c.count, c.room, s.softcap, sinks ? sinks + g : nullptr);
+        mix_any(scores, values, sums, c.table, c.first, c.length, s.block_size, s.kv_heads * s.value_width, s.value_width);
+        for (int64_t d = 0; d < s.value_width; d++) store(sums[d], out + g * s.value_width + d);
     }
 }
 
@@ -178,9 +243,14 @@ void decode(const Shape& s, const T* query, const T* keys, const T* values, T* o
 #pragma omp parallel for collapse(2) schedule(dynamic) if (worth_threads)
     for (int64_t row = 0; row < s.rows; row++) {
         for (int64_t head = 0; head < s.kv_heads; head++) {
-            attend<T, WIDTH>(s, query + (row * s.heads + head * group) * s.key_width, keys + head * s.key_width,
-                                  values + head * s.value_width, out + (row * s.heads + head * group) * s.value_width,
-                                  tables + row * s.table_width, lengths[row], sinks ? sinks + head * group : nullptr);
+            const int64_t at = row * s.heads + head * group;
+            const Context context(s, tables + row * s.table_width, lengths[row]);
+            const auto run = [&](auto attend) {
+                attend(s, query + at * s.key_width, keys + head * s.key_width, values + head * s.value_width,
+                       out + at * s.value_width, context, sinks ? sinks + head * group : nullptr);
+            };
+            if constexpr (WIDTH == 0) run(attend_any<T>);
+            else run(attend<T, WIDTH>);
         }
     }
 }
