@@ -88,11 +88,11 @@ class Joiner:
         node: EngineTokens,
         continuation: Continuation,
         thinking: bool,
-        behind: Mapping[str, Any],
+        so_far: Mapping[str, Any],
     ) -> tuple[list[int], list[Placed]]:
         """The tokens to append to ``node``, and where in them kept spans go.
 
-        ``behind`` is what `ChatFormat.turn` asks about the conversation so far.
+        ``so_far`` is what `ChatFormat.turn` asks about the conversation so far.
         """
         conclusions, render, plain = continuation.conclusions, continuation.render, continuation.user
         kept = [self._kept.pop(node.path.child(c.id), None) for c in conclusions]
@@ -106,12 +106,12 @@ class Joiner:
         if self.join.mode != "text":
             self.as_text += usable.count(False)
         if not any(usable):
-            return self.chat.turn(plain, thinking, **behind), []
+            return self.chat.turn(plain, thinking, **so_far), []
         user = render([m if used else c for c, m, used in zip(conclusions, marked, usable, strict=True)])
         places = {mark: k for mark, k, used in zip(marks, kept, usable, strict=True) if k is not None and used}
         for mark, k in places.items():
             user = user.replace(mark, k.before + mark + k.after)
-        return _fill(self.chat.turn_around(user, places, thinking, **behind), places)
+        return _fill(self.chat.turn_around(user, places, thinking, **so_far), places)
 
     def _fits(
         self,

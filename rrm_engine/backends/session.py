@@ -84,8 +84,8 @@ class EngineNode(NodeTokens[Sequence]):
     def resume(self, continuation: Continuation) -> None:
         writing, session, sequence = self.writing, self.session, self.sequence
         plan = writing.plans[continuation.phase]
-        behind = {"closed": self._closed(), "turns": self.user_turns, "system": self.system}
-        turn, splices = session.joiner.turn(self, continuation, plan.thinking, behind)
+        so_far = {"closed": self._closed(), "turns": self.user_turns, "system": self.system}
+        turn, splices = session.joiner.turn(self, continuation, plan.thinking, so_far)
         tokens = [*self.cut, *turn]
         splices = [(at + len(self.cut), span) for at, span in splices]
         base, matcher = len(sequence.tokens), plan.match(continuation.grammar)

@@ -128,7 +128,7 @@ def _sequence_tokens(config: RunConfig, model: LoadedModel, prompt: int) -> int:
         if prompt >= config.max_sequence_tokens:
             raise RrmError(
                 f"--max-sequence-tokens {config.max_sequence_tokens}: the longest prompt has {prompt} tokens, and an "
-                f"answer needs room behind it; the phases' token budgets ask for {_budgets(config)} more"
+                f"answer needs room after it; the phases' token budgets ask for {_budgets(config)} more"
             )
         return config.max_sequence_tokens
     needed = prompt + _budgets(config)

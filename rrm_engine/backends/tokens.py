@@ -67,4 +67,4 @@ class NodeTokens(Generic[S]):
             return self.first + last + 1, []
         begin = self.ends[last - 1] if last else 0
         whole = bisect_left(self.ends, begin) + 1 if begin else 0
-        return self.first + whole, encode([Content(text[begin:boundary])], behind=True)
+        return self.first + whole, encode([Content(text[begin:boundary])], continues=True)

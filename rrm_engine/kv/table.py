@@ -131,9 +131,9 @@ class BlockTable:
             return None
         copy = HostCopy(count)
         blocks, stored = tuple(self.blocks[first:]), self.stored
-        behind, self.host, approximate_from = self.host, [], self.approximate_from
+        rest, self.host, approximate_from = self.host, [], self.approximate_from
         self._cut(first * self.pool.block_size, keep_cached=False)
-        self.host, self.stored, self.approximate_from = [copy, *behind], stored, approximate_from
+        self.host, self.stored, self.approximate_from = [copy, *rest], stored, approximate_from
         return copy, blocks
 
     def restore(self) -> list[SwapIn]:

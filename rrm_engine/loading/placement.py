@@ -130,10 +130,10 @@ def _stages(skeleton: Any, devices: Sequence[torch.device]) -> list[Stage]:
     return stages
 
 
-def split(sizes: Sequence[int], kv: int, before: int, behind: int, room: Sequence[float]) -> tuple[int, ...]:
+def split(sizes: Sequence[int], kv: int, before: int, after: int, room: Sequence[float]) -> tuple[int, ...]:
     """Where the stretch of layers of each device ends, so that as many tokens' KV as possible fits into each of them.
 
-    In bytes: ``sizes`` of the layers' weights, ``kv`` of a token's KV in one layer, ``before`` and ``behind`` of the
+    In bytes: ``sizes`` of the layers' weights, ``kv`` of a token's KV in one layer, ``before`` and ``after`` of the
     weights that come on top of the first and the last stretch, ``room`` of the devices' memory.
     """
 
@@ -141,7 +141,7 @@ def split(sizes: Sequence[int], kv: int, before: int, behind: int, room: Sequenc
     def best(start: int, stage: int) -> tuple[float, tuple[int, ...]]:
         free = room[stage] - (start == 0) * before
         if stage == len(room) - 1:
-            return (free - sum(sizes[start:]) - behind) / (kv * (len(sizes) - start)), (len(sizes),)
+            return (free - sum(sizes[start:]) - after) / (kv * (len(sizes) - start)), (len(sizes),)
         options = []
         for stop in range(start + 1, len(sizes) - (len(room) - stage) + 2):
             rest, stops = best(stop, stage + 1)

@@ -47,7 +47,7 @@ def layer_inputs(layers: nn.ModuleList, exchange: Exchange) -> Iterator[None]:
             return (swap(index, args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": swap(index, kwargs["hidden_states"])}
 
-    def behind(output: Any) -> Any:
+    def after_layers(output: Any) -> Any:
         if isinstance(output, tuple):
             return swap(len(layers), output[0]), *output[1:]
         return swap(len(layers), output)
@@ -56,7 +56,7 @@ def layer_inputs(layers: nn.ModuleList, exchange: Exchange) -> Iterator[None]:
         layer.register_forward_pre_hook(lambda _, args, kwargs, i=i: before(i, args, kwargs), with_kwargs=True)
         for i, layer in enumerate(layers)
     ]
-    handles.append(layers[-1].register_forward_hook(lambda _, __, output: behind(output)))
+    handles.append(layers[-1].register_forward_hook(lambda _, __, output: after_layers(output)))
     try:
         yield
     finally:

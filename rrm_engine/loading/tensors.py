@@ -46,8 +46,8 @@ def refuse_foreign_tensors(checkpoint: Checkpoint, model: Any, report: dict[str,
 
 def _module(name: str) -> str:
     """The module at the top that a tensor belongs to, or its layer."""
-    before, layers, behind = name.partition(".layers.")
-    return before + layers + behind.split(".", 1)[0] if layers else name.split(".", 1)[0]
+    before, layers, after = name.partition(".layers.")
+    return before + layers + after.split(".", 1)[0] if layers else name.split(".", 1)[0]
 
 
 def _is_spare(name: str, model: Any) -> bool:

@@ -62,7 +62,7 @@ class ChatFormat:
         ``closed``: the assistant wrote the first of them itself, see `closes_with`. ``turns`` counts the user's turns
         so far, ``system`` says whether the conversation began with a system text.
         """
-        return self.encode(self._turn(user, thinking, turns, system), behind=True)[int(closed) :]
+        return self.encode(self._turn(user, thinking, turns, system), continues=True)[int(closed) :]
 
     def turn_around(
         self,
@@ -83,11 +83,11 @@ class ChatFormat:
         for text in self._turn(user, thinking, turns, system):
             for part in re.split(f"([{''.join(marks)}])", text) if isinstance(text, Content) else [text]:
                 if part in marks:
-                    found += [self.encode(texts, behind=True), part]
+                    found += [self.encode(texts, continues=True), part]
                     texts = []
                 else:
                     texts.append(Content(part) if isinstance(text, Content) else part)
-        found.append(self.encode(texts, behind=True))
+        found.append(self.encode(texts, continues=True))
         if closed and isinstance(found[0], list):
             del found[0][0]
         return [part for part in found if part]

@@ -45,8 +45,8 @@ class TextEncoder:
         names = (f"<0x{byte:02X}>" for byte in range(256))
         self._bytes = frozenset(token for name in names if (token := core.token_to_id(name)) is not None)
 
-    def __call__(self, texts: Iterable[str], *, behind: bool = False) -> list[int]:
-        """The ids of ``texts`` one after the other; ``behind``: they follow other text."""
+    def __call__(self, texts: Iterable[str], *, continues: bool = False) -> list[int]:
+        """The ids of ``texts`` one after the other; ``continues``: they follow other text."""
         texts = [text for text in texts if text]
         edges = [0]
         for text in texts:
@@ -57,7 +57,7 @@ class TextEncoder:
             ids: list[int] = []
             found: list[tuple[int, int]] = []
             for start, stop in pairwise(sorted(cuts)):
-                part, places = self._encode(text[start:stop], behind or start > 0)
+                part, places = self._encode(text[start:stop], continues or start > 0)
                 ids += part
                 places = [(start + first, start + last) for first, last in places]
                 spelled = (
@@ -79,9 +79,9 @@ class TextEncoder:
             return text[start:stop] != UNKNOWN
         return token in self._bytes and bool(_BYTE_TOKEN.fullmatch(text, start, stop))
 
-    def _encode(self, text: str, behind: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and places in ``text``, without what a tokenizer puts in front of a text's first word if ``behind``."""
-        if behind:
+    def _encode(self, text: str, continues: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and places in ``text``, without what a tokenizer puts before a first word if it ``continues``."""
+        if continues:
             for guard in _GUARDS:
                 alone, (ids, places) = self._tokenize(guard)[0], self._tokenize(guard + text)
                 count, size = len(alone), len(guard)

@@ -180,7 +180,7 @@ class EventGrammars:
 
     def spelled(self, text: str) -> tuple[int, ...]:
         """Tokens that add exactly ``text``; where the tokenizer puts spaces into it, the longest ones that fit."""
-        wanted, ids = text.encode(), self.encode([text], behind=True)
+        wanted, ids = text.encode(), self.encode([text], continues=True)
         if b"".join(self.texts[token] for token in ids) != wanted:
             ids, known = [], {known: token for token, known in enumerate(self.texts) if known and known in wanted}
             while wanted:

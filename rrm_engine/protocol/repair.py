@@ -215,7 +215,7 @@ class _Reader:
             if kind == "bare":
                 self.repairs.add("unquoted_key")
             if self.take()[0] != ":":
-                raise Unreadable(f"no colon behind the key {key[:40]!r}")
+                raise Unreadable(f"no colon after the key {key[:40]!r}")
             if key in fields:
                 self.repairs.add("duplicate_key")
             fields[key] = self.value()

@@ -18,7 +18,7 @@ from rrm_engine.runs.timeline import FALLBACK, ROOT, Event, Incomplete, JobTrace
 def recorded_graphs(directory: Path) -> list[Graph]:
     """One graph per finished job of a run, under the job's key ``id/mode/sample``. Raises GraphError.
 
-    What a node wrote behind an await and lost is not in its tokens and not replayed, nodes that never wrote a token
+    What a node wrote after an await and lost is not in its tokens and not replayed, nodes that never wrote a token
     are left out, and one that was cancelled ends where it was. The fallback of a broken graph is a second root.
     """
     forks = _forks(directory)

@@ -39,7 +39,7 @@ class Stretch:
     admitted_t: float
     first_t: float
     end_t: float
-    put_back: tuple[Interval, ...]  # behind the first token: others had its place or its memory
+    put_back: tuple[Interval, ...]  # after the first token: others had its place or its memory
 
     @property
     def queued(self) -> list[Interval]:
@@ -67,11 +67,11 @@ class JobTrace:
         return next(i for i in range(index - 1, -1, -1) if self.events[i]["event"] in CAUSES)
 
     def stretch_at(self, node: str, index: int) -> Stretch:
-        """The stretch of ``node`` that the event at ``index`` stands in or behind."""
+        """The stretch of ``node`` that the event at ``index`` stands in or follows."""
         return next(s for s in reversed(self.nodes[node]) if s.begin <= index)
 
     def tokens_to(self, stretch: Stretch, index: int) -> int:
-        """Tokens sampled in ``stretch`` up to the event, those cut off behind an event's end included."""
+        """Tokens sampled in ``stretch`` up to the event, those cut off after an event's end included."""
         span = self.events[stretch.begin : min(index, stretch.end) + 1]
         return int(max(e["tokens"] for e in span if e["node"] == stretch.node) - stretch.base)
 

@@ -130,7 +130,7 @@ def check_node(
     key, error, row = noise_key(seed, record.key), EXACT_ERROR if exact else LARGEST[dtype], 0
     for segment in record.segments:
         matcher, settings = matcher_of(segment), settings_of(record, segment)
-        behind = record.approximate_from is not None and segment.start > record.approximate_from
+        after_splice = record.approximate_from is not None and segment.start > record.approximate_from
         for start in range(segment.start, segment.stop, ROWS):
             part = range(start, min(start + ROWS, segment.stop))
             tokens = [record.tokens[i] for i in part]
@@ -143,7 +143,7 @@ def check_node(
                 matcher = None
             scores = reconciled(scores, logits)
             draws = [Draw(*place, settings, key) for place in zip(scores, part, strict=True)]
-            if behind:
+            if after_splice:
                 _count_spliced(check, draws, tokens)
             else:
                 _draw_again(check, segment, draws, tokens, errors, decode)

@@ -41,7 +41,7 @@ class NodeRecord:
     """One node's linearised transcript: its prompt, what it wrote, and what was appended in between.
 
     From the token ``approximate_from`` on KV was attached instead of computed (None: nowhere); ``splice_kl`` is what
-    the run measured of that: of every resume the mean KL divergence of the first tokens behind it, in nats.
+    the run measured of that: of every resume the mean KL divergence of the first tokens after it, in nats.
     """
 
     job: str

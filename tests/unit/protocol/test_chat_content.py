@@ -90,7 +90,7 @@ def test_a_conversation_that_goes_on_is_the_whole_one(kind: str, template: str) 
     first, second = '{"type":"done"}', "FINAL: 33"
     ids = chat.opening(system, "User 0")
     for turns, answer in ((1, first), (2, second)):
-        ids += chat.encode([begin + answer], behind=True)
+        ids += chat.encode([begin + answer], continues=True)
         ids += chat.turn(f"User {turns}", turns=turns, system=bool(system))
     assert ids == whole(tokenizer, said("User 0", first, "User 1", second, "User 2", system=system))
 
