@@ -71,7 +71,7 @@ def about_run(run: Run) -> dict[str, Any]:
         "dtype": run.settings["dtype"],
         "device": run.settings["device"],
         "seed": run.seed,
-        "tasks": run.manifest["tasks"]["name"],
+        "tasks": run.manifest.tasks.name,
         "started": run.manifest.get("started"),
         "command": run.manifest.get("command"),
         **run.origin,

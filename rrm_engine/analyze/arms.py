@@ -7,15 +7,16 @@ that was made twice is two arms that can be compared.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rrm_engine.bench.trust import DIRECT, RECURSIVE, Trust, trust
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible
-from rrm_engine.runs.directory import Row
-from rrm_engine.runs.reader import OF_ROWS, json_lines
+from rrm_engine.runs.manifest import Manifest, read_manifest
+from rrm_engine.runs.reader import read_rows
+from rrm_engine.runs.rows import Row
 
 MAY_DIFFER = ("seed", "limit", "shard", "modes")  # within an arm
 NAMED = 3  # settings in an arm's name
@@ -29,35 +30,35 @@ class Run:
     """A run's directory as it was recorded."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     rows: tuple[Row, ...] = ()
 
     @property
     def seed(self) -> int:
-        return int(self.manifest.get("seed", 0))
+        return self.manifest.seed
 
     @property
     def settings(self) -> dict[str, Any]:
         """As asked for, with the model, dtype and device that came of it."""
-        used = self.manifest["resolved"]
-        asked = {name: value for name, value in self.manifest["settings"].items() if name not in MAY_DIFFER}
+        used = self.manifest.resolved
+        asked = {name: value for name, value in self.manifest.settings.items() if name not in MAY_DIFFER}
         return {**asked, **{name: used.get(name) for name in ("model", "dtype", "device", "prompt_style")}}
 
     @property
     def tasks(self) -> str:
         """The hash of its task set."""
-        return str(self.manifest["tasks"]["sha256"])
+        return self.manifest.tasks.sha256
 
     @property
     def origin(self) -> dict[str, Any]:
         """What it ran on and with, as far as times depend on it."""
-        hardware, versions = self.manifest.get("hardware") or {}, self.manifest.get("versions") or {}
+        hardware, versions, git = self.manifest.hardware, self.manifest.versions, self.manifest.git or {}
         return {
             "cpu": hardware.get("cpu"),
             "cores": hardware.get("cores"),
             "gpus": [gpu.get("name") for gpu in hardware.get("gpus") or ()],
             "torch": versions.get("torch"),
-            "commit": (self.manifest.get("git") or {}).get("commit"),
+            "commit": git.get("commit"),
         }
 
 
@@ -130,20 +131,10 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
 
 
 def _read(path: Path) -> Run:
-    file = path / "run.json"
-    try:
-        run = Run(path, json.loads(file.read_text(encoding="utf-8")))
-        _ = run.settings, run.tasks, run.seed, run.origin
-    except FileNotFoundError:
-        raise RrmError(f"{path} holds no run.json; pass the directory of a recorded run") from None
-    except (OSError, ValueError) as error:
-        raise RrmError(f"{file} cannot be read ({error})") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RrmError(f"{file} lacks something that is needed ({error!r}): another version wrote it") from None
-    rows = tuple(json_lines(path / "rows.jsonl", OF_ROWS | {"task", "correct"}))
-    if not rows:
+    run = Run(path, read_manifest(path), tuple(read_rows(path)))
+    if not run.rows:
         raise RrmError(f"{path} has no finished row to analyse yet")
-    return replace(run, rows=rows)
+    return run
 
 
 def arms(runs: Sequence[Run]) -> list[Arm]:
@@ -172,7 +163,7 @@ def _keys(run: Run) -> set[tuple[Any, ...]]:
 
 def _name(found: list[Arm]) -> None:
     """By the settings that differ; by the directory where those are many, or none."""
-    settings = [{"tasks": arm.runs[0].manifest["tasks"]["name"], **arm.runs[0].settings} for arm in found]
+    settings = [{"tasks": arm.runs[0].manifest.tasks.name, **arm.runs[0].settings} for arm in found]
     names = dict.fromkeys(name for one in settings for name in one)
     differing = [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
     for arm, one in zip(found, settings, strict=True):

@@ -20,7 +20,7 @@ from rrm_engine.analyze.statistics import (
 )
 from rrm_engine.bench.trust import has_time, is_headline
 from rrm_engine.legible import plural
-from rrm_engine.runs.directory import Row
+from rrm_engine.runs.rows import Row
 
 Pair = tuple[Sample, Sample]
 

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,14 +39,13 @@ from rrm_engine.legible import plural, spelled
 from rrm_engine.loading.checkpoint import refuse_damaged
 from rrm_engine.runs.directory import ERRORS, RunDir, RunDirError
 from rrm_engine.runs.environment import environment, package_version
+from rrm_engine.runs.manifest import FORMAT, Manifest, TaskSource
 from rrm_engine.trace.profile_reader import PROFILE, SUMMARY, ProfileError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from rrm_engine.backends.local import Solver
-
-FORMAT = 1  # of the run directory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,7 +97,7 @@ def resume_run(options: Options) -> int:
 def _resume(directory: RunDir, options: Options) -> int:
     recorded = directory.manifest
     config = _recorded_config(recorded, directory.path)
-    tasks = load_tasks(options.tasks or recorded["tasks"]["source"])
+    tasks = load_tasks(options.tasks or recorded.tasks.source)
     _refuse_differences(differences(options.given, tasks, recorded), directory.path)
     if options.profile and (directory.path / PROFILE).exists():
         raise RrmError(f"{directory.path} holds a profile already: move its {PROFILE} away, or leave --profile out")
@@ -107,25 +106,25 @@ def _resume(directory: RunDir, options: Options) -> int:
     if not _missing(tasks, config, directory):
         return _close(directory, config, options.quiet)
     # The pool's size is read off free memory, which is never twice the same: keep the first run's.
-    pinned = RunConfig(**{**asdict(config), "kv_blocks": recorded["resolved"].get("kv_blocks")})
+    pinned = RunConfig(**{**asdict(config), "kv_blocks": recorded.resolved.get("kv_blocks")})
     solver = _load(pinned, tasks, _announce(options))
-    drift = [*_drift(recorded["resolved"], solver.resolved), *_sampling_drift(recorded["solver"], solver)]
+    drift = [*_drift(recorded.resolved, solver.resolved), *_sampling_drift(recorded.solver, solver)]
     _refuse_differences(drift, directory.path)
     session = {"started": _now(), "command": _command(), **environment()}
-    directory.write_manifest({**recorded, "resumed": [*recorded["resumed"], session]})
+    directory.write_manifest(replace(recorded, resumed=[*recorded.resumed, session]))
     return _run(solver, tasks, config, directory, options)
 
 
-def differences(given: dict[str, Any], tasks: TaskSet, recorded: dict[str, Any]) -> list[str]:
+def differences(given: dict[str, Any], tasks: TaskSet, recorded: Manifest) -> list[str]:
     """What was asked for now and differs from the recorded run, each as a phrase."""
-    settings = recorded["settings"]
+    settings = recorded.settings
     found = [
         f"{flag(name)} is {show(value)}, was {show(settings[name])}"
         for name, value in given.items()
         if show(value) != show(settings[name])
     ]
-    if tasks.sha256 != recorded["tasks"]["sha256"]:
-        found.append(f"the tasks of {tasks.source} are not those of the recorded {recorded['tasks']['name']}")
+    if tasks.sha256 != recorded.tasks.sha256:
+        found.append(f"the tasks of {tasks.source} are not those of the recorded {recorded.tasks.name}")
     return found
 
 
@@ -154,11 +153,9 @@ def _refuse_differences(found: list[str], path: Path) -> None:
         raise RrmError(f"{path} was recorded under other settings: {'; '.join(found)}")
 
 
-def _recorded_config(recorded: dict[str, Any], path: Path) -> RunConfig:
+def _recorded_config(recorded: Manifest, path: Path) -> RunConfig:
     """The settings of run.json; those that a newer version added keep their defaults."""
-    if recorded.get("format") != FORMAT or not {"settings", "resolved", "tasks", "resumed"} <= recorded.keys():
-        raise RrmError(f"{path / 'run.json'} was written by another version; start a new run")
-    settings = recorded["settings"]
+    settings = dict(recorded.settings)
     if unknown := settings.keys() - {f.name for f in fields(RunConfig)}:
         raise RrmError(f"{path / 'run.json'} has settings that this version lacks: {', '.join(sorted(unknown))}")
     for f in fields(RunConfig):
@@ -251,26 +248,20 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseExcept
     return FAILED if summary["errors"] or unwritten else OK
 
 
-def _manifest(config: RunConfig, tasks: TaskSet, solver: "Solver") -> dict[str, Any]:
+def _manifest(config: RunConfig, tasks: TaskSet, solver: "Solver") -> Manifest:
     """run.json: what was asked, what it came out as, and where it ran."""
-    return {
-        "format": FORMAT,
-        "started": _now(),
-        "command": _command(),
-        "seed": config.seed,
-        "tasks": {
-            "name": tasks.name,
-            "source": tasks.source,
-            "sha256": tasks.sha256,
-            "count": len(tasks.tasks),
-            "used": len(tasks.tasks[: config.limit]),
-        },
-        "settings": asdict(config),
-        "resolved": asdict(solver.resolved),
-        "solver": solver.describe(),
+    used = len(tasks.tasks[: config.limit])
+    return Manifest(
+        format=FORMAT,
+        started=_now(),
+        command=_command(),
+        seed=config.seed,
+        tasks=TaskSource(tasks.name, tasks.source, tasks.sha256, len(tasks.tasks), used),
+        settings=asdict(config),
+        resolved=asdict(solver.resolved),
+        solver=solver.describe(),
         **environment(),
-        "resumed": [],
-    }
+    )
 
 
 def _print_header(console: "Console", solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir) -> None:

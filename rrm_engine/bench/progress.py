@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rrm_engine.legible import legible, legible_key
-from rrm_engine.runs.directory import Row, row_key
+from rrm_engine.runs.rows import Row, row_key
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

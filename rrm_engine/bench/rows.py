@@ -11,7 +11,8 @@ from typing import Any
 from rrm_engine.bench.grader import Grader, GraderClosed, Verdict
 from rrm_engine.bench.progress import Display
 from rrm_engine.graph.types import Status
-from rrm_engine.runs.directory import Row, RunDir, RunDirError
+from rrm_engine.runs.directory import RunDir, RunDirError
+from rrm_engine.runs.rows import Row
 from rrm_engine.solver.result import Job, JobResult
 
 UNRECORDED = ("job", "traceback")  # of a result's fields: the one is spelled out in a row, the other has its own file

@@ -10,7 +10,8 @@ from rrm_engine.bench.rows import RowWriter
 from rrm_engine.bench.tasks import Task
 from rrm_engine.command import check_interrupt
 from rrm_engine.config import RunConfig
-from rrm_engine.runs.directory import Row, RunDir, row_key
+from rrm_engine.runs.directory import RunDir
+from rrm_engine.runs.rows import Row, row_key
 from rrm_engine.solver.result import Job, JobResult
 
 POLICY_GROUPS = ("graph", "memory")  # groups of settings that every row carries

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rrm_engine.bench.progress import first_line
 from rrm_engine.bench.summary import RECURSIVE
 from rrm_engine.legible import legible_key, plural
-from rrm_engine.runs.directory import Row, row_key
+from rrm_engine.runs.rows import Row, row_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -228,7 +228,7 @@ def error_line(rows: list[Row]) -> str:
     if not failed:
         return ""
     what = f"{plural(len(failed), 'row')} with an error (counted as wrong)"
-    return f"{what}; {legible_key(row_key(failed[0]))}: {first_line(failed[0]['error'])}"
+    return f"{what}; {legible_key(row_key(failed[0]))}: {first_line(failed[0]['error'] or '')}"
 
 
 def speedup(figures: Figures, name: str, more: str = "faster", less: str = "slower") -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from rrm_engine.legible import legible, plural
-from rrm_engine.runs.directory import Row
+from rrm_engine.runs.rows import Row
 
 DIRECT, RECURSIVE = "direct", "rrm"
 

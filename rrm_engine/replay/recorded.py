@@ -1,6 +1,5 @@
 """From a recorded run to graphs: who started whom after which token, and every node's true token ids."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -9,10 +8,11 @@ from pathlib import Path
 from rrm_engine.legible import legible_key
 from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, Step
 from rrm_engine.replay.reader import GraphError, contains
-from rrm_engine.runs.checks import check_samples, check_whole
-from rrm_engine.runs.directory import row_key
-from rrm_engine.runs.reader import TraceError, json_lines
-from rrm_engine.runs.timeline import FALLBACK, ROOT, Event, Incomplete, JobTrace, follow_nodes
+from rrm_engine.runs.errors import RunError
+from rrm_engine.runs.events import Range, Transcript, WroteChild
+from rrm_engine.runs.manifest import read_manifest
+from rrm_engine.runs.reader import read_jobs, timeline
+from rrm_engine.runs.timeline import FALLBACK, ROOT, Incomplete, JobTrace
 
 
 def recorded_graphs(directory: Path) -> list[Graph]:
@@ -21,42 +21,26 @@ def recorded_graphs(directory: Path) -> list[Graph]:
     What a node wrote after an await and lost is not in its tokens and not replayed, nodes that never wrote a token
     are left out, and one that was cancelled ends where it was. The fallback of a broken graph is a second root.
     """
-    forks = _forks(directory)
     try:
-        groups: dict[tuple[str, int], list[Event]] = {}
-        for event in json_lines(directory / "trace.jsonl", {"t", "job", "node", "step", "event"}):
-            groups.setdefault((event["job"], event.get("session", 0)), []).append(event)
-        rows = list(json_lines(directory / "rows.jsonl", {"id", "mode", "sample"}))
-    except TraceError as error:
+        forks = read_manifest(directory).resolved.get("child_context") == "parent"
+        jobs = read_jobs(directory)
+    except RunError as error:
         raise GraphError(f"--from {directory}: {error}") from None
     graphs = []
-    for row in rows:
-        key, session = row_key(row), row.get("session", 0)
-        trace = JobTrace(key, session, row, groups.get((key, session), []))
+    for job in jobs:
+        if job.row is None:
+            continue
         try:
-            check_whole(trace.events)
-            follow_nodes(trace)
-            check_samples(trace)
-            graph = _graph(trace, forks)
+            graph = _graph(timeline(job), forks)
         except Incomplete as error:
             raise GraphError(
-                f"--from {directory}: the trace of {legible_key(key)} cannot be replayed: {error}"
+                f"--from {directory}: the trace of {legible_key(job.key)} cannot be replayed: {error}"
             ) from None
         if graph is not None:
             graphs.append(graph)
     if not graphs:
         raise GraphError(f"--from {directory}: no finished job of this run has written a token")
     return graphs
-
-
-def _forks(directory: Path) -> bool:
-    """Whether the run's children started from their parents' contexts."""
-    try:
-        return json.loads((directory / "run.json").read_text(encoding="utf-8"))["resolved"]["child_context"] == "parent"
-    except FileNotFoundError:
-        raise GraphError(f"--from {directory} holds no run.json; pass the directory of a recorded run") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GraphError(f"--from {directory}: its run.json cannot be read ({error})") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +57,7 @@ def _graph(trace: JobTrace, forks: bool) -> Graph | None:
     phases = {name: found for name in trace.nodes if (found := _phases(trace, name))}
     if not phases:
         return None
-    tokens = {name: tuple(trace.events[trace.over[name]]["token_ids"]) for name in phases}
+    tokens = {name: tuple(_transcript(trace, name).token_ids) for name in phases}
     contexts = {name: tokens[name][: phases[name][0].start] for name in phases}
     starts = _child_places(trace, phases)
     shared: dict[str, int] = {}  # child -> tokens of its parent that it starts with
@@ -88,22 +72,30 @@ def _graph(trace: JobTrace, forks: bool) -> Graph | None:
     nodes = {}
     for name, found in phases.items():
         own = {child: place for child, place in starts.items() if child.rpartition(".")[0] == name}
-        after = [other for other in trace.events[trace.real(name)[0].begin]["after"] if other in phases]
+        after = [other for other in trace.real(name)[0].after if other in phases]
         after += [ROOT] if name == FALLBACK and ROOT in phases else []
         prompt = contexts[name][shared.get(name, len(prefix)) :]
         answers = {child: tokens[child][phases[child][-1].start :] for child in own}
-        spliced = trace.events[trace.over[name]].get("spliced", ())
+        spliced = _transcript(trace, name).spliced
         steps = _with_children(_steps(tokens[name], found, own), contexts[name], spliced, answers)
         nodes[name] = Node(prompt, steps, tuple(after), name in shared)
     return Graph(trace.key, nodes, prefix)
+
+
+def _transcript(trace: JobTrace, name: str) -> Transcript:
+    """Of a node that had a sequence."""
+    found = trace.end(name).transcript
+    assert found is not None
+    return found
 
 
 def _phases(trace: JobTrace, name: str) -> list[_Phase]:
     """The node's phases that sampled something, with all that was awaited since the one before."""
     phases: list[_Phase] = []
     awaited: tuple[str, ...] = ()
-    ranges = trace.events[trace.over[name]].get("sampled", [])
-    for turn, (stretch, (start, stop)) in enumerate(zip(trace.real(name), ranges, strict=True)):
+    stretches = trace.real(name)
+    ranges = _transcript(trace, name).sampled if stretches else ()
+    for turn, (stretch, (start, stop)) in enumerate(zip(stretches, ranges, strict=True)):
         awaited += stretch.after if turn else ()  # the first one's are what it depends on
         if start < stop:
             phases.append(_Phase(start, stop, awaited))
@@ -115,10 +107,9 @@ def _child_places(trace: JobTrace, phases: dict[str, list[_Phase]]) -> dict[str,
     """Tokens that a child's parent had when it had written the child's event."""
     places = {}
     for event in trace.events:
-        child, parent = event.get("child"), event["node"]
-        if event["event"] == "event" and child in phases:
-            phase = [p for p in phases[parent] if p.start < event["tokens"]][-1]
-            places[child] = min(event["tokens"], phase.stop)
+        if isinstance(event, WroteChild) and event.child in phases:
+            phase = [p for p in phases[event.node] if p.start < event.tokens][-1]
+            places[event.child] = min(event.tokens, phase.stop)
     return places
 
 
@@ -144,7 +135,7 @@ def _steps(tokens: tuple[int, ...], phases: list[_Phase], children: dict[str, in
 def _with_children(
     steps: tuple[Step, ...],
     context: tuple[int, ...],
-    spliced: Sequence[Sequence[int]],
+    spliced: Sequence[Range],
     answers: dict[str, tuple[int, ...]],
 ) -> tuple[Step, ...]:
     """``steps`` with every append cut where a child's KV was ``spliced`` (ranges of the node's tokens) into it."""

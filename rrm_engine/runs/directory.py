@@ -16,10 +16,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, BinaryIO, TextIO
 
-from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible_key
+from rrm_engine.runs.errors import RunError
+from rrm_engine.runs.manifest import NAME, Manifest, read_manifest
+from rrm_engine.runs.rows import Row, read_row, row_key
+from rrm_engine.runs.typed import WrongShape
 
-Row = dict[str, Any]
 FILES = ("rows.jsonl", "trace.jsonl", "run.json.tmp")  # that are there before the run.json is
 ERRORS = "errors.log"  # tracebacks, if there are any
 # Half of a surrogate pair, which no encoding has, is written as JSON's escape of it.
@@ -28,25 +30,21 @@ TRACE_BUFFER = 1 << 20
 TAIL_READ = 1 << 16
 
 
-class RunDirError(RrmError):
+class RunDirError(RunError):
     """A run directory cannot be used; the message is one sentence for the user."""
-
-
-def row_key(row: Row) -> str:
-    """The key of the row's job."""
-    return f"{row['id']}/{row['mode']}/{row['sample']}"
 
 
 class RunDir:
     """An open run directory, locked against a second process.
 
-    ``rows`` are those on disk, ``session`` counts the openings (0: the run's first), ``cut`` the half-written lines
-    that opening it removed. One thread may add rows while another writes events.
+    ``manifest`` is there once it was written or read. ``rows`` are those on disk, ``session`` counts the openings
+    (0: the run's first), ``cut`` the half-written lines that opening it removed. One thread may add rows while another
+    writes events.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest: dict[str, Any] = {}
+        self.manifest: Manifest
         self.rows: list[Row] = []
         self.session = 0
         self.cut = 0
@@ -77,25 +75,21 @@ class RunDir:
     @classmethod
     def resume(cls, path: Path) -> "RunDir":
         """The run in ``path``, with what a killed process left half-written cut off."""
-        try:
-            manifest = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (path / NAME).exists():
             advice = f"; start one in it by --out {path}" if path.is_dir() and _is_unused(path) else ""
-            raise RunDirError(f"{path} holds no run.json, so there is no run to resume in it{advice}") from None
-        except (OSError, ValueError) as error:
-            raise RunDirError(f"{path / 'run.json'} cannot be read ({error})") from None
+            raise RunDirError(f"{path} holds no {NAME}, so there is no run to resume in it{advice}")
         directory = cls(path)
-        directory.manifest = manifest
-        directory.session = 1 + len(manifest.get("resumed", []))
+        directory.manifest = read_manifest(path)
+        directory.session = 1 + len(directory.manifest.resumed)
         directory._open()
         with _saying(f"{path} cannot be read"):
             directory._load()
         return directory
 
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
+    def write_manifest(self, manifest: Manifest) -> None:
         """Write run.json as a whole."""
         self.manifest = manifest
-        self._replace("run.json", manifest)
+        self._replace(NAME, manifest.as_json())
 
     def add(self, row: Row) -> None:
         """Append a row, and do not return before it is on the disk."""
@@ -147,7 +141,7 @@ class RunDir:
     def discard(self) -> None:
         """Close, and remove what ``create`` made, if the run never began."""
         self.close()
-        if not self.rows and not (self.path / "run.json").exists():
+        if not self.rows and not (self.path / NAME).exists():
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
             if self._made:
@@ -244,7 +238,7 @@ def _last_line(file: BinaryIO) -> bytes:
         reach *= 4
 
 
-def _parse(line: bytes) -> Row | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
     except ValueError:
@@ -253,10 +247,13 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _row(line: bytes, path: Path, number: int) -> Row:
-    row = _parse(line)
-    if row is None or not {"id", "mode", "sample"} <= row.keys():
-        raise RunDirError(f"{path}, line {number}: not a row; mend or remove the line, then resume again")
-    return row
+    try:
+        if (value := _parse(line)) is not None:
+            return read_row(value)
+        what = "not a row"
+    except WrongShape as error:
+        what = str(error)
+    raise RunDirError(f"{path}, line {number}: {what}; mend or remove the line, then resume again")
 
 
 def _check_unique(rows: list[Row], path: Path) -> None:

@@ -1,25 +1,36 @@
-"""A run directory read back: its jobs as time lines, and why some of them cannot be."""
+"""A run directory read back: the rows and the events of its jobs, and each job as a time line. The only reader of them.
 
+``read_jobs`` gives every job as its lines stand in the files. ``read_run`` believes none whose events are not whole and
+do not bear out its row (checks.py), ``timeline`` is the first half of that, for who draws or runs tokens again.
+"""
+
+import gc
 import json
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible, legible_key
-from rrm_engine.runs.checks import build
-from rrm_engine.runs.directory import row_key
-from rrm_engine.runs.timeline import Event, Incomplete, JobTrace
+from rrm_engine.runs.checks import check_against_row, check_samples, check_whole
+from rrm_engine.runs.errors import RunError
+from rrm_engine.runs.events import Event, parse
+from rrm_engine.runs.rows import Row, read_row, row_key
+from rrm_engine.runs.timeline import Incomplete, JobTrace, follow_nodes
+from rrm_engine.runs.typed import WrongShape
 
-BULKY = ("token_ids",)  # not needed here
-OF_ROWS = {"id", "mode", "sample", "status", "latency_s"}
-OF_EVENTS = {"t", "job", "node", "step", "event"}
 SHOWN_KEYS = 6
 
 
-class TraceError(RrmError):
-    """The run cannot be read or exported; the message is one sentence for the user."""
+@dataclass(frozen=True, slots=True)
+class RecordedJob:
+    """One job in one session: its events in the order of the file, and its row, None if it did not finish there."""
+
+    key: str
+    session: int
+    events: list[Event]
+    row: Row | None
 
 
 @dataclass(slots=True)
@@ -31,54 +42,117 @@ class RunTrace:
 
 
 def read_run(directory: Path, keys: Collection[str] = ()) -> RunTrace:
-    """Read the jobs named (``id/mode/sample``, or ``id``, or ``id/mode``; none: all). Raises TraceError."""
-    rows = {(row_key(row), row.get("session", 0)): row for row in json_lines(directory / "rows.jsonl", OF_ROWS)}
-    groups: dict[tuple[str, int], list[Event]] = {}
-    for event in json_lines(directory / "trace.jsonl", OF_EVENTS):
-        for name in BULKY:
-            event.pop(name, None)
-        groups.setdefault((event["job"], event.get("session", 0)), []).append(event)
-    run, finished = RunTrace(), {key for key, _ in rows}
-    for key, session in _chosen(list(dict.fromkeys([*groups, *rows])), keys):
-        row = rows.get((key, session))
-        if row is None and key in finished:
-            continue  # it was interrupted, and ran again in a later session
+    """Read the jobs named (``id/mode/sample``, or ``id``, or ``id/mode``; none: all). Raises RunError.
+
+    Their transcripts lack the token ids, which are most of a run's bytes.
+    """
+    run = RunTrace()
+    for job in read_jobs(directory, keys, tokens=False):
         try:
-            run.jobs.append(build(key, session, groups.get((key, session), []), row))
+            run.jobs.append(believed(job))
         except Incomplete as error:
-            run.incomplete[key] = str(error)
+            run.incomplete[job.key] = str(error)
     return run
 
 
-def json_lines(path: Path, needed: set[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; a last line that was cut short or is still being written is left out.
+def believed(job: RecordedJob) -> JobTrace:
+    """The time line of a job whose events bear out its row. Raises Incomplete."""
+    trace = timeline(job)
+    check_against_row(trace)
+    return trace
 
-    Raises TraceError if the file cannot be read, or a line is not an object with the keys that are needed.
+
+def timeline(job: RecordedJob) -> JobTrace:
+    """The time line of a job of which no event is missing. Raises Incomplete."""
+    if job.row is None:
+        raise Incomplete("it has no row: the run broke off in it or is still going on")
+    check_whole(job.events)
+    trace = JobTrace(job.key, job.session, job.row, job.events)
+    follow_nodes(trace)
+    check_samples(trace)
+    return trace
+
+
+def read_jobs(directory: Path, keys: Collection[str] = (), *, tokens: bool = True) -> list[RecordedJob]:
+    """The jobs named as for ``read_run``, in the order they began; transcripts without ``tokens`` have no token ids.
+
+    A job that was interrupted and ran again in a later session is there once. Raises RunError.
+    """
+    with _nothing_collected():
+        rows = {(row_key(row), row.get("session", 0)): row for row in read_rows(directory)}
+        events: dict[tuple[str, int], list[Event]] = {}
+        for session, event in read_events(directory, tokens=tokens):
+            events.setdefault((event.job, session), []).append(event)
+    finished, found = {key for key, _ in rows}, list(dict.fromkeys([*events, *rows]))
+    chosen = chosen_jobs((key for key, _ in found), keys)
+    return [
+        RecordedJob(key, session, events.get((key, session), []), rows.get((key, session)))
+        for key, session in found
+        if key in chosen and ((key, session) in rows or key not in finished)
+    ]
+
+
+def read_rows(directory: Path) -> Iterator[Row]:
+    """The rows of a run. Raises RunError."""
+    path = directory / "rows.jsonl"
+    for number, value in _objects(path):
+        try:
+            yield read_row(value)
+        except WrongShape as error:
+            raise RunError(f"{path}, line {number}: {error}: another version wrote it, or it was changed") from None
+
+
+def read_events(directory: Path, *, tokens: bool = True) -> Iterator[tuple[int, Event]]:
+    """(session, event) for every event of a run. Raises RunError."""
+    path = directory / "trace.jsonl"
+    for number, value in _objects(path):
+        session = value.pop("session", 0)
+        if not tokens and "token_ids" in value:
+            value["token_ids"] = []
+        try:
+            yield session, parse(value)
+        except WrongShape as error:
+            raise RunError(
+                f"{path}, line {number}: {error}: another version recorded it, or it was changed; record the run again"
+            ) from None
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Without garbage collection: all that is read is kept, and the collector would go through it again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of a JSONL file; a last line that was cut short or is still being written is left out.
+
+    Raises RunError if the file cannot be read, or a line is not an object.
     """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    value = json.loads(line)
+                    value = json.loads(line.decode())
                 except ValueError:
                     value = None
-                if isinstance(value, dict) and needed <= value.keys():
-                    yield value
+                if isinstance(value, dict):
+                    yield number, value
                 elif line.endswith(b"\n"):
-                    raise TraceError(f"{path}, line {number}: not what a run writes there")
+                    raise RunError(f"{path}, line {number}: not what a run writes there")
     except FileNotFoundError:
-        raise TraceError(f"{path.parent} holds no {path.name}; pass the directory of a recorded run") from None
+        raise RunError(f"{path.parent} holds no {path.name}; pass the directory of a recorded run") from None
     except OSError as error:
-        raise TraceError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _chosen(found: list[tuple[str, int]], keys: Collection[str]) -> list[tuple[str, int]]:
-    chosen = chosen_jobs([key for key, _ in found], keys)
-    return [(key, session) for key, session in found if key in chosen]
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def chosen_jobs(known: Iterable[str], wanted: Collection[str]) -> set[str]:
-    """The job keys named (as ``id/mode/sample``, ``id/mode`` or ``id``; none: all). Raises TraceError."""
+    """The job keys named (as ``id/mode/sample``, ``id/mode`` or ``id``; none: all). Raises RunError."""
     known = dict.fromkeys(known)
     chosen: set[str] = set()
     for name in wanted:
@@ -89,7 +163,7 @@ def chosen_jobs(known: Iterable[str], wanted: Collection[str]) -> set[str]:
 
 
 def refuse_unknown(flag: str, wanted: str, what: str, known: bool, there: Collection[str]) -> None:
-    """Raise TraceError, with some of the names there are, if a name given to ``flag`` is not known."""
+    """Raise RunError, with some of the names there are, if a name given to ``flag`` is not known."""
     if not known:
         some = ", ".join(map(legible_key, list(there)[:SHOWN_KEYS])) + (" ..." if len(there) > SHOWN_KEYS else "")
-        raise TraceError(f"{flag} {legible(wanted)}: there is no such {what}; there are {some or 'none'}")
+        raise RunError(f"{flag} {legible(wanted)}: there is no such {what}; there are {some or 'none'}")

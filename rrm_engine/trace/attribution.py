@@ -34,6 +34,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rrm_engine.runs.events import JobBegan, Resumed
 from rrm_engine.runs.timeline import FALLBACK, ROOT, Interval, JobTrace, Stretch
 
 RECURSIVE = "rrm"
@@ -126,15 +127,15 @@ class _Walk:
 
     def run(self) -> None:
         events = self.trace.events
-        at, until = self.trace.cause(len(events) - 1), float(events[-1]["t"])
-        while events[at]["event"] != "job":
-            stretch = self.trace.stretch_at(events[at]["node"], at)
-            left = min(stretch.end_t, float(events[at]["t"]))
+        at, until = self.trace.cause(len(events) - 1), events[-1].t
+        while not isinstance(events[at], JobBegan):
+            stretch = self.trace.stretch_at(events[at].node, at)
+            left = min(stretch.end_t, events[at].t)
             self._seconds["gaps"] += until - left
             self._cross(stretch, left, at)
             at, until = self.trace.cause(stretch.begin), stretch.ready_t
             self._note_straggler(stretch, at)
-        self._seconds["gaps"] += until - events[0]["t"]
+        self._seconds["gaps"] += until - events[0].t
 
     def parts(self) -> dict[str, float]:
         """Seconds of each part; what a straggler decoded is taken out of what descendants decoded."""
@@ -152,7 +153,7 @@ class _Walk:
             self._seconds["root"] += decoded
         else:
             self._decoding += decoding
-        began = self.trace.events[0]["t"]
+        began = self.trace.events[0].t
         tokens = self.trace.tokens_to(stretch, at)
         self.hops.append(Hop(stretch.node, stretch.phase, stretch.ready_t - began, left - began, tokens))
 
@@ -160,11 +161,11 @@ class _Walk:
         """If the stretch was resumed by its last child: since when it had waited for that one alone."""
         trace = self.trace
         given = sorted(trace.over[path] for path in stretch.after if path in trace.nodes)
-        if len(given) < 2 or given[-1] != cause or trace.events[stretch.begin]["event"] != "resume":
+        if len(given) < 2 or given[-1] != cause or not isinstance(trace.events[stretch.begin], Resumed):
             return
         paused = trace.stretch_at(stretch.node, cause).end_t
-        since = max(paused, trace.events[given[-2]]["t"])
-        self._alone.append((since, trace.events[cause]["t"]))
+        since = max(paused, trace.events[given[-2]].t)
+        self._alone.append((since, trace.events[cause].t))
 
 
 def _without(whole: Interval, cuts: Iterable[Interval]) -> list[Interval]:

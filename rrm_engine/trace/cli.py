@@ -7,9 +7,9 @@ from typing import Any
 
 from rrm_engine.command import OK, guarded, say
 from rrm_engine.legible import legible, plural, spelled
-from rrm_engine.runs.reader import SHOWN_KEYS, RunTrace, TraceError, read_run
+from rrm_engine.runs.reader import SHOWN_KEYS, RunTrace, read_run
 from rrm_engine.trace.attribution import PARTS, RECURSIVE, Attribution, as_json, attribute, is_attributed, medians
-from rrm_engine.trace.command import make_parser, write_json
+from rrm_engine.trace.command import TraceError, make_parser, write_json
 from rrm_engine.trace.profile_reader import PROFILE, STEP, RecordedProfile, read_profile
 
 PROGRAM = "python -m rrm_engine.trace"

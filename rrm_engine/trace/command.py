@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.command_line import Parser
+from rrm_engine.errors import RrmError
 from rrm_engine.runs.directory import ESCAPED
-from rrm_engine.runs.reader import TraceError
+
+
+class TraceError(RrmError):
+    """What was found cannot be written or shown; the message is one sentence for the user."""
 
 
 def make_parser(program: str, description: str, epilog: str) -> Parser:

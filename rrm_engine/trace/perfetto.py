@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.legible import legible
-from rrm_engine.runs.reader import TraceError
-from rrm_engine.runs.timeline import NAMES, NO_ROOM, Event, JobTrace, Stretch
+from rrm_engine.runs.events import Event, Started, Wrote, WroteChild
+from rrm_engine.runs.timeline import NAMES, NO_ROOM, JobTrace, Stretch
+from rrm_engine.trace.command import TraceError
 from rrm_engine.trace.packets import Packets
 from rrm_engine.trace.profile_reader import Range, RecordedProfile
 
@@ -28,7 +29,7 @@ COUNTERS = ("sequences running", "sequences queued", "sequences waiting")
 BLOCKS = {"blocks": "KV blocks used", "pinned": "KV blocks pinned", "offloaded": "KV blocks offloaded"}  # by field
 INSTANTS = {"child", "await", "atomic", "done", "malformed", "concluded", "cancelled", NO_ROOM, "finish"}
 SESSION_GAP_S = 1.0
-STANDARD = {"t", "job", "node", "step", "event", "session", "kind", *BLOCKS}  # fields told otherwise
+UNTOLD = {"kind", "token_ids"}  # the one is the name, the others are many
 
 
 def export(jobs: Sequence[JobTrace], path: Path, profile: RecordedProfile | None = None) -> None:
@@ -57,7 +58,7 @@ def session_shifts(jobs: Iterable[JobTrace]) -> dict[int, float]:
     """Seconds to add to the times of each session."""
     spans: dict[int, list[float]] = defaultdict(list)
     for trace in jobs:
-        spans[trace.session] += [trace.events[0]["t"], trace.events[-1]["t"]]
+        spans[trace.session] += [trace.events[0].t, trace.events[-1].t]
     shifts: dict[int, float] = {}
     reached: float | None = None
     for session in sorted(spans):
@@ -84,7 +85,7 @@ def counter_changes(trace: JobTrace) -> list[tuple[float, str, int]]:
                 during(queued, start, end)
                 during(running, start, end, -1)
         for begin, end in trace.waits(path):
-            during(waiting, trace.events[begin]["t"], trace.events[end]["t"])
+            during(waiting, trace.events[begin].t, trace.events[end].t)
     return changes
 
 
@@ -93,7 +94,7 @@ def _counters(packets: Packets, jobs: Sequence[JobTrace], shifts: Mapping[int, f
     tracks = {name: packets.counter(name, engine) for name in (*COUNTERS, *BLOCKS.values())}
     changes = [(t + shifts[job.session], name, by) for job in jobs for t, name, by in counter_changes(job)]
     values: Counter[str] = Counter()
-    began = min(job.events[0]["t"] + shifts[job.session] for job in jobs)
+    began = min(job.events[0].t + shifts[job.session] for job in jobs)
     moments = {(began, name): 0 for name in COUNTERS}  # the value after all changes of a moment
     for t, name, by in sorted(changes):
         values[name] += by
@@ -102,8 +103,8 @@ def _counters(packets: Packets, jobs: Sequence[JobTrace], shifts: Mapping[int, f
         packets.count(t, tracks[name], value)
     for job in jobs:
         for event in job.events:
-            for kind in BLOCKS.keys() & event.keys():
-                packets.count(event["t"] + shifts[job.session], tracks[BLOCKS[kind]], event[kind])
+            for name, title in BLOCKS.items():
+                packets.count(event.t + shifts[job.session], tracks[title], getattr(event, name))
 
 
 def ranges_of(profile: RecordedProfile, jobs: Iterable[JobTrace]) -> list[Range]:
@@ -152,16 +153,16 @@ class _Job:
                 if over := waits.get(stretch.end):
                     self._slice(path, "wait", "wait", stretch.end_t, self._t(over))
         for index, event in enumerate(self.trace.events):
-            if event["node"] in self.tracks:
+            if event.node in self.tracks:
                 self._instants(index, event)
 
     def _tie(self) -> None:
         """Number the arrows."""
-        declared = {e["child"]: i for i, e in enumerate(self.trace.events) if e.get("child")}
+        declared = {e.child: i for i, e in enumerate(self.trace.events) if isinstance(e, WroteChild)}
         for path in self.trace.nodes:
             for stretch in self.trace.real(path):
                 sources = [self.trace.over[p] for p in stretch.after if p in self.trace.nodes]
-                if self.trace.events[stretch.begin]["event"] == "start" and path in declared:
+                if isinstance(self.trace.beginning(stretch), Started) and path in declared:
                     sources.append(declared[path])
                 for source in sources:
                     flow = self.packets.new_id()
@@ -175,13 +176,13 @@ class _Job:
             flows = []
         if stretch.first is None and not flows:
             return  # it was queued until it was over
-        begin, end = self.trace.events[stretch.begin], self.trace.events[stretch.end]
+        begin, end = self.trace.beginning(stretch), self.trace.pause(stretch)
         notes = {
             "tokens": self.trace.tokens_to(stretch, stretch.end),
             "phase": stretch.phase,
-            "reason": end["reason"],
-            "steps": end["step"] - begin["step"],
-            **_annotations(begin, {"tokens", "phase"}),
+            "reason": end.reason,
+            "steps": end.step - begin.step,
+            **_annotations(begin, {"phase"}),
         }
         track = self.tracks[stretch.node]
         name = NAMES.get(stretch.phase, stretch.phase)
@@ -194,13 +195,14 @@ class _Job:
         self.packets.end(stretch.end_t + self.shift, track)
 
     def _instants(self, index: int, event: Event) -> None:
-        name = event["kind"] if event["event"] == "event" else event["event"]
+        name = event.KIND if isinstance(event, Wrote) else event.EVENT
         if name not in INSTANTS:
             return
-        track, t = self.tracks[event["node"]], self._t(index) + self.shift
-        title = f"child {legible(event['id'])}" if name == "child" else name
-        self.packets.instant(t, track, title, "event", _annotations(event), leaving=self.leaving[index])
-        for repair in event.get("repairs", ()):
+        track, t = self.tracks[event.node], self._t(index) + self.shift
+        title = f"child {legible(event.id)}" if isinstance(event, WroteChild) else name
+        notes = {"tokens": event.tokens, **_annotations(event)}
+        self.packets.instant(t, track, title, "event", notes, leaving=self.leaving[index])
+        for repair in event.repairs if isinstance(event, Wrote) else ():
             self.packets.instant(t, track, f"repair {legible(repair)}", "repair")
 
     def _slice(
@@ -211,9 +213,9 @@ class _Job:
         self.packets.end(end + self.shift, track)
 
     def _t(self, index: int) -> float:
-        return float(self.trace.events[index]["t"])
+        return self.trace.events[index].t
 
 
 def _annotations(event: Event, without: Iterable[str] = ()) -> dict[str, Any]:
     """The event's own fields."""
-    return {name: value for name, value in event.items() if name not in STANDARD and name not in without}
+    return {name: value for name, value in event.own().items() if name not in UNTOLD and name not in without}

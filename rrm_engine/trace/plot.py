@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.legible import legible_key
-from rrm_engine.runs.directory import row_key
-from rrm_engine.runs.reader import TraceError
+from rrm_engine.runs.rows import job_key
 from rrm_engine.runs.timeline import NAMES, ROOT, JobTrace, Stretch
 from rrm_engine.trace.attribution import attribute, is_attributed
+from rrm_engine.trace.command import TraceError
 
 DIRECT = "direct"  # the mode
 MOST_ROWS = 6  # of a run in one picture
@@ -42,7 +42,7 @@ def draw(jobs: Sequence[JobTrace]) -> Any:
     if not shown:
         raise TraceError("--plot draws recursive rows, and there is none with a complete trace")
     by_key = {trace.key: trace for trace in jobs if ROOT in trace.nodes}
-    direct = [by_key.get(row_key({**trace.row, "mode": DIRECT})) for trace in shown]
+    direct = [by_key.get(job_key(trace.row["id"], DIRECT, trace.row["sample"])) for trace in shown]
     lines = [len(trace.nodes) + (other is not None) for trace, other in zip(shown, direct, strict=True)]
     figure = Figure(figsize=(9, sum(lines) * INCHES + 0.7 * len(shown) + 0.4), layout="constrained")
     axes = figure.subplots(len(shown), height_ratios=lines, squeeze=False)[:, 0]
@@ -60,7 +60,7 @@ class _Row:
         self.axes = axes
         self.trace = trace
         self.direct = direct
-        self.began = float(trace.events[0]["t"])
+        self.began = trace.events[0].t
         self.lines = {path: line for line, path in enumerate(_in_order(trace), start=1 if direct else 0)}
 
     def draw(self) -> None:
@@ -68,7 +68,7 @@ class _Row:
         for path, line in self.lines.items():
             self._node(self.trace, path, line, self.began)
             for begin, end in self.trace.waits(path):
-                start, stop = (self.trace.events[i]["t"] - self.began for i in (begin, end))
+                start, stop = (self.trace.events[i].t - self.began for i in (begin, end))
                 self._bar(line, start, stop, WAITING, height=0.25)
         self._arrows()
         for hop in attribute(self.trace).hops:
@@ -77,7 +77,7 @@ class _Row:
         title = f"{legible_key(self.trace.key)}: {self.trace.row['latency_s']:.2f} s"
         if self.direct is not None:
             names.insert(0, DIRECT)
-            self._node(self.direct, ROOT, 0, float(self.direct.events[0]["t"]))
+            self._node(self.direct, ROOT, 0, self.direct.events[0].t)
             title += f", directly {self.direct.row['latency_s']:.2f} s"
         self.axes.set_title(title, fontsize=9, loc="left", parse_math=False)
         names = list(map(legible_key, names))
@@ -114,7 +114,7 @@ class _Row:
     def _giver(self, stretch: Stretch) -> int | None:
         """The line of the node whose event or conclusion made a stretch ready."""
         event = self.trace.events[self.trace.cause(stretch.begin)]
-        line = self.lines.get(event["node"])
+        line = self.lines.get(event.node)
         return None if line == self.lines[stretch.node] else line
 
 

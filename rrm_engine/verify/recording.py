@@ -1,18 +1,18 @@
 """A recorded run as far as it can be recomputed: settings, and each node's transcript with who wrote what."""
 
-import json
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible_key
-from rrm_engine.protocol.thinking import Marks, Thought
-from rrm_engine.runs.checks import check_samples, check_whole
-from rrm_engine.runs.directory import Row, row_key
-from rrm_engine.runs.reader import TraceError, chosen_jobs, json_lines, refuse_unknown
-from rrm_engine.runs.timeline import Event, Incomplete, JobTrace, follow_nodes
+from rrm_engine.protocol.thinking import Thought
+from rrm_engine.runs.errors import RunError
+from rrm_engine.runs.events import Began
+from rrm_engine.runs.manifest import read_manifest
+from rrm_engine.runs.reader import RecordedJob, chosen_jobs, read_jobs, refuse_unknown, timeline
+from rrm_engine.runs.timeline import Incomplete, JobTrace
 
 
 class VerifyError(RrmError):
@@ -89,42 +89,25 @@ def read_recording(
     """
     try:
         return _read(path, nodes, jobs, limit)
-    except TraceError as error:
+    except RunError as error:
         raise VerifyError(str(error)) from None
 
 
 def _read(path: Path, nodes: Collection[str], jobs: Collection[str], limit: int | None) -> Recording:
-    manifest = _manifest(path)
-    groups: dict[tuple[str, int], list[Event]] = {}
-    for event in json_lines(path / "trace.jsonl", {"job", "node", "event"}):
-        groups.setdefault((event["job"], event.get("session", 0)), []).append(event)
-    rows = {row_key(row): row for row in json_lines(path / "rows.jsonl", {"id", "mode", "sample"})}
-    if not rows:
+    used = read_manifest(path).resolved
+    found = read_jobs(path)
+    finished = {job.key: job for job in found if job.row is not None}
+    if not finished:
         raise VerifyError(f"{path} has no finished job to verify yet")
-    chosen = chosen_jobs(rows, jobs)
-    records = [
-        record
-        for key, row in rows.items()
-        if key in chosen
-        for record in _job(path, key, row, groups.get((key, row.get("session", 0)), []))
-    ]
+    chosen = chosen_jobs(finished, jobs)
+    records = [record for key, job in finished.items() if key in chosen for record in _job(path, job)]
     known = dict.fromkeys(record.node for record in records)
     for wanted in nodes:
         refuse_unknown("--nodes", wanted, "node", wanted in known, known)
     records = [record for record in records if (not nodes or record.node in nodes) and record.positions][:limit]
     if not records:
         raise VerifyError(f"in the nodes chosen of {path} the model has not written a single token")
-    unfinished = len({key for key, _ in groups} - rows.keys())
-    return replace(manifest, nodes=tuple(records), unfinished=unfinished)
-
-
-def _manifest(path: Path) -> Recording:
-    file = path / "run.json"
-    if not path.is_dir():
-        raise VerifyError(f"{path} is not a directory; pass the directory of a recorded run")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        used = data["resolved"]
         return Recording(
             path,
             model=used["model"],
@@ -135,28 +118,20 @@ def _manifest(path: Path) -> Recording:
             step_tokens=used["step_tokens"],
             max_width=used["max_sibling_width"],
             max_sequence_tokens=used["max_sequence_tokens"],
-            nodes=(),
-            unfinished=0,
+            nodes=tuple(records),
+            unfinished=len({job.key for job in found} - finished.keys()),
         )
-    except FileNotFoundError:
-        raise VerifyError(f"{path} holds no run.json; pass the directory of a recorded run") from None
-    except (OSError, ValueError) as error:
-        raise VerifyError(f"{file} cannot be read ({error})") from None
-    except (KeyError, TypeError) as error:
-        raise VerifyError(f"{file} lacks a setting that is needed ({error}): another version wrote it") from None
+    except KeyError as error:
+        raise VerifyError(f"the run.json of {path} lacks a setting that is needed ({error})") from None
 
 
-def _job(path: Path, key: str, row: Row, events: list[Event]) -> Iterator[NodeRecord]:
+def _job(path: Path, job: RecordedJob) -> Iterator[NodeRecord]:
     """A job's nodes. Every event must be there: a trace that was cut short would verify less than it seems to."""
-    trace = JobTrace(key, row.get("session", 0), row, events)
     try:
-        check_whole(events)
-        follow_nodes(trace)
-        check_samples(trace)
+        trace = timeline(job)
     except Incomplete as error:
-        raise VerifyError(
-            f"the trace of {legible_key(key)} in {path / 'trace.jsonl'} is not whole: {error}; --jobs can leave it out"
-        ) from None
+        where = f"the trace of {legible_key(job.key)} in {path / 'trace.jsonl'}"
+        raise VerifyError(f"{where} is not whole: {error}; --jobs can leave it out") from None
     for node in trace.nodes:
         record = _node(trace, node)
         if record is not None:
@@ -165,33 +140,25 @@ def _job(path: Path, key: str, row: Row, events: list[Event]) -> Iterator[NodeRe
 
 def _node(trace: JobTrace, node: str) -> NodeRecord | None:
     """The transcript of a node; None if it never got a sequence."""
-    over = trace.events[trace.over[node]]
-    begins = [trace.events[stretch.begin] for stretch in trace.real(node)]
-    if not begins:
+    begins = [trace.beginning(stretch) for stretch in trace.real(node)]
+    transcript = trace.end(node).transcript
+    if not begins or transcript is None:
         return None
-    try:
-        tokens = over["token_ids"]
-        segments = tuple(_segment(e, *span) for e, span in zip(begins, over["sampled"], strict=True))
-    except (KeyError, TypeError) as error:
-        raise VerifyError(
-            f"the trace of {legible_key(trace.key)} does not say how {node} was sampled ({error}): another version "
-            f"recorded it, so record the run again"
-        ) from None
+    tokens = transcript.token_ids
+    segments = tuple(_segment(e, *span) for e, span in zip(begins, transcript.sampled, strict=True))
     edges = [edge for segment in segments for edge in (segment.start, segment.stop)]
     if edges[0] < 1 or edges != sorted(edges) or edges[-1] != len(tokens):
         raise VerifyError(
             f"the trace of {legible_key(trace.key)} contradicts itself: {node} has {len(tokens)} tokens, not {edges}"
         )
-    attached = min((start for start, _ in over.get("spliced", ())), default=None)
-    measured = tuple(report["kl_mean"] for report in over.get("splice_report", ()))
+    attached = min((start for start, _ in transcript.spliced), default=None)
+    measured = tuple(report.kl_mean for report in transcript.splice_report)
     return NodeRecord(trace.key, node, tokens, segments, attached, measured)
 
 
-def _segment(event: Event, start: int, stop: int) -> Segment:
-    grammar = event["grammar"]
-    constrained = (grammar["children"], grammar["may_split"]) if grammar else None
-    thought = grammar.get("thought") if grammar else None
-    if thought:
-        thought = Thought(Marks(**thought["marks"]), thought["opened"], thought["limit"])
-    budget = event.get("budget", stop - start)  # older versions left it out, and had no setting that asks for it
-    return Segment(start, stop, event["phase"], SamplingParams.of(event["sampling"]), constrained, budget, thought)
+def _segment(event: Began, start: int, stop: int) -> Segment:
+    grammar = event.grammar
+    constrained = (grammar.children, grammar.may_split) if grammar else None
+    thought = grammar.thought if grammar else None
+    budget = stop - start if event.budget is None else event.budget  # older runs had no setting that asks for it
+    return Segment(start, stop, event.phase, SamplingParams.of(event.sampling), constrained, budget, thought)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lab import JOBS, SMALLEST, Lab, Recorded, idle, recorded, wrong_tokens
-from traced import Event, rewrite
+from traced import rewrite
 
 from rrm_engine import RunConfig, Solver
 from rrm_engine.backends.join import Kept, _locate
@@ -208,7 +208,7 @@ def test_verification_promises_what_lies_in_front(
     for behind in (True, False):
         copied = Path(shutil.copytree(run, tmp_path / str(behind)))
 
-        def change(event: Event, behind: bool = behind) -> None:
+        def change(event: dict[str, Any], behind: bool = behind) -> None:
             if f"{event['job']}:{event['node']}" == key and "token_ids" in event:
                 event["token_ids"][event["sampled"][-1 if behind else 0][0]] ^= 1
 
@@ -228,7 +228,7 @@ def test_a_run_that_hides_what_was_attached_fails(run: Path, tmp_path: Path) -> 
     """Control: a wrong token behind a splice is forgiven, but not in a node that is said to be exact."""
     copied = Path(shutil.copytree(run, tmp_path / "run"))
 
-    def hide(event: Event) -> None:
+    def hide(event: dict[str, Any]) -> None:
         if event.get("spliced") and "token_ids" in event:
             event["spliced"] = []
             event["token_ids"][event["sampled"][-1][0]] ^= 1

@@ -1,5 +1,6 @@
 """The command line: every setting is a flag, wrong values get one sentence, nothing heavy is imported early."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -12,6 +13,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import pytest
 
 import rrm_engine
@@ -20,6 +22,7 @@ from rrm_engine.bench import cli
 from rrm_engine.bench.flags import flag, parse, show
 from rrm_engine.bench.tasks import Task, TaskSet
 from rrm_engine.config import RunConfig
+from rrm_engine.runs.manifest import Manifest, TaskSource
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -138,12 +141,11 @@ def test_refusals_before_the_run_leave_nothing_behind(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "full", "good.jsonl"]
 
 
-def recorded(tasks: TaskSet, config: RunConfig) -> dict[str, object]:
+def recorded(tasks: TaskSet, config: RunConfig) -> Manifest:
     """The part of run.json that resuming compares, as it comes back from disk."""
     settings = {f.name: getattr(config, f.name) for f in fields(RunConfig)}
-    text = json.dumps({"settings": settings, "tasks": {"name": tasks.name, "sha256": tasks.sha256}})
-    loaded: dict[str, object] = json.loads(text)
-    return loaded
+    source = TaskSource(tasks.name, tasks.source, tasks.sha256, 1, 1)
+    return dataclasses.replace(by_hand.manifest(), settings=json.loads(json.dumps(settings)), tasks=source)
 
 
 def test_resume_names_every_difference() -> None:

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -44,8 +44,8 @@ from forked_bench import (
 )
 
 from rrm_engine.device.memory import is_out_of_memory
-from rrm_engine.runs.directory import row_key
 from rrm_engine.runs.reader import read_run
+from rrm_engine.runs.rows import Row, row_key
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
 TASKS = {
@@ -93,7 +93,7 @@ def contents(directory: Path) -> Contents:
     found = {}
     for row in rows:
         what = [row[name] for name in ("status", "answer", "total_tokens", "critical_path_tokens", "finish_reasons")]
-        found[row_key(row)] = (*what, tokens[row_key(row), row["session"]])
+        found[row_key(cast(Row, row))] = (*what, tokens[row_key(cast(Row, row)), row["session"]])
     assert len(found) == len(rows), "a row is there twice"
     assert read_run(directory).incomplete == {}, "a row lacks events"
     return found
@@ -304,7 +304,7 @@ def test_a_forward_that_fails_costs_its_row_only(memory: bool, folder: Path, who
     assert "Traceback" not in bench.err
     assert "1 row with an error" in bench.out
     (row,) = [row for row in lines_of(directory / "rows.jsonl") if row["error"]]
-    assert (row_key(row), row["status"], row["correct"]) == (job, "failed", False)
+    assert (row_key(cast(Row, row)), row["status"], row["correct"]) == (job, "failed", False)
     nodes = running(whole, job, step)
     assert len(nodes) == 3
     sentence = r"out of memory on cpu in a step of (.+): lower --kv-blocks \(now 500\) or --step-tokens \(now 512\): .*"

@@ -27,7 +27,8 @@ from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.models.attention import PagedForward
 from rrm_engine.runs import directory
-from rrm_engine.runs.directory import Row, RunDir
+from rrm_engine.runs.directory import RunDir
+from rrm_engine.runs.rows import Row
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 SERVER = mp.get_context("forkserver")

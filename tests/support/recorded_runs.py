@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import by_hand
 
 from rrm_engine.bench.grader import Verdict
 from rrm_engine.bench.rows import make_row
 from rrm_engine.graph.types import Status
-from rrm_engine.runs.directory import Row
+from rrm_engine.runs.manifest import TaskSource
+from rrm_engine.runs.rows import Row
 from rrm_engine.solver.result import Job, JobResult
 
 
@@ -38,16 +42,15 @@ def save(path: Path, rows: Sequence[Row], *, seed: int = 0, tasks: str = "set", 
     """A run's directory with the settings named, and the rows."""
     path.mkdir(parents=True)
     asked = {"model": "tiny", "wait_policy": "pin", "seed": seed, "limit": None, "modes": ["direct", "rrm"], **settings}
-    manifest = {
-        "format": 1,
-        "seed": seed,
-        "tasks": {"name": tasks, "sha256": tasks, "source": tasks, "count": 9, "used": 9},
-        "settings": asked,
-        "resolved": {**asked, "dtype": "float32", "device": "cpu", "prompt_style": "embedded"},
-        "versions": {"torch": "2.13"},
-        "hardware": {"cpu": "Test", "cores": 2, "gpus": []},
-        "git": {"commit": "c0ffee", "dirty": False},
-    }
-    (path / "run.json").write_text(json.dumps(manifest))
+    manifest = replace(
+        by_hand.manifest(**asked, dtype="float32", device="cpu", prompt_style="embedded"),
+        seed=seed,
+        tasks=TaskSource(tasks, tasks, tasks, 9, 9),
+        settings=asked,
+        versions={"torch": "2.13"},
+        hardware={"cpu": "Test", "cores": 2, "gpus": []},
+        git={"commit": "c0ffee", "dirty": False},
+    )
+    (path / "run.json").write_text(json.dumps(manifest.as_json()))
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from oracle import SPECIAL, chat_model, chat_tokenizer
 
@@ -12,10 +12,25 @@ from rrm_engine.bench.progress import SilentDisplay
 from rrm_engine.bench.run import execute, plan
 from rrm_engine.bench.tasks import Task
 from rrm_engine.config import RunConfig
-from rrm_engine.runs.checks import build
+from rrm_engine.graph.types import Phase, Status
 from rrm_engine.runs.directory import RunDir
-from rrm_engine.runs.reader import read_run
-from rrm_engine.runs.timeline import Event, JobTrace
+from rrm_engine.runs.events import (
+    Concluded,
+    Event,
+    Finished,
+    FirstToken,
+    JobBegan,
+    Paused,
+    Range,
+    Readmitted,
+    Resumed,
+    Started,
+    Transcript,
+    WroteChild,
+)
+from rrm_engine.runs.reader import RecordedJob, believed, read_run
+from rrm_engine.runs.rows import Row
+from rrm_engine.runs.timeline import JobTrace
 from rrm_engine.trace.attribution import Attribution, attribute, is_attributed
 
 SHAPES = [
@@ -69,7 +84,7 @@ def recursive(path: Path) -> list[tuple[JobTrace, Attribution]]:
     return [(trace, attribute(trace)) for trace in run.jobs if is_attributed(trace)]
 
 
-def edited(source: Path, target: Path, edit: Callable[[list[Event], list[Event]], None]) -> Path:
+def edited(source: Path, target: Path, edit: Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]) -> Path:
     """A copy of a run with its rows and events changed."""
     rows, events = ([json.loads(line) for line in (source / n).open()] for n in ("rows.jsonl", "trace.jsonl"))
     edit(rows, events)
@@ -80,40 +95,53 @@ def edited(source: Path, target: Path, edit: Callable[[list[Event], list[Event]]
 
 
 def known_graph() -> JobTrace:
-    t = 0.0
-    events: list[dict[str, Any]] = []
+    t, events = 0.0, list[Event]()
+    drawn: dict[str, Any] = {"sampling": {}, "grammar": None, "budget": 100}
 
-    def add(seconds: float, event: str, node: str = "root", **fields: Any) -> None:
+    def add(seconds: float, cls: type[Event], node: str = "root", tokens: int = 0, **fields: Any) -> None:
         nonlocal t
         t += seconds
-        base = {"t": t, "job": "x/rrm/0", "node": node, "step": len(events), "event": event, "blocks": 0}
-        events.append({**base, "tokens": 0, **fields})
+        state = {"step": len(events), "blocks": 0, "pinned": 0, "offloaded": 0}
+        events.append(cls(t=t, job="x/rrm/0", node=node, tokens=tokens, **state, **fields))
 
-    add(0, "job")
-    add(1, "start", phase="graph", after=[], tokens=10)
-    add(2 + 4, "first_token", queued_s=2, tokens=11)
-    add(8, "event", kind="child", child="root.a", id="a", tokens=13)
-    add(0, "start", "root.a", phase="solver", after=[], tokens=20)
-    add(16, "event", kind="child", child="root.b", id="b", tokens=15)
-    add(0, "start", "root.b", phase="solver", after=[], tokens=30)
-    add(1, "first_token", "root.a", queued_s=0, tokens=21)
-    add(1, "pause", reason="await", tokens=15)
-    add(30, "first_token", "root.b", queued_s=0, tokens=31)
-    add(64 + 128, "readmitted", "root.b", queued_s=64, ran_s=0, tokens=32)
-    add(0, "pause", "root.a", reason="concluded", tokens=22)
-    add(0, "concluded", "root.a", sampled=[[20, 22]], tokens=22)
-    add(512, "pause", "root.b", reason="concluded", tokens=39)
-    add(256, "concluded", "root.b", sampled=[[30, 39]], tokens=39)
-    add(0, "resume", phase="continuation", after=["root.a", "root.b"], tokens=50)
-    add(1024 + 2048, "first_token", queued_s=1024, tokens=51)
-    add(4096, "pause", reason="concluded", tokens=53)
-    add(0, "concluded", sampled=[[10, 15], [50, 53]], tokens=53)
-    add(8192, "finish", tokens=53, events=20)
+    def start(seconds: float, node: str, phase: Phase, tokens: int) -> None:
+        add(seconds, Started, node, tokens, phase=phase, after=(), prompt_tokens=tokens, task="", **drawn)
+
+    def child(seconds: float, tokens: int, id: str) -> None:
+        fields = {"id": id, "task": "", "depends_on": (), "child": f"root.{id}", "repairs": ()}
+        add(seconds, WroteChild, "root", tokens, **fields)
+
+    def conclude(seconds: float, node: str, tokens: int, *sampled: Range) -> None:
+        transcript = Transcript(counters={}, token_ids=[0] * tokens, sampled=sampled)
+        add(seconds, Concluded, node, tokens, answer="", ok=True, transcript=transcript)
+
+    add(0, JobBegan, mode="rrm", task="")
+    start(1, "root", Phase.GRAPH, 10)
+    add(2 + 4, FirstToken, "root", 11, queued_s=2)
+    child(8, 13, "a")
+    start(0, "root.a", Phase.SOLVER, 20)
+    child(16, 15, "b")
+    start(0, "root.b", Phase.SOLVER, 30)
+    add(1, FirstToken, "root.a", 21, queued_s=0)
+    add(1, Paused, "root", 15, reason="await")
+    add(30, FirstToken, "root.b", 31, queued_s=0)
+    add(64 + 128, Readmitted, "root.b", 32, queued_s=64, ran_s=0)
+    add(0, Paused, "root.a", 22, reason="concluded")
+    conclude(0, "root.a", 22, (20, 22))
+    add(512, Paused, "root.b", 39, reason="concluded")
+    conclude(256, "root.b", 39, (30, 39))
+    resumed: dict[str, Any] = {"after": ("root.a", "root.b"), "appended_tokens": 35, "notes": (), **drawn}
+    add(0, Resumed, "root", 50, phase=Phase.CONTINUATION, **resumed)
+    add(1024 + 2048, FirstToken, "root", 51, queued_s=1024)
+    add(4096, Paused, "root", 53, reason="concluded")
+    conclude(0, "root", 53, (10, 15), (50, 53))
+    add(8192, Finished, "root", 53, status=Status.GRAPH, answer="", events=20)
     row = {"id": "x", "mode": "rrm", "sample": 0, "status": "graph", "latency_s": t, "preemptions": 0}
-    return build("x/rrm/0", 0, events, {**row, "nodes": 3, "resumes": 1, "critical_path_tokens": 5 + 9 + 3})
+    counted = {"nodes": 3, "resumes": 1, "critical_path_tokens": 5 + 9 + 3}
+    return believed(RecordedJob("x/rrm/0", 0, events, cast(Row, {**row, **counted})))
 
 
-def rewrite(run: Path, change: Callable[[Event], None]) -> None:
+def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change events of a trace."""
     path = run / "trace.jsonl"
     events = [json.loads(line) for line in path.read_text().splitlines()]

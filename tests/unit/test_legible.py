@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,9 +138,9 @@ def test_a_path_in_the_title_of_a_table_is_no_markup() -> None:
 def test_bytes_of_a_path_that_are_no_text_come_back_from_the_manifest(tmp_path: Path) -> None:
     source = "/tasks/\udcff.jsonl"
     directory = RunDir.create(tmp_path / "\udcfe")
-    directory.write_manifest({"tasks": {"source": source}, "resumed": []})
+    directory.write_manifest(by_hand.manifest(source))
     directory.event({"job": source})
     directory.close()
     again = RunDir.resume(tmp_path / "\udcfe")
-    assert again.manifest["tasks"]["source"] == source
+    assert again.manifest.tasks.source == source
     again.close()

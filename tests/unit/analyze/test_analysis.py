@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_hand import manifest
 from recorded_runs import both, row, save
 
 pytest.importorskip("scipy")
@@ -20,9 +21,9 @@ from rrm_engine.analyze.controls import controls, majority
 from rrm_engine.analyze.figures import accuracy, shape
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Status
-from rrm_engine.runs.directory import Row
+from rrm_engine.runs.rows import Row
 
-RUN = Run(Path("run"), {"seed": 0})
+RUN = Run(Path("run"), manifest())
 
 
 def samples(*rows: Row) -> list[Sample]:

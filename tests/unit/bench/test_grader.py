@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import pytest
 
 from rrm_engine.bench.grader import Grader, GraderClosed, Verdict
 from rrm_engine.bench.progress import SilentDisplay
 from rrm_engine.bench.rows import RowWriter
 from rrm_engine.graph.types import Status
-from rrm_engine.runs.directory import Row, RunDir, RunDirError
+from rrm_engine.runs.directory import RunDir, RunDirError
+from rrm_engine.runs.rows import Row
 from rrm_engine.solver.result import Job, JobResult
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -139,7 +141,7 @@ class Shown(SilentDisplay):
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[RunDir]:
     directory = RunDir.create(tmp_path / "run")
-    directory.write_manifest({"resumed": []})
+    directory.write_manifest(by_hand.manifest())
     yield directory
     directory.close()
 

@@ -16,7 +16,7 @@ from rrm_engine.bench.rows import make_row
 from rrm_engine.bench.summary import mcnemar, median_interval, pairs, summarise, wilson
 from rrm_engine.bench.table import print_closing, speedup, splice_line
 from rrm_engine.graph.types import Status
-from rrm_engine.runs.directory import Row
+from rrm_engine.runs.rows import Row
 from rrm_engine.solver.result import Job, JobResult
 
 

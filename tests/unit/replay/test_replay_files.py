@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import pytest
 
 from rrm_engine import RunConfig, Solver
+from rrm_engine.bench.grader import Verdict
+from rrm_engine.bench.rows import make_row
 from rrm_engine.loading.prepare import load_model
 from rrm_engine.replay.driver import Memory, Ours, Replayed, blocks_needed
 from rrm_engine.replay.generate import SHAPES, generate
@@ -246,13 +249,11 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     texts = [kinds[kind] for kind in ("flat", "depends", "nested")]
     config = RunConfig(temperature=0.0, child_context=request.param, planner_max_tokens=200, solver_max_tokens=60)
     directory = RunDir.create(tmp_path_factory.mktemp("run") / "run")
-    directory.write_manifest({"resolved": {"child_context": request.param}})
+    directory.write_manifest(by_hand.manifest(child_context=request.param))
     solver = Solver.load(config, texts)
     jobs = [Job(f"t{i}", text, "rrm") for i, text in enumerate(texts)]
     for result in solver.run([*jobs, Job("t0", texts[0], "direct")], directory.event, concurrency=2):
-        name, mode, sample = result.job.key.split("/")
-        figures = {"critical_path_tokens": result.critical_path_tokens, "total_tokens": result.total_tokens}
-        directory.add({"id": name, "mode": mode, "sample": int(sample), "nodes": result.nodes, **figures})
+        directory.add(make_row(result, None, Verdict(None), {}, 0))
     directory.close()
     return directory.path
 
@@ -287,13 +288,11 @@ def test_what_a_recorded_run_attached_is_attached_again(tmp_path: Path, join: st
     tasks = [json.loads(line) for line in (SHIPPED.parents[1] / "rrm_engine/data/embedded_tasks.jsonl").open()]
     texts = [next(t["problem"] for t in tasks if t["id"].startswith(kind)) for kind in ("flat", "nested")]
     directory = RunDir.create(tmp_path / "run")
-    directory.write_manifest({"resolved": {"child_context": "task"}})
+    directory.write_manifest(by_hand.manifest(child_context="task"))
     solver = Solver.load(RunConfig(join=join, temperature=0.0, splice_report=0), texts)
     rows = {}
     for result in solver.run([Job(f"t{i}", text) for i, text in enumerate(texts)], directory.event):
-        name, mode, sample = result.job.key.split("/")
-        figures = {"critical_path_tokens": result.critical_path_tokens, "total_tokens": result.total_tokens}
-        directory.add({"id": name, "mode": mode, "sample": int(sample), "nodes": result.nodes, **figures})
+        directory.add(make_row(result, None, Verdict(None), {}, 0))
         rows[result.job.key] = result
     directory.close()
     memory = Memory(solver.model, 400)

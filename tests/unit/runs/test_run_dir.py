@@ -9,23 +9,26 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import by_hand
 import pytest
 
 from rrm_engine.bench.run import plan
 from rrm_engine.bench.tasks import Task
 from rrm_engine.config import RunConfig
-from rrm_engine.runs.directory import Row, RunDir, RunDirError, mend_tail, row_key
+from rrm_engine.runs.directory import RunDir, RunDirError, mend_tail
+from rrm_engine.runs.rows import Row, row_key
 
+HELPED = f"import sys; sys.path.append({str(Path(by_hand.__file__).parent)!r})\n"
 TASKS = [Task(str(i), f"problem {i}") for i in range(4)]
 
 
 def row(task: int, mode: str = "direct", text: str = "") -> Row:
-    return {"id": str(task), "mode": mode, "sample": 0, "answer": text or "Größe\u2028x\nFINAL: 7"}
+    return by_hand.row(str(task), mode, text or "Größe\u2028x\nFINAL: 7")
 
 
 def filled(path: Path, rows: int = 3) -> RunDir:
     directory = RunDir.create(path)
-    directory.write_manifest({"resumed": []})
+    directory.write_manifest(by_hand.manifest())
     for number in range(rows):
         directory.event({"t": 0.5, "job": f"{number}/direct/0", "event": "start"})
         directory.add(row(number))
@@ -127,11 +130,12 @@ def test_a_directory_in_use_or_unwritable_is_refused(tmp_path: Path) -> None:
 KILLED = """
     import os, signal, sys
     from pathlib import Path
+    import by_hand
     from rrm_engine.runs.directory import RunDir
     directory = RunDir.create(Path(sys.argv[1]))
     if sys.argv[2] == "while run.json is written":
         os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-        directory.write_manifest({"resumed": []})
+        directory.write_manifest(by_hand.manifest())
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -140,7 +144,7 @@ KILLED = """
 @pytest.mark.parametrize("when", ["before run.json", "while run.json is written"])
 def test_a_run_killed_before_its_manifest_leaves_a_directory_to_start_in(tmp_path: Path, when: str) -> None:
     path = tmp_path / "run"
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path), when], check=False)
+    killed = subprocess.run([sys.executable, "-c", HELPED + textwrap.dedent(KILLED), str(path), when], check=False)
     assert killed.returncode == -signal.SIGKILL
     left = {file.name for file in path.iterdir()}
     assert left == {"rows.jsonl", "trace.jsonl"} | ({"run.json.tmp"} if when.startswith("while") else set())
@@ -181,18 +185,19 @@ def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
     script = """
         import resource, sys
         from pathlib import Path
+        import by_hand
         from rrm_engine.runs.directory import RunDir, RunDirError
         directory = RunDir.create(Path(sys.argv[1]))
-        directory.write_manifest({"resumed": []})
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        directory.write_manifest(by_hand.manifest())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
         try:
             for number in range(100):
-                directory.add({"id": str(number), "mode": "rrm", "sample": 0, "answer": "x" * 100})
+                directory.add(by_hand.row(str(number), "rrm", "x" * 100))
         except RunDirError as error:
             print(error)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "run")], capture_output=True, text=True
+        [sys.executable, "-c", HELPED + textwrap.dedent(script), str(tmp_path / "run")], capture_output=True, text=True
     )
     assert "rows.jsonl cannot be written: File too large" in done.stdout, done.stderr
     directory = RunDir.resume(tmp_path / "run")
@@ -205,21 +210,22 @@ def test_killed_over_and_over_every_row_comes_once(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
+        import by_hand
         from rrm_engine.runs.directory import RunDir
         path = Path(sys.argv[1])
         directory = RunDir.resume(path)
         for number in range(len(directory.rows), 400):
             directory.event({"t": number, "event": "x" * 500})
-            directory.add({"id": str(number), "mode": "rrm", "sample": 0, "answer": "x" * 20000})
+            directory.add(by_hand.row(str(number), "rrm", "x" * 20000))
     """
     path = tmp_path / "run"
     filled(path, rows=0).close()
     for attempt in range(30):
-        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(path)])
+        process = subprocess.Popen([sys.executable, "-c", HELPED + textwrap.dedent(script), str(path)])
         time.sleep(0.05 + 0.01 * attempt)
         process.kill()
         process.wait()
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(path)], check=True)
+    subprocess.run([sys.executable, "-c", HELPED + textwrap.dedent(script), str(path)], check=True)
     directory = RunDir.resume(path)
     assert [r["id"] for r in directory.rows] == [str(number) for number in range(400)]
     directory.close()

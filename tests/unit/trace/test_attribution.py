@@ -1,17 +1,32 @@
 """Recorded runs of the real solver, read back: the latency in parts, and what is missing is never made up."""
 
-import copy
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from traced import edited, known_graph, recursive
 
-from rrm_engine.runs.checks import build, critical_path_tokens
-from rrm_engine.runs.directory import row_key
-from rrm_engine.runs.reader import TraceError, read_run
-from rrm_engine.runs.timeline import Event, Incomplete, JobTrace
+from rrm_engine.runs.checks import critical_path_tokens
+from rrm_engine.runs.errors import RunError
+from rrm_engine.runs.events import (
+    DidNotFit,
+    Event,
+    Finished,
+    FirstToken,
+    Paused,
+    Readmitted,
+    Resumed,
+    Wrote,
+    WroteAtomic,
+    WroteAwait,
+    WroteChild,
+    WroteMalformed,
+)
+from rrm_engine.runs.reader import RecordedJob, believed, read_run
+from rrm_engine.runs.rows import Row, row_key
+from rrm_engine.runs.timeline import Incomplete, JobTrace
 from rrm_engine.trace.attribution import PARTS, attribute
 from rrm_engine.trace.cli import main
 
@@ -22,12 +37,12 @@ def test_the_runs_hold_what_is_to_be_tested(calm: Path, crowded: Path, cramped: 
     traces = [trace for trace, _ in recursive(calm)]
     assert len(traces) == 4
     events = [event for trace in traces for event in trace.events]
-    assert {e["kind"] for e in events if e["event"] == "event"} >= {"child", "await", "atomic"}
+    assert {type(event) for event in events} >= {WroteChild, WroteAwait, WroteAtomic}
     assert any(s.phase == "continuation" and len(s.after) > 1 for t in traces for n in t.nodes.values() for s in n)
     assert any(path.count(".") == 2 for trace in traces for path in trace.nodes)
     stretches = [s for trace, _ in recursive(crowded) for found in trace.nodes.values() for s in found]
     assert any(s.admitted_t > s.ready_t for s in stretches) and any(s.put_back for s in stretches)
-    refused = {trace.nodes[e["node"]][0].phase for trace, _ in recursive(cramped) for e in trace.events if no_room(e)}
+    refused = {trace.nodes[e.node][0].phase for trace, _ in recursive(cramped) for e in trace.events if no_room(e)}
     assert refused == {"no_room", "graph"}  # some could not start, some not go on
     assert all(trace.row["status"] == "graph" and len(trace.nodes) > 2 for trace, _ in recursive(packaged))
 
@@ -52,7 +67,7 @@ def test_the_path_is_the_longest_chain_where_time_goes_by_tokens(calm: Path) -> 
     comparable = 0
     for trace, found in recursive(calm):
         stretches = [s for path in trace.nodes for s in trace.real(path) if s.first is not None]
-        delays = {trace.events[s.first or 0]["step"] - trace.events[s.begin]["step"] for s in stretches}
+        delays = {trace.events[s.first or 0].step - trace.events[s.begin].step for s in stretches}
         assert found.path_tokens <= found.critical_path_tokens
         if delays == {1} and not any(s.put_back for s in stretches):
             comparable += len(trace.nodes) > 1
@@ -67,49 +82,47 @@ def test_the_path_goes_from_each_stretch_to_what_it_waited_for_last(each: Path) 
         for before, hop in zip([None, *hops], hops, strict=False):
             assert end <= hop.ready_s <= hop.until_s
             end = hop.until_s
-            stretch = next(s for s in trace.nodes[hop.node] if s.ready_t - trace.events[0]["t"] == hop.ready_s)
-            over = {p: trace.events[trace.over[p]]["t"] for p in stretch.after if p in trace.nodes}
-            if trace.events[stretch.begin]["event"] == "resume" and before:
+            stretch = next(s for s in trace.nodes[hop.node] if s.ready_t - trace.events[0].t == hop.ready_s)
+            over = {p: trace.events[trace.over[p]].t for p in stretch.after if p in trace.nodes}
+            if isinstance(trace.events[stretch.begin], Resumed) and before:
                 last = max(over, key=lambda p: over[p], default=hop.node)
                 pause = next(e for e in reversed(trace.events[: stretch.begin]) if is_pause(e, hop.node))
-                assert before.node == (last if over and over[last] > pause["t"] else hop.node)
+                assert before.node == (last if over and over[last] > pause.t else hop.node)
         assert sum(hop.tokens for hop in hops) == found.path_tokens
 
 
 def no_room(event: Event) -> bool:
-    return bool(event["event"] == "no_room")
+    return isinstance(event, DidNotFit)
 
 
 def is_pause(event: Event, node: str) -> bool:
-    return bool(event["event"] == "pause" and event["node"] == node)
+    return isinstance(event, Paused) and event.node == node
 
 
 def test_first_tokens_and_resumes_are_where_the_row_measured_them(each: Path) -> None:
     for trace, _ in recursive(each):
-        first = next(e for e in trace.events if e["event"] == "first_token")
-        assert first["t"] - trace.events[0]["t"] == pytest.approx(trace.row["ttft_s"], abs=0.02)
+        first = next(e for e in trace.events if isinstance(e, FirstToken))
+        assert first.t - trace.events[0].t == pytest.approx(trace.row["ttft_s"], abs=0.02)
         stretches = [s for path in trace.nodes for s in trace.real(path) if s.first is not None]
-        resumed = [s.first_t - s.ready_t for s in stretches if trace.events[s.begin]["event"] == "resume"]
+        resumed = [s.first_t - s.ready_t for s in stretches if isinstance(trace.events[s.begin], Resumed)]
         assert sorted(resumed) == pytest.approx(sorted(trace.row["resume_latency_s"]), abs=0.02)
 
 
 def test_queueing_is_found_where_steps_were_missed_and_only_there(each: Path) -> None:
     for trace, found in recursive(each):
-        for stretch, first in ((s, s.first) for path in trace.nodes for s in trace.real(path)):
-            if first is None:
-                continue
-            missed = trace.events[first]["step"] - trace.events[stretch.begin]["step"] - 1
+        for stretch in (s for path in trace.nodes for s in trace.real(path) if s.first is not None):
+            missed = trace.events[stretch.first].step - trace.events[stretch.begin].step - 1
             assert missed > 0 or stretch.admitted_t == stretch.ready_t
-            steps = trace.events[stretch.end]["step"] - trace.events[first]["step"]
+            steps = trace.events[stretch.end].step - trace.events[stretch.first].step
             sampled = trace.tokens_to(stretch, stretch.end)
             assert bool(stretch.put_back) == (steps + 1 > sampled)
         assert found.parts["queued"] < found.latency_s
 
 
 def test_a_prompt_in_many_chunks_is_prefill_and_not_queueing(crowded: Path) -> None:
-    trace = min((trace for trace, _ in recursive(crowded)), key=lambda trace: trace.events[0]["t"])
+    trace = min((trace for trace, _ in recursive(crowded)), key=lambda trace: trace.events[0].t)
     root = trace.nodes["root"][0]
-    assert root.first is not None and trace.events[root.first]["step"] - trace.events[root.begin]["step"] > 5
+    assert root.first is not None and trace.events[root.first].step - trace.events[root.begin].step > 5
     assert root.admitted_t == root.ready_t < root.first_t
 
 
@@ -131,11 +144,10 @@ def test_the_parts_of_a_known_graph() -> None:
 
 
 def without(trace: JobTrace, drop: int, recount: bool) -> JobTrace:
-    events = copy.deepcopy(trace.events)
-    del events[drop]
-    if recount and events[-1]["event"] == "finish":
-        events[-1]["events"] -= 1
-    return build(trace.key, trace.session, events, trace.row)
+    events = [event for index, event in enumerate(trace.events) if index != drop]
+    if recount and isinstance(last := events[-1], Finished):
+        events[-1] = replace(last, events=last.events - 1)
+    return believed(RecordedJob(trace.key, trace.session, events, trace.row))
 
 
 def test_a_missing_event_is_noticed(each: Path) -> None:
@@ -150,8 +162,8 @@ def test_most_missing_events_are_noticed_without_the_count(each: Path) -> None:
     trace = max((t for t, _ in recursive(each)), key=lambda t: len(t.events))
     short = {s.first for path in trace.nodes for s in trace.real(path) if trace.tokens_to(s, s.end) < 2}
     for index, event in enumerate(trace.events):
-        needed = event["event"] not in ("event", "malformed", "readmitted", "no_room")
-        if (needed and index not in short) or event.get("child") in trace.nodes:
+        needed = not isinstance(event, Wrote | WroteMalformed | Readmitted | DidNotFit)
+        if (needed and index not in short) or (isinstance(event, WroteChild) and event.child in trace.nodes):
             with pytest.raises(Incomplete):
                 without(trace, index, recount=True)
 
@@ -164,13 +176,13 @@ def test_most_missing_events_are_noticed_without_the_count(each: Path) -> None:
 def test_a_row_of_another_run_is_noticed(calm: Path, change: dict[str, Any]) -> None:
     trace = max((t for t, _ in recursive(calm)), key=lambda t: len(t.events))
     with pytest.raises(Incomplete, match="its row says"):
-        build(trace.key, trace.session, trace.events, {**trace.row, **change})
+        believed(RecordedJob(trace.key, trace.session, trace.events, cast(Row, {**trace.row, **change})))
 
 
 def test_the_command_leaves_out_what_is_incomplete_and_says_so(
     calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def lose_a_resume(rows: list[Event], events: list[Event]) -> None:
+    def lose_a_resume(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
         del events[next(i for i, e in enumerate(events) if e["event"] == "resume")]
 
     run = edited(calm, tmp_path / "run", lose_a_resume)
@@ -187,14 +199,14 @@ def test_the_command_leaves_out_what_is_incomplete_and_says_so(
 
 
 def test_an_interrupted_session_is_replaced_by_the_one_that_finished(calm: Path, tmp_path: Path) -> None:
-    def interrupt_first(rows: list[Event], events: list[Event]) -> None:
-        key = row_key(rows[0])
+    def interrupt_first(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
+        key = row_key(cast(Row, rows[0]))
         began = [dict(e) for e in events if e["job"] == key][:3]
         for item in (rows[0], *(e for e in events if e["job"] == key)):
             item["session"] = 1
         events[:0] = began
 
-    def kill_last(rows: list[Event], events: list[Event]) -> None:
+    def kill_last(rows: list[dict[str, Any]], events: list[dict[str, Any]]) -> None:
         del rows[-1]
 
     run = read_run(edited(calm, tmp_path / "again", interrupt_first))
@@ -210,7 +222,7 @@ def test_a_half_written_line_is_left_out_and_a_spoilt_one_refused(calm: Path, tm
     assert len(read_run(run).jobs) == 8
     with (run / "trace.jsonl").open("a") as file:
         file.write("\n")
-    with pytest.raises(TraceError, match=r"trace.jsonl, line \d+: not what"):
+    with pytest.raises(RunError, match=r"trace.jsonl, line \d+: not what"):
         read_run(run)
 
 

@@ -12,9 +12,14 @@ import pytest
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb2
 from traced import known_graph, recursive
 
+from rrm_engine.runs.events import Event
 from rrm_engine.runs.reader import RunTrace, read_run
 from rrm_engine.trace.cli import main
 from rrm_engine.trace.perfetto import session_shifts
+
+
+def as_json(event: Event) -> dict[str, Any]:
+    return event.as_json()
 
 
 @pytest.fixture
@@ -90,10 +95,10 @@ def test_slices_are_the_phases_of_the_nodes(exported: tuple[RunTrace, Any]) -> N
                 node = f"{trace.key}:{path}"
                 expected[node, "queued"] += [round(end * 1e9) for begin, end in stretch.queued if end > begin]
                 if stretch.first is not None:
-                    expected[node, "prefill"].append(round(trace.events[stretch.first]["t"] * 1e9))
-                    expected[node, titles[stretch.phase]].append(round(stretch.end_t * 1e9))
+                    expected[node, "prefill"].append(round(trace.events[stretch.first].t * 1e9))
+                    expected[f"{trace.key}:{path}", titles[stretch.phase]].append(round(stretch.end_t * 1e9))
             for _, end in trace.waits(path):
-                expected[f"{trace.key}:{path}", "wait"].append(round(trace.events[end]["t"] * 1e9))
+                expected[f"{trace.key}:{path}", "wait"].append(round(trace.events[end].t * 1e9))
     assert {key: [end for _, end in value] for key, value in found.items()} == {k: v for k, v in expected.items() if v}
 
 
@@ -117,7 +122,7 @@ def test_flows_connect_what_started_whom(exported: tuple[RunTrace, Any]) -> None
         edges.add((source, target, "concluded" if name == "concluded" else "child"))
     expected = set()
     for trace in run.jobs:
-        for event in trace.events:
+        for event in map(as_json, trace.events):
             node = f"{trace.key}:{event['node']}"
             if event["event"] == "start" and "." in event["node"]:
                 expected.add((node.rpartition(".")[0], node, "child"))
@@ -134,7 +139,7 @@ def test_instants_are_the_events(exported: tuple[RunTrace, Any]) -> None:
         found[track].append((event.name, t))
     expected: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for trace in run.jobs:
-        for event in trace.events:
+        for event in map(as_json, trace.events):
             name, t = str(event.get("kind", event["event"])), round(event["t"] * 1e9)
             if name in ("job", "start", "resume", "pause", "first_token", "readmitted"):
                 continue
@@ -149,7 +154,7 @@ def test_counters_are_the_traces(exported: tuple[RunTrace, Any]) -> None:
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for track, event, t in events_of(parsed, pb2.TrackEvent.TYPE_COUNTER):
         found[track].append((t, event.counter_value))
-    events = sorted((e for trace in run.jobs for e in trace.events), key=lambda e: e["t"])
+    events = sorted((as_json(e) for trace in run.jobs for e in trace.events), key=lambda e: e["t"])
     assert found["engine:KV blocks used"] == [(round(e["t"] * 1e9), e["blocks"]) for e in events]
     live = [dict(found[f"engine:sequences {state}"]) for state in ("running", "queued", "waiting")]
     assert all(min(values.values()) >= 0 and list(values.values())[-1] == 0 for values in live)
@@ -194,9 +199,9 @@ def test_a_job_that_failed_is_exported_but_not_attributed(record_tiny: Callable[
 def test_sessions_whose_clock_went_back_follow_each_other() -> None:
     first = known_graph()
     later = replace(first, session=1)
-    much_later = replace(later, session=2, events=[{**e, "t": e["t"] + 1e6} for e in first.events])
+    much_later = replace(later, session=2, events=[replace(e, t=e.t + 1e6) for e in first.events])
     shifts = session_shifts([much_later, later, first])
-    assert shifts[0] == 0 and shifts[1] == first.events[-1]["t"] + 1 and shifts[2] == 0
+    assert shifts[0] == 0 and shifts[1] == first.events[-1].t + 1 and shifts[2] == 0
 
 
 def test_refusals(calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -25,6 +25,7 @@ from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput
 from rrm_engine.models.fuse import PackedLinear
+from rrm_engine.runs.events import Paused
 from rrm_engine.runs.reader import read_run
 from rrm_engine.trace.cli import main as trace_command
 from rrm_engine.trace.kernel_names import KERNELS
@@ -287,10 +288,10 @@ def test_counters_of_blocks_are_in_the_perfetto_trace(recorded: tuple[Path, Spie
             found[uuids[packet.track_event.track_uuid]].append(packet.track_event.counter_value)
     (trace,) = read_run(recorded[0]).jobs
     for field, title in (("blocks", "used"), ("pinned", "pinned"), ("offloaded", "offloaded")):
-        assert found[f"KV blocks {title}"] == [event[field] for event in trace.events]
-    paused = next(i for i, e in enumerate(trace.events) if e["event"] == "pause" and e["reason"] == "await")
-    assert not any(e["pinned"] for e in trace.events[:paused]) and trace.events[paused]["pinned"] > 0
-    assert trace.events[-1]["pinned"] == trace.events[-1]["blocks"] == 0
+        assert found[f"KV blocks {title}"] == [getattr(event, field) for event in trace.events]
+    paused = next(i for i, e in enumerate(trace.events) if isinstance(e, Paused) and e.reason == "await")
+    assert not any(e.pinned for e in trace.events[:paused]) and trace.events[paused].pinned > 0
+    assert trace.events[-1].pinned == trace.events[-1].blocks == 0
 
 
 # the engine's rarer ranges

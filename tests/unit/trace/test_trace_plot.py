@@ -12,8 +12,8 @@ from traced import known_graph, recursive
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
 
-from rrm_engine.runs.checks import build
-from rrm_engine.runs.reader import read_run
+from rrm_engine.runs.events import parse
+from rrm_engine.runs.reader import RecordedJob, believed, read_run
 from rrm_engine.runs.timeline import JobTrace
 from rrm_engine.trace.cli import main
 from rrm_engine.trace.plot import COLOURS, MOST_ROWS, QUEUED, WAITING, draw
@@ -42,7 +42,7 @@ def test_a_known_graph_is_drawn_as_it_was() -> None:
     (axes,) = draw([trace]).axes
     drawn = bars(axes)
     assert set(drawn) == set(trace.nodes) and next(iter(drawn)) == "root"
-    began = trace.events[0]["t"]
+    began = trace.events[0].t
     for path, line in drawn.items():
         running = [(s.admitted_t - began, s.end_t - began) for s in trace.real(path)]
         assert min(begin for _, begin, _ in line) == pytest.approx(trace.real(path)[0].ready_t - began)
@@ -61,8 +61,9 @@ def test_a_known_graph_is_drawn_as_it_was() -> None:
 
 def test_siblings_stand_in_the_order_in_which_they_began() -> None:
     known = known_graph()
-    renamed = json.loads(json.dumps(known.events).replace("root.a", "root.c"))
-    (axes,) = draw([build(known.key, 0, renamed, known.row)]).axes
+    lines = [json.dumps(event.as_json()).replace("root.a", "root.c") for event in known.events]
+    renamed = [parse(json.loads(line)) for line in lines]
+    (axes,) = draw([believed(RecordedJob(known.key, 0, renamed, known.row))]).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["root", "root.c", "root.b"]
 
 
@@ -73,9 +74,7 @@ def test_all_time_of_a_recorded_run_is_drawn_once(each: Path) -> None:
         drawn = bars(axes)
         stretches = [s for path in trace.nodes for s in trace.real(path)]
         queued = sum(end - start for s in stretches for start, end in s.queued)
-        waited = sum(
-            trace.events[end]["t"] - trace.events[begin]["t"] for p in trace.nodes for begin, end in trace.waits(p)
-        )
+        waited = sum(trace.events[end].t - trace.events[begin].t for p in trace.nodes for begin, end in trace.waits(p))
         assert seconds(drawn, QUEUED) == pytest.approx(queued, abs=1e-6)
         assert seconds(drawn, WAITING) == pytest.approx(waited, abs=1e-6)
         ran = sum(s.end_t - s.admitted_t for s in stretches)
@@ -101,7 +100,7 @@ def test_the_direct_solve_of_the_same_task_stands_above(calm: Path) -> None:
     key = axes.get_title(loc="left").split(":")[0].replace("rrm", "direct")
     direct: JobTrace = next(trace for trace in jobs if trace.key == key)
     assert axes.get_yticklabels()[0].get_text() == "direct" and axes.get_yticklabels()[1].get_text() == "root"
-    assert bars(axes)["direct"][-1][2] == pytest.approx(direct.nodes["root"][-1].end_t - direct.events[0]["t"])
+    assert bars(axes)["direct"][-1][2] == pytest.approx(direct.nodes["root"][-1].end_t - direct.events[0].t)
     assert f"directly {direct.row['latency_s']:.2f} s" in axes.get_title(loc="left")
 
 

@@ -1,0 +1,67 @@
+"""run.json: what was asked of a run, what that came out as, and what it ran on."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rrm_engine.runs.errors import RunError
+from rrm_engine.runs.typed import WrongShape, read_as
+
+FORMAT = 1  # of the run directory
+NAME = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSource:
+    """The tasks, of which the first ``used`` of ``count`` are run; ``sha256`` is of the file they come from."""
+
+    name: str
+    source: str
+    sha256: str
+    count: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Written by the bench before the first row, and again by every resume, which adds a session to ``resumed``.
+
+    ``settings`` are a RunConfig as asked, ``resolved`` the same as it came out; ``solver`` is the solver's own account
+    of the model and its memory; ``versions``, ``hardware`` and ``git`` are of the environment.
+    """
+
+    format: int
+    started: str
+    command: str
+    seed: int
+    tasks: TaskSource
+    settings: dict[str, Any]
+    resolved: dict[str, Any]
+    solver: dict[str, Any]
+    versions: dict[str, Any]
+    hardware: dict[str, Any]
+    git: dict[str, Any] | None
+    resumed: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The run.json in ``directory``. Raises RunError, with one sentence, where there is none that can be used."""
+    path = directory / NAME
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        what = f"holds no {NAME}; pass the directory of a recorded run" if directory.is_dir() else "is not a directory"
+        raise RunError(f"{directory} {what}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise RunError(f"{path} was written by another version")
+    try:
+        manifest: Manifest = read_as(Manifest, value, "it")
+    except WrongShape as error:
+        raise RunError(f"{path} was written by another version: {error}") from None
+    return manifest
