@@ -14,8 +14,8 @@ def manifest(source: str = "t.jsonl", **resolved: Any) -> Manifest:
     return Manifest(format=FORMAT, started="", command="", seed=0, tasks=tasks, resolved=resolved, **about)
 
 
-def row(id: str, mode: str, answer: str) -> Row:
+def row(id: str, mode: str, answer: str = "", sample: int = 0) -> Row:
     """A row with a zero or nothing in every other field that a row must have."""
     kinds = {name: _kinds(Fields)[name].types for name in sorted(Fields.__required_keys__)}
     empty = {name: None if NoneType in types else next(iter(types))() for name, types in kinds.items()}
-    return cast(Row, {**empty, "id": id, "mode": mode, "answer": answer})
+    return cast(Row, {**empty, "id": id, "mode": mode, "sample": sample, "answer": answer})

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -252,7 +252,7 @@ def _load_those(read_torn: Callable[[bytes, Row], Row | None]) -> Callable[[RunD
         for line in (self.path / "rows.jsonl").read_bytes().splitlines():
             row = directory._parse(line) or read_torn(line, self.rows[-1])
             if row is not None:
-                self.rows.append(row)
+                self.rows.append(cast(Row, row))
 
     return load
 

@@ -23,6 +23,7 @@ from rrm_engine.command import say
 from rrm_engine.legible import legible, legible_key, spelled
 from rrm_engine.replay.report import rich_table
 from rrm_engine.runs.directory import RunDir
+from rrm_engine.runs.rows import Row
 from rrm_engine.trace.cli import main
 
 HOSTILE = [
@@ -104,11 +105,10 @@ def test_commands_that_read_a_run(
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_a_run_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    row: dict[str, Any] = {
-        "id": name, "mode": "rrm", "sample": 0, "status": "graph", "correct": True, "latency_s": 1.0, "total_tokens": 5,
-        "critical_path_tokens": 3, "error": None,
-    }  # fmt: skip
-    failed = {**row, "error": f"ValueError: {name}\nmore"}
+    row = by_hand.row(name, "rrm")
+    row |= {"status": "graph", "correct": True, "latency_s": 1.0, "total_tokens": 5, "critical_path_tokens": 3}
+    error = f"ValueError: {name}\nmore"
+    failed: Row = {**row, "error": error}
     say(f"error: {name}")
     stream = io.StringIO()
     display = PlainDisplay(Console(file=stream, width=80))
@@ -121,7 +121,7 @@ def test_what_a_run_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         describe_row(failed),
         error_line([failed]),
         tasks.ungraded(),
-        first_line(failed["error"]),
+        first_line(error),
     ]
     assert all(harmless(line) and "\n" not in line and len(line) < 400 for line in said)
     assert harmless(capsys.readouterr().err) and harmless(stream.getvalue())

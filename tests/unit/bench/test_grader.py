@@ -177,7 +177,7 @@ def test_a_row_that_cannot_be_written_as_it_is(directory: RunDir, grader: Grader
         rows.put(result("\ud800", "half \udfff"))
         rows.put(result("b"))
     assert [row["error"] is None for row in shown.rows] == [False, True, True]
-    assert shown.rows[0]["error"].startswith("writing the row: TypeError")
+    assert str(shown.rows[0]["error"]).startswith("writing the row: TypeError")
     directory.close()
     again = RunDir.resume(directory.path)
     assert again.rows == shown.rows and again.rows[1]["answer"] == "half \udfff"

@@ -252,7 +252,7 @@ def test_samples_of_a_task_alternate_too() -> None:
 def test_the_plan_leaves_out_what_is_done() -> None:
     config = RunConfig(samples=3)
     everything = plan(TASKS, config)
-    done = [{"id": job.id, "mode": job.mode, "sample": job.sample} for job in everything[::3]]
+    done = [by_hand.row(job.id, job.mode, sample=job.sample) for job in everything[::3]]
     missing = plan(TASKS, config, done)
     assert len(missing) + len(done) == len(everything) == len({job.key for job in everything}) == 24
     assert {job.key for job in missing}.isdisjoint(map(row_key, done))

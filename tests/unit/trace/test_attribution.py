@@ -110,7 +110,9 @@ def test_first_tokens_and_resumes_are_where_the_row_measured_them(each: Path) ->
 
 def test_queueing_is_found_where_steps_were_missed_and_only_there(each: Path) -> None:
     for trace, found in recursive(each):
-        for stretch in (s for path in trace.nodes for s in trace.real(path) if s.first is not None):
+        for stretch in (s for path in trace.nodes for s in trace.real(path)):
+            if stretch.first is None:
+                continue
             missed = trace.events[stretch.first].step - trace.events[stretch.begin].step - 1
             assert missed > 0 or stretch.admitted_t == stretch.ready_t
             steps = trace.events[stretch.end].step - trace.events[stretch.first].step

@@ -25,7 +25,7 @@ from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput
 from rrm_engine.models.fuse import PackedLinear
-from rrm_engine.runs.events import Paused
+from rrm_engine.runs.events import JobBegan, Paused
 from rrm_engine.runs.reader import read_run
 from rrm_engine.trace.cli import main as trace_command
 from rrm_engine.trace.kernel_names import KERNELS
@@ -179,9 +179,12 @@ def misplaced(directory: Path, profile: RecordedProfile) -> list[str]:
     (trace,) = read_run(directory).jobs
     found = []
     for event in trace.events:
-        parse = ranges.get(event["step"])
-        if parse and event["event"] != "job" and not parse.start - CLOCK_S <= event["t"] <= parse.end + CLOCK_S:
-            found.append(event["event"])
+        parse = ranges.get(event.step)
+        in_step = (
+            isinstance(event, JobBegan) or parse is None or parse.start - CLOCK_S <= event.t <= parse.end + CLOCK_S
+        )
+        if not in_step:
+            found.append(event.EVENT)
     return found
 
 
