@@ -62,7 +62,7 @@ def arm_figures(arm: Arm) -> dict[str, Any]:
 
 def about_run(run: Run) -> dict[str, Any]:
     """Where a run's figures come from."""
-    solver = run.manifest.get("solver") or {}
+    solver = run.manifest.solver
     return {
         "path": str(run.path),
         "rows": len(run.rows),
@@ -72,8 +72,8 @@ def about_run(run: Run) -> dict[str, Any]:
         "device": run.settings["device"],
         "seed": run.seed,
         "tasks": run.manifest.tasks.name,
-        "started": run.manifest.get("started"),
-        "command": run.manifest.get("command"),
+        "started": run.manifest.started,
+        "command": run.manifest.command,
         **run.origin,
     }
 
