@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from rrm_engine.analyze import contrast, controls, figures
+from rrm_engine.analyze import batch, contrast, controls, figures
 from rrm_engine.analyze.arms import Arm, Run, Sample
 from rrm_engine.bench.summary import kv_figures
 from rrm_engine.bench.trust import RECURSIVE, Trust
@@ -38,7 +38,7 @@ def analyse(arms: Sequence[Arm]) -> dict[str, Any]:
         "arms": [arm_figures(arm) for arm in arms],
         "comparisons": [comparison(one, other) for one, other in combinations(arms, 2)],
         "rows": [row for arm in arms for row in labelled(arm)],
-        "formulas": {**figures.FORMULAS, **contrast.FORMULAS, **controls.FORMULAS},
+        "formulas": {**figures.FORMULAS, **contrast.FORMULAS, **controls.FORMULAS, **batch.FORMULAS},
     }
 
 
@@ -56,6 +56,7 @@ def arm_figures(arm: Arm) -> dict[str, Any]:
         "controls": controls.controls(arm),
         "labels": {mode: _labels(trusted, mode) for mode in arm.modes},
         "marks": {mode: _marks(trusted, mode) for mode in arm.modes},
+        "batch": batch.batch_figures(arm),
         "kv": kv_figures([sample.row for sample in arm.samples]),
     }
 

@@ -54,10 +54,10 @@ def _analyse(options: argparse.Namespace) -> int:
     document = analyse(arms(read_runs(options.runs)))
     print_report(Console(), document, rows=options.rows)
     if options.out:
-        from rrm_engine.analyze.files import write
+        from rrm_engine.analyze.files import PLOT, write
 
         names = write(document, options.out)
         print(f"Written to {spelled(str(options.out))}: {', '.join(names)}")
-        if "analysis.png" not in names:
+        if PLOT not in names:
             say("No plot: it needs one more package: pip install 'rrm-engine[analysis]'")
     return OK

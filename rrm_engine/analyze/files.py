@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.analyze.plot import plot
 from rrm_engine.errors import RrmError
 from rrm_engine.runs.directory import ESCAPED
 from rrm_engine.trace.command import write_json
 
 Figures = dict[str, Any]
+PLOT = "analysis.png"
 
 
 def write(document: Figures, folder: Path) -> list[str]:
@@ -22,7 +24,8 @@ def write(document: Figures, folder: Path) -> list[str]:
     except OSError as error:
         raise RrmError(f"{folder} cannot be written: {error.strerror or error}") from None
     write_json(folder / "analysis.json", document)
-    return ["analysis.json", *tables]
+    drawn = plot(document, folder / PLOT)
+    return ["analysis.json", *tables, *([PLOT] if drawn else [])]
 
 
 def _write_csv(path: Path, rows: Sequence[Figures]) -> None:

@@ -22,7 +22,7 @@ RATIO_FORMULAS = ("median", "geometric_mean", "of_sums", "tokens_per_s_ratio", "
 def print_report(console: "Console", document: Figures, rows: bool = False) -> None:
     """All tables; with ``rows`` every row's label and reason."""
     arms, formulas = document["arms"], document["formulas"]
-    for part in (_modes, _ratios, _shape, _controls, _labels):
+    for part in (_modes, _ratios, _shape, _batch, _controls, _labels):
         part(console, arms, formulas)
     for found in document["comparisons"]:
         _comparison(console, found, formulas)
@@ -136,6 +136,37 @@ def _shape(console: "Console", arms: Sequence[Figures], formulas: Figures) -> No
         if repairs := arm["shape"]["repairs"]:
             about = f"{arm['name']}: " if len(arms) > 1 else ""
             _line(console, f"{about}Repaired events: {_counts(repairs)}.")
+
+
+def _batch(console: "Console", arms: Sequence[Figures], formulas: Figures) -> None:
+    shown = [arm for arm in arms if arm["batch"]["jobs"]]
+    for arm in arms:
+        if problem := arm["batch"]["problem"]:
+            _line(console, f"{arm['name']}: no figures of nodes over time: {problem}.")
+        if left_out := arm["batch"]["left_out"]:
+            _line(console, f"{arm['name']}: {plural(left_out, 'job')} left out of these, with an incomplete trace.")
+    if not shown:
+        return
+    table = _table("What nodes did with their time", *_of_arm(arms))
+    for head in ("at work", "idle parents", "queued", "longest", "nodes", "cancelled", "no use", "tokens"):
+        table.add_column(head, justify="right")
+    for arm in shown:
+        b, use = arm["batch"], arm["batch"]["recursive"]
+        cells = [
+            _decimal(b["nodes_at_work"]),
+            percent(b["idle_parents"]),
+            percent(b["queued"]),
+            seconds(b["queued_s_max"]),
+        ]
+        cells += [
+            count(use["nodes"]),
+            count(use["cancelled"]),
+            percent(use["of_no_use"]),
+            percent(use["tokens_of_no_use"]),
+        ]
+        table.add_row(*_of_arm(arms, arm), *cells)
+    console.print(table)
+    _formulas(console, formulas, ["nodes_at_work", "idle_parents", "queued", "of_no_use", "tokens_of_no_use"])
 
 
 def _controls(console: "Console", arms: Sequence[Figures], formulas: Figures) -> None:

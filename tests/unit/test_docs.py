@@ -107,6 +107,7 @@ def test_the_flags_of_the_bench_are_those_on_their_page() -> None:
         "--seed",
         "--repeats",
         "--rows",
+        "--longest-text",
         "--help",
     }  # of other commands there
     assert named - known <= others

@@ -209,6 +209,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert float(ratios[0]["latency_s.median_ci95.low"]) <= float(ratios[0]["latency_s.median"])
 
 
+def test_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = save(tmp_path / "run", [one for i in range(6) for one in both(f"t{i}", right=i > 1, latency_s=0.5 + i)])
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    code, _, err = run_command(capsys, run, "--out", tmp_path / "without")
+    assert code == 0 and "No plot" in err and not (tmp_path / "without" / "analysis.png").exists()
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    code, out, err = run_command(capsys, run, "--out", tmp_path / "with")
+    assert code == 0 and "analysis.png" in out and not err
+    assert (tmp_path / "with" / "analysis.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("missing", ["run.json", "rows.jsonl"])
 def test_what_cannot_be_analysed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: str) -> None:
     run = save(tmp_path / "run", both("a"))

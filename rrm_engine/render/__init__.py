@@ -1,0 +1,1 @@
+"""Recorded runs as one page that needs nothing else: no network, no server, no file beside it."""

@@ -1,0 +1,151 @@
+"""What the page is made of, as one plain document: the analysis, each problem with its two rows, their origin."""
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import rrm_engine
+from rrm_engine.analyze.analysis import analyse
+from rrm_engine.analyze.arms import Arm, Run, Sample
+from rrm_engine.bench.trust import DIRECT, RECURSIVE, has_time, trust
+from rrm_engine.render.jobs import drawn
+from rrm_engine.render.strings import Strings
+from rrm_engine.runs.errors import RunError
+from rrm_engine.runs.reader import read_run
+from rrm_engine.runs.rows import row_key
+from rrm_engine.runs.timeline import JobTrace
+
+VERDICTS = "verify.json"  # in a run's directory: what `verify --json` wrote
+Figures = dict[str, Any]
+
+
+def document(arms: Sequence[Arm], longest: int) -> Figures:
+    """Everything; texts longer than ``longest`` characters lose their middle."""
+    strings = Strings(longest)
+    runs = [run for arm in arms for run in arm.runs]
+    traces = {id(run): _Traces(run) for run in runs}
+    entries = [entry for number, arm in enumerate(arms) for entry in _entries(number, arm, strings, traces)]
+    figures = analyse(arms)
+    del figures["rows"]
+    return {
+        "version": rrm_engine.__version__,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "arms": [arm.name for arm in arms],
+        "runs": [_about(run, traces[id(run)]) for run in runs],
+        "analysis": figures,
+        "entries": entries,
+        "strings": strings.texts,
+    }
+
+
+class _Traces:
+    """The time lines of a run's jobs, and why it has none of others."""
+
+    def __init__(self, run: Run) -> None:
+        self.jobs: dict[tuple[str, int], JobTrace] = {}
+        self.problem: str | None = None
+        try:
+            found = read_run(run.path)
+        except RunError as error:
+            self.problem = str(error)
+            return
+        self.jobs = {(trace.key, trace.session): trace for trace in found.jobs}
+        self.incomplete = found.incomplete
+
+    def why_not(self, key: str) -> str:
+        return self.problem or self.incomplete.get(key, "its events are not there")
+
+
+def _entries(number: int, arm: Arm, strings: Strings, traces: dict[int, _Traces]) -> Iterator[Figures]:
+    """A problem's direct and recursive row of one draw, in the order of the rows."""
+    found: dict[Any, dict[str, Sample]] = {}
+    for sample in arm.samples:
+        found.setdefault((sample.problem, sample.draw), {})[sample.mode] = sample
+    for both in found.values():
+        direct, recursive = both.get(DIRECT), both.get(RECURSIVE)
+        one = recursive or direct
+        assert one is not None
+        judged = trust(one.row, direct.row if direct else None)
+        timed = direct and recursive and has_time(direct.row) and has_time(recursive.row)
+        yield {
+            "arm": number,
+            "id": one.row["id"],
+            "task": one.row["task"],
+            "expected": one.row["expected"],
+            "seed": one.run.seed,
+            "sample": one.row["sample"],
+            "label": str(judged.label),
+            "marks": list(map(str, judged.marks)),
+            "reason": judged.reason,
+            "ratio": direct.row["latency_s"] / recursive.row["latency_s"] if timed else None,  # type: ignore[union-attr]
+            DIRECT: direct and _job(direct, strings, traces[id(direct.run)]),
+            RECURSIVE: recursive and _job(recursive, strings, traces[id(recursive.run)]),
+        }
+
+
+def _job(sample: Sample, strings: Strings, traces: _Traces) -> Figures:
+    row, key = sample.row, row_key(sample.row)
+    trace = traces.jobs.get((key, row.get("session", 0)))
+    used = sample.run.manifest.resolved
+    drawing: Figures = {"nodes": [], "incomplete": traces.why_not(key)}
+    if trace is not None:
+        drawing = drawn(trace, strings, used.get("block_size") or 16, used.get("wait_policy") or "pin")
+    return {
+        "key": key,
+        "answer": strings.cut(row["answer"]),
+        "correct": row["correct"],
+        "status": row["status"],
+        "error": row["error"],
+        "cut": row.get("cut") or {},
+        "latency": row["latency_s"],
+        "ttft": row["ttft_s"],
+        "tokens": row["total_tokens"],
+        "path_tokens": row["critical_path_tokens"],
+        "path_steps": row.get("critical_path_steps"),
+        "node_count": row["nodes"],
+        **drawing,
+    }
+
+
+def _about(run: Run, traces: _Traces) -> Figures:
+    manifest = run.manifest
+    hardware = manifest.hardware
+    gpus = ", ".join(str(gpu.get("name")) for gpu in hardware.get("gpus") or ())
+    parts = [hardware.get("cpu"), f"{hardware.get('cores')} cores", gpus]
+    left_out = getattr(traces, "incomplete", {})
+    return {
+        "name": run.path.name,
+        "model": Path(str(run.settings["model"])).name,
+        "parameters": manifest.solver.get("parameters"),
+        "dtype": run.settings["dtype"],
+        "device": run.settings["device"],
+        "seed": run.seed,
+        "tasks": manifest.tasks.name,
+        "started": manifest.started,
+        "command": manifest.command,
+        "commit": (manifest.git or {}).get("commit"),
+        "dirty": (manifest.git or {}).get("dirty"),
+        "hardware": ", ".join(part for part in parts if part),
+        "versions": manifest.versions,
+        "left_out": traces.problem or "; ".join(f"{key}: {why}" for key, why in list(left_out.items())[:5]) or None,
+        "verdict": _verdict(run.path / VERDICTS),
+    }
+
+
+def _verdict(path: Path) -> Figures | None:
+    """What `verify` found, if its file lies in the run's directory. Raises RunError for a file that is none of its."""
+    try:
+        checks = json.loads(path.read_text(encoding="utf-8"))["checks"]
+        verdicts = [check["verdict"] for check in checks]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error!r}): verify --json writes it; move it away otherwise") from None
+    counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+    said = ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items())
+    return {
+        "said": f"verify: {said}" if said else "verify: no check",
+        "whole": bool(verdicts) and "broken" not in counts,
+    }
