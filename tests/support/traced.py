@@ -141,6 +141,21 @@ def known_graph() -> JobTrace:
     return believed(RecordedJob("x/rrm/0", 0, events, cast(Row, {**row, **counted})))
 
 
+def known_direct() -> list[Event]:
+    """The events of a direct solve of 40 tokens in 40 seconds."""
+    base: dict[str, Any] = {"job": "x/direct/0", "node": "root", "step": 0, "blocks": 0, "pinned": 0, "offloaded": 0}
+    drawn: dict[str, Any] = {"sampling": {}, "grammar": None, "budget": 100}
+    transcript = Transcript(counters={}, token_ids=[0] * 50, sampled=((10, 50),))
+    return [
+        JobBegan(t=0, tokens=0, mode="direct", task="", **base),
+        Started(t=0, tokens=10, phase=Phase.DIRECT, after=(), prompt_tokens=10, task="", **drawn, **base),
+        FirstToken(t=1, tokens=11, queued_s=0, **base),
+        Paused(t=40, tokens=50, reason="eos", **base),
+        Concluded(t=40, tokens=50, answer="", ok=True, transcript=transcript, **base),
+        Finished(t=40, tokens=50, status=Status.ATOMIC, answer="", events=6, **base),
+    ]
+
+
 def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change events of a trace."""
     path = run / "trace.jsonl"
