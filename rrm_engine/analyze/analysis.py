@@ -57,6 +57,7 @@ def arm_figures(arm: Arm) -> dict[str, Any]:
         "labels": {mode: _labels(trusted, mode) for mode in arm.modes},
         "marks": {mode: _marks(trusted, mode) for mode in arm.modes},
         "batch": batch.batch_figures(arm),
+        "servers": figures.servers(arm.samples),
         "kv": kv_figures([sample.row for sample in arm.samples]),
     }
 

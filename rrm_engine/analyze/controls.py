@@ -13,7 +13,7 @@ from math import comb
 from typing import Any
 
 from rrm_engine.analyze.arms import Arm, Problem, Sample
-from rrm_engine.analyze.statistics import share, share_interval
+from rrm_engine.analyze.statistics import median, share, share_interval
 from rrm_engine.bench.grading import stated
 from rrm_engine.bench.trust import DIRECT, RECURSIVE, ran_to_end
 
@@ -21,6 +21,7 @@ MOST_SUBSETS = 1000  # that are all counted; of more, as many are drawn
 FORMULAS = {
     "matched_tokens": "N direct samples, N = max(1, floor(mean recursive total_tokens / mean direct total_tokens)) by "
     "problem; the answer most of them give counts, ties share; mean over all choices of N of the recorded samples",
+    "one_at_a_time": "median over pairs of the recursive row's total_tokens: its path if no two nodes ran at once",
     "matched_path": "a direct row counts as right if it was right within its recursive row's critical_path_tokens",
 }
 
@@ -37,6 +38,7 @@ def controls(arm: Arm) -> dict[str, Any] | None:
         "direct": _accuracy([[bool(s.row["correct"]) for s in direct[p]] for p in both]),
         "matched_tokens": _matched_tokens(both, direct, recursive),
         "matched_path": _matched_path(arm),
+        "one_at_a_time": _one_at_a_time(arm),
     }
 
 
@@ -103,6 +105,16 @@ def _matched_path(arm: Arm) -> dict[str, Any]:
 
 def _accuracy(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
     return {"problems": len(groups), "accuracy": share(groups), "accuracy_ci95": share_interval(groups)}
+
+
+def _one_at_a_time(arm: Arm) -> dict[str, Any]:
+    """Paths in tokens, of direct rows, recursive ones, and these without parallelism."""
+    pairs = [(d.row, r.row) for d, r in arm.paired if ran_to_end(d.row) and ran_to_end(r.row)]
+    return {
+        "direct": median(d["critical_path_tokens"] for d, _ in pairs),
+        "recursive": median(r["critical_path_tokens"] for _, r in pairs),
+        "one_at_a_time": median(r["total_tokens"] for _, r in pairs),
+    }
 
 
 def _by_problem(samples: Sequence[Sample]) -> dict[Problem, list[Sample]]:

@@ -17,6 +17,7 @@ FORMULAS = {
     "tokens_per_s": "sum of total_tokens / sum of latency_s, over whole runs",
     "activation": "recursive rows whose root started a child / recursive rows that ran to their end",
     "parallelism_tokens": "total_tokens / critical_path_tokens, mean over rows that split",
+    "imbalance": "nodes of the replica that had most / mean over replicas",
     "overlap": "overlap_s / latency_s, mean over rows that split: a node beside one of its descendants",
     "parallel": "parallel_s / latency_s, mean over rows that split: any two nodes",
 }
@@ -93,4 +94,27 @@ def shape(samples: Sequence[Sample]) -> dict[str, Any]:
         "overlap": mean(row["overlap_s"] / row["latency_s"] for row in timed),
         "parallel": mean(row["parallel_s"] / row["latency_s"] for row in timed),
         "repairs": dict(repairs.most_common()),
+    }
+
+
+def servers(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """How replicas shared the nodes, and what waited or was tried again; None where nothing ran on servers.
+
+    A node that was started again elsewhere counts for each replica that had it.
+    """
+    told = [found for sample in samples if (found := sample.row.get("servers"))]
+    if not told:
+        return None
+    nodes: Counter[str] = Counter()
+    for found in told:
+        for names in found.get("replicas", {}).values():
+            nodes.update(names)
+    cached = [found["cached_tokens"] for found in told if found.get("cached_tokens") is not None]
+    return {
+        "nodes": dict(sorted(nodes.items())),
+        "imbalance": max(nodes.values()) * len(nodes) / nodes.total() if nodes else None,
+        "queued_s": fsum(found.get("queued_s", 0.0) for found in told),
+        "attempts": sum(found.get("attempts", 0) for found in told),
+        "restarts": sum(found.get("restarts", 0) for found in told),
+        "cached_tokens": sum(cached) if cached else None,
     }

@@ -22,7 +22,7 @@ RATIO_FORMULAS = ("median", "geometric_mean", "of_sums", "tokens_per_s_ratio", "
 def print_report(console: "Console", document: Figures, rows: bool = False) -> None:
     """All tables; with ``rows`` every row's label and reason."""
     arms, formulas = document["arms"], document["formulas"]
-    for part in (_modes, _ratios, _shape, _batch, _controls, _labels):
+    for part in (_modes, _ratios, _shape, _batch, _servers, _controls, _labels):
         part(console, arms, formulas)
     for found in document["comparisons"]:
         _comparison(console, found, formulas)
@@ -169,6 +169,21 @@ def _batch(console: "Console", arms: Sequence[Figures], formulas: Figures) -> No
     _formulas(console, formulas, ["nodes_at_work", "idle_parents", "queued", "of_no_use", "tokens_of_no_use"])
 
 
+def _servers(console: "Console", arms: Sequence[Figures], formulas: Figures) -> None:
+    shown = [arm for arm in arms if arm["servers"]]
+    for arm in shown:
+        s = arm["servers"]
+        about = f"{arm['name']}: " if len(arms) > 1 else ""
+        nodes = ", ".join(f"{legible(name)} {n:,}" for name, n in s["nodes"].items())
+        line = (
+            f"{about}Nodes by replica: {nodes}; imbalance {_decimal(s['imbalance'])}; {seconds(s['queued_s'])} queued"
+        )
+        line += f", {plural(s['attempts'], 'attempt')}, {plural(s['restarts'], 'restart')}"
+        _line(console, line + (f", {s['cached_tokens']:,} tokens cached." if s["cached_tokens"] is not None else "."))
+    if shown:
+        _formulas(console, formulas, ["imbalance"])
+
+
 def _controls(console: "Console", arms: Sequence[Figures], formulas: Figures) -> None:
     shown = [arm for arm in arms if arm["controls"]]
     if not shown:
@@ -178,11 +193,20 @@ def _controls(console: "Console", arms: Sequence[Figures], formulas: Figures) ->
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("")
     for arm in shown:
-        for name, about, note in _control_lines(arm["controls"]):
-            cells = [count(about["problems"]), percent(about["accuracy"]), interval_percent(about["accuracy_ci95"])]
+        for name, found, note in _control_lines(arm["controls"]):
+            cells = [count(found["problems"]), percent(found["accuracy"]), interval_percent(found["accuracy_ci95"])]
             table.add_row(*_of_arm(arms, arm), name, *cells, note)
     console.print(table)
-    _formulas(console, formulas, ["matched_tokens", "matched_path"])
+    for arm in shown:
+        paths = arm["controls"]["one_at_a_time"]
+        about = f"{arm['name']}: " if len(arms) > 1 else ""
+        _line(
+            console,
+            f"{about}Path in tokens: direct {count(paths['direct'])}, recursive {count(paths['recursive'])}, recursive "
+            f"one node at a time {count(paths['one_at_a_time'])}. For its time run again with --max-concurrency 1 and "
+            f"give both runs.",
+        )
+    _formulas(console, formulas, ["matched_tokens", "matched_path", "one_at_a_time"])
 
 
 def _control_lines(controls: Figures) -> Iterable[tuple[str, Figures, str]]:

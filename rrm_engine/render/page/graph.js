@@ -40,12 +40,17 @@ function drawGraph(place, entry) {
       .attr("class", `gnode${chosen ? " chosen" : ""}${on_path.has(d.data.i) ? " on-path" : ""}${node.useful ? "" : " of-no-use"}`)
       .on("click", () => choose("rrm", node.path))
       .on("keydown", (event) => { if (event.key === "Enter") choose("rrm", node.path); });
-    group.append("title").text(`${legible(node.path)}\n${legible((node.task ?? "").slice(0, 300))}\n${node.how}${node.useful ? "" : ", of no use"}`);
+    group.append("title").text(`${legible(node.path)}\n${legible((node.task ?? "").slice(0, 300))}\n${count(node.tokens)} tokens, ${node.how}${node.useful ? "" : ", of no use"}`);
     const splits = (children.get(d.data.i) ?? []).length > 0;
     group.append("circle").attr("r", 5 + Math.min(7, Math.sqrt(node.tokens) / 8)).attr("class", splits ? "plan" : "solve");
     const name = legible(node.path.split(".").at(-1));
-    group.append("text").attr("x", 15).attr("y", -1).text(name.length > 22 ? name.slice(0, 21) + "…" : name);
-    group.append("text").attr("x", 15).attr("y", 11).style("fill", "var(--soft)").style("font-size", "10px").text(`${count(node.tokens)} tokens`);
+    const label = group.append("text").text(name.length > 22 ? name.slice(0, 21) + "…" : name);
+    if (d.children) {
+      label.attr("y", -14).attr("text-anchor", "middle"); // edges leave to the right
+    } else {
+      label.attr("x", 15).attr("y", -1);
+      group.append("text").attr("x", 15).attr("y", 11).style("fill", "var(--soft)").style("font-size", "10px").text(`${count(node.tokens)} tokens`);
+    }
     if (folded.has(d.data.i)) {
       group.append("text").attr("x", -14).attr("y", 4).attr("text-anchor", "end").style("fill", "var(--accent)").text(`+${folded.get(d.data.i)}`)
         .on("click", (event) => { event.stopPropagation(); unfold(job, d.data.i); }).append("title").text("Unfold");

@@ -22,6 +22,7 @@ function drawProblem() {
         el("button", { type: "button", id: `view-${name}`, "aria-pressed": String(state.view === name), onclick: () => { state.view = name; drawProblem(); } }, what)))),
     state.view === "time" ? legend() : null,
     el("div", { id: "view" }));
+  for (const answer of $("main").querySelectorAll(".answer")) answer.scrollTop = answer.scrollHeight; // it ends with what it states
   drawView();
 }
 

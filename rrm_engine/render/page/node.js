@@ -1,5 +1,7 @@
 // One node: its prompt, what it wrote, what the machine read in that, what came back to it, what it took.
 
+const pieces = []; // of the shown node's texts, each with the span of what is written by now and that of what is not
+
 function choose(side, path) {
   location.hash = address(state.entry, path, side);
 }
@@ -13,6 +15,7 @@ function drawNode() {
   const panel = $("node"), job = currentJob(), node = job?.nodes.find((n) => n.path === state.node);
   $("body").classList.toggle("with-node", Boolean(node));
   panel.hidden = !node;
+  pieces.length = 0;
   if (!node) return;
   const total = (name) => node.counters?.[name] ?? 0;
   const facts = [
@@ -54,7 +57,7 @@ function drawPhase(job, node, phase, number) {
     folded(number ? "Turn with the conclusions, as injected" : "Prompt", text(phase.prompt), number > 0),
     given.length ? el("details", {}, el("summary", {}, `Conclusions given (${given.length})`), el("ul", { class: "parsed" }, given)) : null,
     phase.notes?.length ? el("p", { class: "small warn" }, "Told: ", phase.notes.map(legible).join("; ")) : null,
-    phase.text ? written(phase) : el("p", { class: "small soft" }, "The run did not record this text."),
+    phase.text ? written(phase) : el("p", { class: "small soft" }, "The run did not record this text; render --decode makes it from its token ids."),
     phase.events.length ? el("details", { open: true }, el("summary", {}, `Events read (${phase.events.length})`),
       el("ul", { class: "parsed" }, phase.events.map(parsed))) : null);
 }
@@ -69,7 +72,7 @@ function written(phase) {
   let before = 0;
   return el("div", { class: "written" }, phase.text.map(([kind, part]) => {
     const seen = el("span", { class: "seen" }, part), later = el("span", { class: "later" });
-    Object.assign(seen, { phase, whole, before, part, later });
+    pieces.push({ seen, later, phase, whole, before, part });
     before += part.length;
     const block = el("pre", {}, seen, later);
     return kind === "thinking" ? el("details", {}, el("summary", {}, `Thinking (${count(part.length)} characters)`), block) : block;
@@ -78,8 +81,7 @@ function written(phase) {
 
 // Text has no times of its own: within a phase it is taken to have come evenly.
 function updateTexts() {
-  for (const seen of $("node").querySelectorAll(".seen")) {
-    const { phase, whole, before, part, later } = seen;
+  for (const { seen, later, phase, whole, before, part } of pieces) {
     const share = state.time >= phase.end ? 1 : Math.max(0, (state.time - phase.first) / (phase.end - phase.first || 1));
     const cut = Math.max(0, Math.min(part.length, Math.round(share * whole) - before));
     if (seen.textContent.length === cut) continue;

@@ -47,11 +47,14 @@ function drawOverview() {
         return of_arm(arm, [count(s.n), percent(s.activation), span(s.activation_ci95, percent), one(s.nodes_mean), one(s.width_mean), one(s.depth_mean), one(s.parallelism_tokens), percent(s.overlap), percent(s.parallel)]);
       })),
     formulas("activation", "parallelism_tokens", "overlap", "parallel"),
+    time(arms, of_arm, head),
     el("h2", {}, "Direct solving with what recursion was allowed"),
     grid(head(["what", "problems", "right", "95 %"]), arms.filter((arm) => arm.controls).flatMap((arm) =>
       [["recursive", "recursive"], ["direct", "direct"], ["matched_tokens", "direct, same total tokens"], ["matched_path", "direct, same critical path"]].map(([name, label], i) =>
         of_arm(arm, [label, count(arm.controls[name].problems), percent(arm.controls[name].accuracy), span(arm.controls[name].accuracy_ci95, percent)])))),
-    formulas("matched_tokens", "matched_path"),
+    arms.filter((arm) => arm.controls).map((arm) => { const p = arm.controls.one_at_a_time; return el("p", { class: "small" }, several ? `${legible(arm.name)}: ` : "",
+      `path in tokens: direct ${count(p.direct)}, recursive ${count(p.recursive)}, recursive one node at a time ${count(p.one_at_a_time)}`); }),
+    formulas("matched_tokens", "matched_path", "one_at_a_time"),
     comparisons.map((found) => [
       el("h2", {}, `${legible(found.first)} over ${legible(found.second)}`),
       grid(["pairs", "of", "n", "median", "95 %", "geometric mean", "of sums"], Object.entries(found.modes).flatMap(([mode, figures]) =>
@@ -60,6 +63,37 @@ function drawOverview() {
     ]),
     arms.flatMap((arm) => arm.cautions).map((caution) => el("p", { class: "warn" }, `Caution: ${legible(caution)}.`)));
   drawScatter();
+}
+
+function time(arms, of_arm, head) {
+  const known = arms.filter((arm) => arm.batch.jobs);
+  if (!known.length) return null;
+  return [
+    el("h2", {}, "What nodes did with their time"),
+    grid(head(["at work", "idle parents", "queued", "longest queue", "nodes", "cancelled", "of no use", "their tokens"]), known.map((arm) => {
+      const b = arm.batch, use = b.recursive;
+      return of_arm(arm, [b.nodes_at_work === null ? null : b.nodes_at_work.toFixed(1), percent(b.idle_parents), percent(b.queued), seconds(b.queued_s_max),
+        count(use.nodes), count(use.cancelled), percent(use.of_no_use), percent(use.tokens_of_no_use)]);
+    })),
+    formulas("nodes_at_work", "idle_parents", "queued", "of_no_use", "tokens_of_no_use"),
+    known.map((arm) => arm.servers ? el("p", { class: "small" }, `Nodes by replica: ${Object.entries(arm.servers.nodes).map(([name, n]) => `${legible(name)} ${count(n)}`).join(", ")}`) : null),
+    known.map((arm) => arm.batch.over_time.map((found) => drawBatch(arm, found))),
+  ];
+}
+
+// Nodes in the batch over the time of one process that ran jobs.
+function drawBatch(arm, found) {
+  const width = 860, height = 92, left = 46, modes = Object.keys(found.nodes), length = found.nodes[modes[0]].length;
+  const points = Array.from({ length }, (_, i) => Object.fromEntries([["t", (found.span_s * i) / length], ...modes.map((m) => [m, found.nodes[m][i]])]));
+  const layers = d3.stack().keys(modes)(points);
+  const x = d3.scaleLinear([0, found.span_s], [left, width - 12]), y = d3.scaleLinear([0, d3.max(layers.at(-1), (d) => d[1]) || 1], [height - 20, 6]);
+  const svg = d3.select(document.createElementNS("http://www.w3.org/2000/svg", "svg")).attr("viewBox", `0 0 ${width} ${height}`).attr("role", "img")
+    .attr("aria-label", "Nodes in the batch over time").style("max-width", `${width}px`);
+  svg.append("g").attr("class", "axis").attr("transform", `translate(0,${height - 20})`).call(d3.axisBottom(x).ticks(8).tickFormat((s) => `${+s.toPrecision(6)} s`).tickSizeOuter(0));
+  svg.append("g").attr("class", "axis").attr("transform", `translate(${left},0)`).call(d3.axisLeft(y).ticks(3).tickSizeOuter(0));
+  const shape = d3.area().x((d) => x(d.data.t)).y0((d) => y(d[0])).y1((d) => y(d[1])).curve(d3.curveStepAfter);
+  layers.forEach((layer) => svg.append("path").attr("class", layer.key === "direct" ? "direct" : "plan").attr("d", shape(layer)).append("title").text(MODES[layer.key]));
+  return el("figure", {}, el("figcaption", { class: "small soft" }, `Nodes in the batch over time${DATA.arms.length > 1 ? `, ${legible(arm.name)}` : ""}: direct violet, recursive blue`), svg.node());
 }
 
 function headline(arms) {

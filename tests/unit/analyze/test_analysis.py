@@ -18,7 +18,7 @@ from rrm_engine.analyze.arms import Arm, Run, Sample, arms, read_runs
 from rrm_engine.analyze.cli import main
 from rrm_engine.analyze.contrast import contrast, matched
 from rrm_engine.analyze.controls import controls, majority
-from rrm_engine.analyze.figures import accuracy, shape
+from rrm_engine.analyze.figures import accuracy, servers, shape
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Status
 from rrm_engine.runs.rows import Row
@@ -163,6 +163,8 @@ def test_controls_may_spend_what_recursion_spent(tmp_path: Path) -> None:
     assert (tokens["problems_with_too_few"], tokens["samples_wanted"]) == (1, 9)
     # Of a the first sample is in time and right, the second too late; of b the direct row is too late.
     assert (path["accuracy"], path["right_too_late"]) == (pytest.approx((1 / 4 + 0) / 2), 2)
+    # Medians over five pairs: direct paths of 100, 150, 200, 250 and 300 tokens.
+    assert found["one_at_a_time"] == {"direct": 200, "recursive": 120, "one_at_a_time": 350}
     assert controls(arm_of(tmp_path / "alone", [row("a", "rrm")])) is None
 
 
@@ -176,6 +178,23 @@ def test_the_shape_of_recursive_rows() -> None:
     assert (found["n"], found["split"], found["activation"]) == (2, 1, 0.5)
     assert (found["nodes_mean"], found["depth_max"], found["width_mean"]) == (5, 2, 3)
     assert (found["parallelism_tokens"], found["overlap"], found["repairs"]) == (4.0, 0.5, {"prose": 3})
+
+
+def test_replicas_are_compared() -> None:
+    told = [
+        {"replicas": {"root": ["a"], "root.x": ["a", "b"]}, "queued_s": 0.5, "attempts": 4, "restarts": 1},
+        {"replicas": {"root": ["a"]}, "queued_s": 0.25, "attempts": 1, "restarts": 0, "cached_tokens": 7},
+    ]
+    found = servers(samples(*({**row("t", "rrm", sample=i), "servers": one} for i, one in enumerate(told))))
+    assert found == {
+        "nodes": {"a": 3, "b": 1},
+        "imbalance": 1.5,  # 3 of 4 where 2 would be even
+        "queued_s": 0.75,
+        "attempts": 5,
+        "restarts": 1,
+        "cached_tokens": 7,
+    }
+    assert servers(samples(row("t", "rrm"))) is None
 
 
 def test_the_order_of_rows_and_runs_does_not_show(tmp_path: Path) -> None:
