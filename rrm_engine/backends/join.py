@@ -95,7 +95,8 @@ class Joiner:
         ``so_far`` is what `ChatFormat.turn` asks about the conversation so far.
         """
         conclusions, render, plain = continuation.conclusions, continuation.render, continuation.user
-        kept = [self._kept.pop(node.path.child(c.id), None) for c in conclusions]
+        # A child that concludes under several ids stands there with its KV once, and then as text.
+        kept = [self._kept.pop(c.node, None) if c.node is not None else None for c in conclusions]
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in plain)
         marks = [next(free) for _ in conclusions]
         marked = [replace(c, answer=mark) for c, mark in zip(conclusions, marks, strict=True)]

@@ -17,6 +17,7 @@ class DirectMachine:
         self.nodes: Mapping[str, Node] = {ROOT: root}
         self.repairs: Counter[str] = Counter()
         self.accepted: NodePath | None = None
+        self.same: NodePath | None = None
         self.max_depth = 0
         self.max_sibling_width = 0
 
@@ -31,7 +32,7 @@ class DirectMachine:
         return []
 
     def on_end(self, node: str, reason: EndReason, text: str) -> list[Command]:
-        return [Stop(ROOT, Conclusion(ROOT, text)), Finish(Status.ATOMIC, text)]
+        return [Stop(ROOT, Conclusion(ROOT, text, node=ROOT)), Finish(Status.ATOMIC, text)]
 
     def on_refused(self, node: str, reason: EndReason) -> list[Command]:
         """The node could not be started."""

@@ -25,6 +25,11 @@ Splitting
     * A child whose id is taken is renamed (``a_2``); to its parent it answers to both names. The very same
       child again, while the first is not awaited, is ignored. Ids are made fit for a path: ``a.b`` is
       ``a_b``.
+    * A child that has the task of a sibling not yet awaited, and depends on the same, makes no node: that sibling
+      stands for it, is told under both ids and is what ``same`` says. Tasks are compared as `node.normalised`
+      leaves them.
+    * A child whose task is that of its parent, or of a node further up, is refused. If the parent is in GRAPH and
+      has no other child, it solves its task itself, as after an ``atomic`` without an answer.
     * ``max_width`` bounds the children of one *round*: from the node's start or resume to its next wait.
       ``max_nodes`` bounds the nodes of the graph, the root included, the fallback not.
     * A refused child takes neither place nor id. Its parent reads a note at its next resume, and a failed
@@ -33,7 +38,7 @@ Splitting
 Waiting
     * ``await`` pauses the node until the named children have concluded. Conclusions come in the order
       named, each once. A name stands for every child declared as it and not yet awaited; no names for all
-      of those.
+      of those. Where a child stands for a sibling too and not all of its ids are named, the rest follow.
     * A node that ends (``done``, end of text, budget spent) with children not yet awaited awaits them all.
       One that ends before it could read that a child was refused goes on too, with the notes alone.
     * A node may wait ``max_awaits`` times, nonsense included. The next await is answered with a note to
@@ -109,7 +114,8 @@ class GraphMachine:
         self.limits = limits
         self.repairs: Counter[str] = Counter()
         self.finished: Finish | None = None
-        self.accepted: NodePath | None = None  # the child that the last event declared; None: it did not, or in vain
+        self.accepted: NodePath | None = None  # the node that the last event made
+        self.same: NodePath | None = None  # the node that it would have made once more
         self.max_depth = 0  # of the nodes started
         self.max_sibling_width = 0  # most children accepted in one round of one node
         self._fork = child_context == "parent"
@@ -141,7 +147,8 @@ class GraphMachine:
 
     def on_event(self, node: str, event: Event, text: str | None = None) -> list[Command]:
         """The node wrote an event. ``text``: the phase's visible text before it, for those that may end the node."""
-        subject, self.accepted = self._nodes[node], None
+        subject = self._nodes[node]
+        self.accepted = self.same = None
         if self._heeded(subject):
             self._handle(subject, event, text)
         return self._commands()
@@ -186,8 +193,7 @@ class GraphMachine:
             case Atomic(answer=answer) if answer.strip():
                 self._conclude(node, answer.strip())
             case Atomic() if node.phase is Phase.GRAPH and not node.unawaited:
-                self._pause(node)
-                self._go_on(node, Phase.SOLVER)
+                self._solve_itself(node)
             case _ if self._owes_await(node):
                 self._pause(node)
                 self._await_rest(node)
@@ -211,6 +217,10 @@ class GraphMachine:
         if parent.repeats(event.id, event.task):
             self._note(parent, "repeated_child", f"Child {event.id:.64} was declared already.")
             return
+        twin = parent.twin(event.task, event.depends_on)
+        if twin is not None and not parent.closes_cycle((event.id,), event.depends_on):
+            self._merge(parent, twin, event.id)
+            return
         child_id = parent.free_id(event.id)
         names = dict.fromkeys((event.id, child_id))
         child = self._new_node(parent.path.child(child_id), child_id, event.task, parent)
@@ -218,9 +228,19 @@ class GraphMachine:
             self._refuse(parent, child, *refusal)
         else:
             self._accept(parent, child, event)
-        parent.adopt(child, names)
+        parent.adopt(child, child_id, names)
         self._wake_dependants(child)
         self._start_if_unblocked(child)
+        if refusal and refusal[0] == "own_task" and parent.phase is Phase.GRAPH and not parent.unawaited:
+            self._solve_itself(parent)
+
+    def _merge(self, parent: Node, twin: Node, name: str) -> None:
+        """A child called ``name`` would have the task of its sibling ``twin``, which is told as both from now on."""
+        title = parent.free_id(name)
+        self.same = twin.path
+        self._note(parent, "same_task", f"Child {title} has the task of {twin.id} and is not solved a second time.")
+        parent.adopt(twin, title, dict.fromkeys((name, title)))
+        self._wake_dependants(twin)
 
     def _refusal(self, parent: Node, event: Child, names: Iterable[str]) -> tuple[str, str] | None:
         """(repair, why) if the child must not be."""
@@ -233,6 +253,8 @@ class GraphMachine:
             return "over_nodes", f"the graph has all its {limits.max_nodes} nodes"
         if not event.task.strip():
             return "empty_task", "it has no task"
+        if (same := parent.ancestor(event.task)) is not None:
+            return "own_task", f"it has the task of {'this node itself' if same is parent else 'a node above this one'}"
         if parent.closes_cycle(names, event.depends_on):
             return "cycle", "it would wait for itself"
         return None
@@ -268,22 +290,22 @@ class GraphMachine:
             self._refuse_await(node)
             return
         self._pause(node)
-        named = [child for name in event.children for child in self._resolve(node, name)]
+        named = [found for name in event.children for found in self._resolve(node, name)]
         if not event.children and not (named := node.unawaited):
             self._note(node, "unknown_await", "There was no child to await.")
-        self._wait(node, named, event.rule)
+        meant = {child for _, child in named}
+        others = [(title, child) for title, child in node.children.items() if child in meant]
+        self._wait(node, [*named, *others], event.rule)
 
-    def _resolve(self, node: Node, name: str) -> list[Node]:
-        """The children an await means by ``name``, marked at once: a second mention adds nothing."""
+    def _resolve(self, node: Node, name: str) -> list[tuple[str, Node]]:
+        """The children that an await means by ``name``, with what they are told as."""
         known = node.find(name)
-        found = [child for child in known if not child.awaited]
+        found = [(node.title(child, name), child) for child in known if not child.awaited]
         if not known:
-            waiting = ", ".join(c.id for c in node.unawaited[:MAX_NOTES]) or "none"
+            waiting = ", ".join(title for title, _ in node.unawaited[:MAX_NOTES]) or "none"
             self._note(node, "unknown_await", f"There is no child {name:.64}; not yet awaited: {waiting}.")
         elif not found:
             self._note(node, "repeated_await", f"Child {name:.64} was awaited before.")
-        for child in found:
-            child.awaited = True
         return found
 
     def _refuse_await(self, node: Node) -> None:
@@ -299,14 +321,18 @@ class GraphMachine:
         unread = bool(node.unawaited) or (node.refusals > 0 and node.phase is not Phase.SOLVER)
         return unread and node.awaits < self.limits.max_awaits
 
+    def _solve_itself(self, node: Node) -> None:
+        self._pause(node)
+        self._go_on(node, Phase.SOLVER)
+
     def _await_rest(self, node: Node) -> None:
         self.repairs["implicit_await"] += 1
         self._wait(node, node.unawaited)
 
-    def _wait(self, node: Node, children: Iterable[Node], rule: str = "") -> None:
-        node.awaiting, node.rule = tuple(children), rule
+    def _wait(self, node: Node, children: Iterable[tuple[str, Node]], rule: str = "") -> None:
+        node.awaiting, node.rule = tuple(dict.fromkeys(children)), rule
         node.awaits += 1
-        for child in node.awaiting:
+        for _, child in node.awaiting:
             child.awaited = True
         for child, name in node.drop_expected():
             self._note(node, "unknown_dependency", f"Child {child.id} starts without unknown {name:.64}.")
@@ -332,7 +358,7 @@ class GraphMachine:
         self._conclude(node, f"failed: {why}", ok=False)
 
     def _conclude(self, node: Node, answer: str, ok: bool = True) -> None:
-        node.conclusion = conclusion = Conclusion(node.id, answer, ok)
+        node.conclusion = conclusion = Conclusion(node.id, answer, ok, node.path)
         self._set_state(node, NodeState.CONCLUDED)
         self._out.append(Stop(node.path, conclusion))
         self._abandon(node.children.values(), f"{node.path} concluded without it")

@@ -48,11 +48,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """What a node hands to the nodes that wait for it. ``id`` is the child's id in its parent."""
+    """What a node hands to the nodes that wait for it.
+
+    ``id`` is what the child is called in its parent. A child that stands for siblings too concludes once for each of
+    their ids; ``node`` is its path, None for a child that was refused.
+    """
 
     id: str
     answer: str
     ok: bool = True
+    node: NodePath | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ class Commands:
             self._refused(node.path, error)
             return
         node.enter(command.phase, self._parser(command.phase))
-        after = [node.path.child(c.id) for c in given]
+        after = list(dict.fromkeys(c.node for c in given if c.node is not None))
         self._meter.resume(node.path, monotonic(), after)
         begun = node.handle.begun
         about = {"phase": command.phase, "after": after, "appended_tokens": begun.tokens, "notes": command.notes}
@@ -196,7 +196,7 @@ class Commands:
         return len(node.children), splits
 
     def _dependencies(self, path: str) -> list[str]:
-        found = [d.path for d in self._machine.nodes[path].dependencies.values() if d is not None]
+        found = dict.fromkeys(d.path for d in self._machine.nodes[path].dependencies.values() if d is not None)
         return [p for p in found if p in self._meter.clocks]
 
     def _parser(self, phase: Phase) -> EventParser:

@@ -76,7 +76,7 @@ class Reading:
         answer = machine.on_event(node.path, item.event, text)
         if machine.accepted is not None:
             commands.remember_fork(node, machine.accepted)
-        made = {"child": machine.accepted} if kind == "child" else {}  # None: refused
+        made = {"child": machine.accepted, "same_as": machine.same} if kind == "child" else {}
         commands.tell("event", node.path, kind=kind, **asdict(item.event), **made, repairs=item.repairs)
         commands.carry_out(answer)
 

@@ -6,7 +6,7 @@ That the checks bite is shown at the end, on machines with one rule taken out.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
@@ -42,6 +42,16 @@ def any_event(rng: Random, task: Iterator[str], kinds: int) -> Event:
             return Atomic(rng.choice(["", "  ", "FINAL: 1"]))
         case _:
             return Done()
+
+
+def in_other_clothes(rng: Random, event: Child, contract: Contract, path: str, step: int) -> Child:
+    """Now and then the child has a task that is there already: its parent's, or that of a sibling of the same round."""
+    round, dice = contract.rounds[path], rng.random()
+    siblings = [d.event.task for d in contract.declared.values() if (d.parent, d.round) == (path, round)]
+    known = siblings if dice > 0.05 else [contract.tasks[path]]
+    if dice > 0.4 or not known:
+        return event
+    return replace(event, task=f"{' ' * step}'{rng.choice(known).title()}.' ")  # no two are the same, word for word
 
 
 def random_limits(rng: Random) -> Limits:
@@ -80,6 +90,8 @@ def run_chaos(rng: Random, new: Machine = GraphMachine) -> Contract:
             contract.obey(machine.on_end(path, reason, rng.choice(TEXTS)))
         else:
             event, text = any_event(rng, task, kinds), rng.choice([None, *TEXTS])
+            if isinstance(event, Child):
+                event = in_other_clothes(rng, event, contract, path, step)
             for _ in range(2 if isinstance(event, Child) and dice > 0.9 else 1):  # a child twice is one child
                 contract.tell(path, event)
                 contract.obey(machine.on_event(path, event, text))
@@ -305,11 +317,13 @@ def test_the_machine_itself_is_not_caught() -> None:
     [
         ("blocked", property(lambda self: False)),  # children do not wait for their dependencies
         ("given", property(lambda self: ())),
-        ("due", property(lambda self: tuple(c.conclusion for c in self.awaiting[::-1] if c.conclusion))),
+        ("due", property(lambda self: tuple(c.conclusion for _, c in self.awaiting[::-1] if c.conclusion))),
         ("closes_cycle", lambda self, names, depends_on: False),
         ("drop_expected", lambda self: iter(())),
         ("unawaited", property(lambda self: [])),
         ("free_id", lambda self, name: name),
+        ("ancestor", lambda self, task: None),
+        ("twin", lambda self, task, depends_on: None),
     ],
 )
 def test_a_node_without_one_rule_is_caught(rule: str, broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +346,11 @@ def test_a_node_without_one_rule_is_caught(rule: str, broken: object, monkeypatc
 )
 def test_a_machine_without_one_rule_is_caught(rule: str, broken: object) -> None:
     assert caught(type("Broken", (GraphMachine,), {rule: broken}))
+
+
+def test_a_machine_that_compares_tasks_word_for_word_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rrm_engine.graph.node.normalised", lambda task: task)
+    assert caught()
 
 
 def test_a_machine_without_its_concurrency_limit_is_caught() -> None:

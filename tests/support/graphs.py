@@ -3,10 +3,12 @@
 `Contract` keeps its own record of events told and commands received and never looks into the machine.
 """
 
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rrm_engine.graph.machine import GraphMachine
+from rrm_engine.graph.paths import NodePath
 from rrm_engine.graph.types import (
     Cancel,
     Command,
@@ -39,6 +41,11 @@ def child(id: str, *depends_on: str) -> Child:
     return Child(id, f"task of {id}", depends_on)
 
 
+def concluded(path: str, answer: str, ok: bool = True, id: str = "") -> Conclusion:
+    """What the node at ``path`` hands over; under another ``id`` where it stands for a sibling."""
+    return Conclusion(id or path.rpartition(".")[2], answer, ok, NodePath(path))
+
+
 def resume_of(commands: list[Command]) -> Resume:
     (resume,) = [c for c in commands if isinstance(c, Resume)]
     return resume
@@ -60,6 +67,16 @@ def is_refusal(conclusion: Conclusion) -> bool:
     return conclusion.answer.startswith("failed: not started")
 
 
+def _bare(task: str) -> str:
+    """A task without what the machine overlooks when it compares two."""
+    return re.sub(r"[\s\"'.]", "", task).lower()
+
+
+def _first_name(id: str) -> str:
+    """The name that a child was declared as before it was renamed, made fit for a path."""
+    return re.sub(r"(_\d+)+$", "", re.sub(r"[^\w-]+", "_", id) or "child")
+
+
 @dataclass
 class Declared:
     """A child event as told. Each has a task of its own, which leads from a Start back to its event."""
@@ -69,6 +86,11 @@ class Declared:
     round: int
     dropped: set[str] = field(default_factory=set)  # names nobody had declared when the parent waited
     path: str | None = None
+
+    @property
+    def alone(self) -> bool:
+        """It depends on nothing."""
+        return not self.event.depends_on
 
 
 @dataclass
@@ -84,6 +106,8 @@ class Contract:
     widths: Counter[tuple[str, int]] = field(default_factory=Counter)
     awaiting: dict[str, tuple[str, ...]] = field(default_factory=dict)
     delivered: set[str] = field(default_factory=set)
+    tasks: dict[str, str] = field(default_factory=dict)  # by path
+    started: set[tuple[str, int, str]] = field(default_factory=set)  # parent, round, task of those without dependencies
     finish: Finish | None = None
     obeyed: int = 0  # commands
 
@@ -141,6 +165,7 @@ class Contract:
     def _start(self, start: Start) -> None:
         require(start.node not in self.state, f"{start.node} starts twice")
         self.state[start.node] = "decoding"
+        self.tasks[start.node] = start.task
         self.depth[start.node] = start.depth
         require(start.depth <= self.limits.max_depth, "too deep")
         nodes = sum(not path.endswith("!direct") for path in self.state)
@@ -158,6 +183,11 @@ class Contract:
         child = self.declared[start.task]
         require(child.path is None, "one event, two nodes")
         child.path = start.node
+        require(_bare(start.task) != _bare(self.tasks[parent]), "a child with its parent's task")
+        if not child.event.depends_on:
+            same = (parent, child.round, _bare(start.task))
+            require(same not in self.started, "two siblings with one task")
+            self.started.add(same)
         require(child.parent == parent and start.node.rpartition(".")[0] == parent, "a foreign parent")
         require(start.depth == self.depth[parent] + 1, "a wrong depth")
         require(self.state[parent] != "over", "a child of a parent that is over")
@@ -189,13 +219,37 @@ class Contract:
                 plain.append(name)
         require([c.id for c in conclusions if c.id in plain] == plain, f"{conclusions} are not of {plain}")
 
+    def _check_merged(self, parent: str, conclusions: tuple[Conclusion, ...]) -> None:
+        """A child that stands for siblings is told for each of them."""
+        told = {_first_name(c.id) for c in conclusions}
+        nodes = {c.node for c in conclusions if c.node}
+        same = {(_bare(d.event.task), d.round) for d in self.declared.values() if d.path in nodes and d.alone}
+        siblings = [d for d in self.declared.values() if d.parent == parent]
+        declared = Counter((_first_name(d.event.id), _bare(d.event.task)) for d in siblings)
+        for d in siblings:
+            name, task = _first_name(d.event.id), _bare(d.event.task)
+            merged = d.path is None and d.alone and (task, d.round) in same
+            repeats = declared[name, task] > 1
+            require(not merged or repeats or name in told, f"{d} is not told")
+
     def _check_conclusion(self, parent: str, conclusion: Conclusion) -> None:
-        """It is word for word what the child concluded, or says why there is no such node."""
-        path = f"{parent}.{conclusion.id}"
+        """It is word for word what the child concluded, under its id or one that it stands for, or says why there is
+        no such node."""
         if is_refusal(conclusion):
-            require(not conclusion.ok, "a refusal that is ok")
-        else:
-            require(self.concluded.get(path) == conclusion, f"{conclusion} is not what {path} concluded")
+            require(not conclusion.ok and conclusion.node is None, "a refusal that is ok or has a node")
+            return
+        path = conclusion.node or ""
+        known = self.concluded.get(path)
+        require(known is not None, f"{path} has not concluded")
+        require(known == replace(conclusion, id=path.split(".")[-1]), f"{conclusion} is not what {path} concluded")
+        own = path == f"{parent}.{conclusion.id}"
+        require(own or self._stands_for(path, parent, conclusion.id), f"{conclusion.id} is not {path}")
+
+    def _stands_for(self, path: str, parent: str, name: str) -> bool:
+        """Whether a child of that name, or of the one it was renamed from, had the task of the node at ``path``."""
+        siblings = (d.event for d in self.declared.values() if d.parent == parent)
+        told = [event.task for event in siblings if _first_name(event.id) == _first_name(name)]
+        return _bare(self.tasks[path]) in map(_bare, told)
 
     def _resume(self, resume: Resume) -> None:
         path = resume.node
@@ -209,6 +263,7 @@ class Contract:
                 child = f"{path}.{conclusion.id}"
                 require(child not in self.delivered, f"{child} is delivered twice")
                 self.delivered.add(child)
+        self._check_merged(path, resume.conclusions)
         if resume.conclusions:  # else the await may have been refused
             self._check_order(path, names, resume.conclusions)
 

@@ -1,11 +1,11 @@
 """The graph machine by example: how nodes wait for their children, conclude, fail and fall back."""
 
 import pytest
-from graphs import brief, child, resume_of, started
+from graphs import brief, child, concluded, resume_of, started
 
 from rrm_engine.graph.paths import ROOT, NodePath
 from rrm_engine.graph.states import NodeState
-from rrm_engine.graph.types import Conclusion, EndReason, Finish, Pause, Phase, Resume, Start, Status, Stop
+from rrm_engine.graph.types import EndReason, Finish, Pause, Phase, Resume, Start, Status, Stop
 from rrm_engine.protocol.events import Atomic, Await, Done, Malformed
 
 
@@ -16,7 +16,7 @@ class TestAwait:
         m.on_event("root.a", Atomic("A"))
         assert m.on_event("root", Await(("a",))) == [
             Pause(ROOT),
-            Resume(ROOT, Phase.CONTINUATION, (Conclusion("a", "A"),)),
+            Resume(ROOT, Phase.CONTINUATION, (concluded("root.a", "A"),)),
         ]
 
     def test_no_names_mean_all_children_not_yet_awaited(self) -> None:
@@ -117,7 +117,7 @@ class TestConclusions:
         m = started()
         m.on_event("root", child("a"))
         assert m.on_event("root.a", Done(), text="It is 4.\n") == [
-            Stop(NodePath("root.a"), Conclusion("a", "It is 4."))
+            Stop(NodePath("root.a"), concluded("root.a", "It is 4."))
         ]
 
     def test_done_without_text_leaves_the_decision_to_the_end(self) -> None:
@@ -135,7 +135,7 @@ class TestConclusions:
         m = started()
         m.on_event("root", child("a"))
         (stop,) = m.on_end("root.a", EndReason.EOS, " \n")
-        assert stop == Stop(NodePath("root.a"), Conclusion("a", "failed: it ended without an answer", ok=False))
+        assert stop == Stop(NodePath("root.a"), concluded("root.a", "failed: it ended without an answer", ok=False))
 
 
 class TestFallback:

@@ -1,7 +1,7 @@
 """The graph machine by example: what a node writes, and what the machine answers."""
 
 import pytest
-from graphs import brief, child, resume_of, started
+from graphs import brief, child, concluded, resume_of, started
 
 from rrm_engine.graph.machine import MAX_NOTES, GraphMachine
 from rrm_engine.graph.paths import ROOT, NodePath
@@ -35,14 +35,14 @@ def test_a_root_splits_into_two_cases_and_joins_them() -> None:
     ]
     assert m.on_event("root", Await(("case_a", "case_b"), rule="sum")) == [Pause(ROOT)]
 
-    b, a = Conclusion("case_b", "FINAL: 104"), Conclusion("case_a", "FINAL: 100")
+    b, a = concluded("root.case_b", "FINAL: 104"), concluded("root.case_a", "FINAL: 100")
     assert m.on_event("root.case_b", Atomic("FINAL: 104")) == [Stop(NodePath("root.case_b"), b)]
     assert m.on_event("root.case_a", Atomic("FINAL: 100")) == [
         Stop(NodePath("root.case_a"), a),
         Resume(ROOT, Phase.CONTINUATION, (a, b), rule="sum"),  # in the order named
     ]
     assert m.on_event("root", Atomic("104 + 100. FINAL: 204")) == [
-        Stop(ROOT, Conclusion("root", "104 + 100. FINAL: 204")),
+        Stop(ROOT, concluded("root", "104 + 100. FINAL: 204")),
         Finish(Status.GRAPH, "104 + 100. FINAL: 204"),
     ]
     assert m.on_event("root", Done()) == []  # was in flight
@@ -61,7 +61,7 @@ class TestDependencies:
         m.on_event("root.a", Atomic("A"))
         commands = m.on_event("root.b", Atomic("B"))
         assert brief(commands) == ["stop root.b", "start root.c"]
-        assert m.nodes["root.c"].given == (Conclusion("b", "B"), Conclusion("a", "A"))
+        assert m.nodes["root.c"].given == (concluded("root.b", "B"), concluded("root.a", "A"))
 
     def test_a_dependency_may_be_declared_later(self) -> None:
         m = started()
@@ -108,7 +108,7 @@ class TestIds:
         m.on_event("root", Await(("a",)))  # both: no child that was asked for is lost
         m.on_event("root.a_2", Atomic("two"))
         resume = resume_of(m.on_event("root.a", Atomic("one")))
-        assert resume.conclusions == (Conclusion("a", "one"), Conclusion("a_2", "two"))
+        assert resume.conclusions == (concluded("root.a", "one"), concluded("root.a_2", "two"))
         assert resume.notes == ("This child a is called a_2.",)
 
     def test_the_same_child_again_is_ignored(self) -> None:
@@ -116,6 +116,91 @@ class TestIds:
         m.on_event("root", child("a"))
         assert m.on_event("root", child("a")) == []
         assert m.repairs == {"repeated_child": 1}
+
+    def test_siblings_with_one_task_are_one_node_that_answers_to_both_names(self) -> None:
+        m = started()
+        m.on_event("root", Child("late", "needs b", ("b",)))
+        m.on_event("root", Child("a", "Find 5!"))
+        assert m.on_event("root", Child("b", ' "find  5!." ')) == []
+        assert m.repairs == {"same_task": 1} and list(m.nodes) == ["root", "root.late", "root.a"]
+        assert brief(m.on_event("root", Child("c", "Find 5"))) == ["start root.c"]
+        assert brief(m.on_event("root.a", Atomic("120"))) == ["stop root.a", "start root.late"]
+        resume = resume_of(m.on_event("root", Await(("b", "a"))))
+        assert resume.conclusions == (concluded("root.a", "120", id="b"), concluded("root.a", "120"))
+        assert resume.notes == ("Child b has the task of a and is not solved a second time.",)
+        assert m.repairs == {"same_task": 1}, "its other name is no child that was awaited before"
+
+    def test_where_one_of_its_names_is_awaited_it_is_told_under_all(self) -> None:
+        m = started()
+        for name, task in (("a", "t"), ("b", "other"), ("c", "t")):
+            m.on_event("root", Child(name, task))
+        m.on_event("root.a", Atomic("1"))
+        assert [c.id for c in resume_of(m.on_event("root", Await(("c",)))).conclusions] == ["c", "a"]
+        m.on_event("root", Await(("a",)))
+        assert m.repairs == {"same_task": 1, "repeated_await": 1}
+
+    def test_a_name_that_is_taken_is_renamed_for_it_too(self) -> None:
+        m = started()
+        m.on_event("root", Child("a", "one"))
+        m.on_event("root", Child("b", "two"))
+        m.on_event("root", Child("a", "Two."))
+        m.on_event("root.a", Atomic("1"))
+        m.on_event("root.b", Atomic("2"))
+        told = resume_of(m.on_event("root", Await())).conclusions
+        assert [(c.id, c.answer, c.node) for c in told] == [
+            ("a", "1", "root.a"),
+            ("b", "2", "root.b"),
+            ("a_2", "2", "root.b"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("Find N.", "Find n."),
+            ("Find AB.", "Find ab."),
+            ("Find 5!", "Find 5"),
+            ("Find f'", "Find f"),
+            ("Find x^2", "Find x²"),
+            ("Question (1)", "Question (2)"),
+            ("Find -5", "Find 5"),
+        ],
+    )
+    def test_what_may_mean_something_else_is_another_task(self, one: str, other: str) -> None:
+        m = started()
+        m.on_event("root", Child("a", one))
+        assert brief(m.on_event("root", Child("b", other))) == ["start root.b"]
+
+    @pytest.mark.parametrize("other", ["FIND the sum", "Task: Find the sum", "“Find the sum.”", "Find\n the  sum?"])
+    def test_how_it_is_written_makes_no_other_task(self, other: str) -> None:
+        m = started()
+        m.on_event("root", Child("a", "Find the Sum."))
+        assert m.on_event("root", Child("b", other)) == [] and m.repairs == {"same_task": 1}
+
+    def test_a_name_that_would_make_a_sibling_wait_for_itself_is_refused(self) -> None:
+        m = started()
+        m.on_event("root", Child("a", "t", ("b",)))
+        m.on_event("root", Child("b", "t", ("b",)))
+        assert m.repairs == {"cycle": 1}
+        assert "wait for itself" in resume_of(m.on_event("root", Await(("b",)))).conclusions[0].answer
+
+    def test_a_child_with_its_parents_task_makes_the_parent_solve_it(self) -> None:
+        m = started()
+        commands = m.on_event("root", Child("a", "'The TASK.'"))
+        assert brief(commands) == ["pause root", "resume root"]
+        assert resume_of(commands).phase is Phase.SOLVER and m.repairs == {"own_task": 1}
+        assert resume_of(commands).notes == ("Child a was not started: it has the task of this node itself.",)
+
+    def test_a_child_with_the_task_of_a_node_further_up_makes_its_parent_solve_its_own(self) -> None:
+        m = started(max_depth=3)
+        m.on_event("root", child("a"))
+        commands = m.on_event("root.a", Child("b", "The task"))
+        assert brief(commands) == ["pause root.a", "resume root.a"] and m.repairs == {"own_task": 1}
+        assert resume_of(commands).notes == ("Child b was not started: it has the task of a node above this one.",)
+
+    def test_a_child_with_its_parents_task_beside_others_is_only_refused(self) -> None:
+        m = started()
+        m.on_event("root", child("a"))
+        assert m.on_event("root", Child("b", "the task")) == [] and m.repairs == {"own_task": 1}
 
     def test_a_child_may_be_tried_again_once_its_conclusion_was_read(self) -> None:
         m = started()
@@ -136,7 +221,7 @@ class TestIds:
         m.on_event("root", Child("a", "second"))
         m.on_event("root.a_2", Atomic("two"))
         m.on_event("root", child("b", "a", "a_2"))
-        assert m.nodes["root.b"].given == (Conclusion("a_2", "two"),), "a dependency means the latest"
+        assert m.nodes["root.b"].given == (concluded("root.a_2", "two"),), "a dependency means the latest"
 
     def test_refused_namesakes_are_not_meant(self) -> None:
         m = started(max_width=1)
@@ -274,8 +359,8 @@ def test_a_graph_thousands_of_levels_deep_unwinds_without_recursion() -> None:
     depth = 3000
     m = started(max_depth=depth, max_nodes=depth + 1)
     path = "root"
-    for _ in range(depth):
-        m.on_event(path, child("c"))
+    for level in range(depth):
+        m.on_event(path, Child("c", f"task of level {level}"))
         m.on_event(path, Await())
         path += ".c"
     while m.finished is None:

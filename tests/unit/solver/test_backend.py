@@ -64,6 +64,35 @@ def test_a_graph_of_dependent_children(size: int) -> None:
     assert events[-1]["event"] == "finish" and events[-1]["events"] == len(events)
 
 
+def test_siblings_with_one_task_are_one_node_that_is_told_under_both_ids() -> None:
+    plan = child("a", "Find one.") + child("late", "uses b", "b", "a") + child("b", "find  one") + AWAIT
+    backend = Scripted(
+        {"t": {"root": [Text(pieces(plan)), *answer("3")], "root.a": answer("1"), "root.late": answer("2")}}
+    )
+    results, events = solve(backend, [JOB])
+    assert (results["t"].nodes, results["t"].repairs) == (3, {"same_task": 1})
+    made = [(e["id"], e["child"], e["same_as"]) for e in events if e["event"] == "event" and e["kind"] == "child"]
+    assert made == [("a", "root.a", None), ("late", "root.late", None), ("b", None, "root.a")]
+    after = {e["node"]: e["after"] for e in events if e["event"] in ("start", "resume")}
+    assert after["root.late"] == ["root.a"] and sorted(after["root"]) == ["root.a", "root.late"]
+    nodes = backend.sessions[0].nodes
+    assert "- b: 1\n- a: 1" in nodes["root.late"].said[1][1], "in the order named"
+    told = nodes["root"].said[3][1]
+    assert "- a: 1\n- late: 2\n- b: 1" in told and "Child b has the task of a" in told
+
+
+@pytest.mark.parametrize("style", ["instruct", "qwen3", "embedded"])
+def test_a_plan_of_the_whole_task_is_solved_by_its_node_which_is_told_why(style: str) -> None:
+    plan = child("c1", "Problem: add One and two") + child("c2", "never read") + AWAIT
+    backend = Scripted({"t": {"root": [Text(pieces(plan)), *answer("3")]}})
+    results, events = solve(backend, [JOB], style=style)
+    assert (results["t"].status, results["t"].nodes, results["t"].repairs) == ("atomic", 1, {"own_task": 1})
+    (made,) = [e for e in events if e["event"] == "event" and e["kind"] == "child"]
+    assert made["child"] is None and made["same_as"] is None
+    told = backend.sessions[0].nodes["root"].said[3][1]
+    assert "Child c1 was not started: it has the task of this node itself." in told
+
+
 def test_a_child_forks_where_it_was_declared() -> None:
     backend = Scripted({"t": GRAPH}, forks=True)
     results, _ = solve(backend, [JOB], child_context="parent")
