@@ -181,7 +181,9 @@ class Wrote(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WroteChild(Wrote):
-    """``child`` is the path of the node that it declares, None if the graph machine refused it."""
+    """``child`` is the path of the node that it made, None if it made none: the graph machine refused it, or a sibling
+    had the same task, whose path is ``same_as`` then.
+    """
 
     KIND = "child"
 
@@ -189,6 +191,7 @@ class WroteChild(Wrote):
     task: str
     depends_on: tuple[str, ...]
     child: str | None
+    same_as: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
