@@ -68,6 +68,13 @@ class RunConfig:
         "auto: on CUDA",
         choices=("auto", "on", "off"),
     )
+    draft: str = setting(
+        "off",
+        "model",
+        "guess a node's next tokens from its own context and its grammar, up to N, and check them in one step; what "
+        "nodes write is the same; auto: as many as are likely to save time on this machine",
+        metavar="{auto,off,N}",
+    )
     eager: bool = setting(False, "model", "on CUDA launch kernels one by one instead of replaying CUDA graphs")
     trust_remote_code: bool = setting(
         False, "model", "run the Python code that a checkpoint brings for its model or tokenizer; read it first"
@@ -170,6 +177,10 @@ class RunConfig:
             (
                 self.devices is not None or self.placement in ("auto", "single"),
                 f"--placement {self.placement} needs --devices, for example --devices cuda:0,cuda:1",
+            ),
+            (
+                self.draft in ("auto", "off") or (self.draft.isdecimal() and int(self.draft) >= 1),
+                "--draft takes auto, off, or the most tokens to draft, at least 1",
             ),
             (self.samples >= 1, "--samples must be at least 1"),
             (self.task_concurrency >= 1, "--task-concurrency must be at least 1"),

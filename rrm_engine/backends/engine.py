@@ -57,17 +57,23 @@ class EngineBackend:
 
     def step(self) -> Generator[Written, None, None]:
         with self.engine.ranges.step(self.engine.steps + 1):
-            sampled = self.engine.step()
-            self._count(sum(not one.sequence.probe.best_effort for one in sampled))
-            # What measures splices is none of a job's own.
-            used = self.engine.used_blocks - sum(s.shadows.blocks for s in self._sessions.values())
-            for session in self._sessions.values():
-                session.peak_blocks = max(session.peak_blocks, used)
-            with self.engine.ranges("parse", sampled):
-                for one in sampled:
-                    own = self._sessions.get(NodeKey(one.sequence.key).job)
-                    if own is not None and (written := own.on_token(one)) is not None:
-                        yield written
+            yield from self._written()
+            while self.engine.left:
+                yield from self._written()
+
+    def _written(self) -> Generator[Written, None, None]:
+        """What comes with the next token of each sequence."""
+        sampled = self.engine.step()
+        self._count(sum(not one.sequence.probe.best_effort for one in sampled))
+        # What measures splices is none of a job's own.
+        used = self.engine.used_blocks - sum(s.shadows.blocks for s in self._sessions.values())
+        for session in self._sessions.values():
+            session.peak_blocks = max(session.peak_blocks, used)
+        with self.engine.ranges("parse", sampled):
+            for one in sampled:
+                own = self._sessions.get(NodeKey(one.sequence.key).job)
+                if own is not None and (written := own.on_token(one)) is not None:
+                    yield written
 
     def explain(self, error: Exception, job: str) -> str:
         """Which of the job's nodes were in the step, and what to do."""

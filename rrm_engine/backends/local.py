@@ -14,6 +14,7 @@ from rrm_engine.backends.settings import describe_sampling, phase_plans, resolve
 from rrm_engine.backends.solving import Solving
 from rrm_engine.config import RunConfig
 from rrm_engine.device.memory import in_units, refuse_out_of_memory
+from rrm_engine.engine.draft import MOST, Drafting
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.replicas import AnyEngine, Replicas
@@ -185,6 +186,7 @@ def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> E
         host_blocks=config.host_kv_blocks or 0,
         stages=model.stages,
         lookahead=config.lookahead == "on",
+        drafting=_drafting(config, eos_ids),
         vocabulary=published.get_text_config().vocab_size,
     )
     if config.join != "text":
@@ -192,6 +194,12 @@ def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> E
     if config.wait_policy == "auto":
         engine.scheduler.costs = measure_swap_costs(engine)
     return engine
+
+
+def _drafting(config: RunConfig, eos_ids: frozenset[int]) -> Drafting | None:
+    if config.draft == "off":
+        return None
+    return Drafting(MOST if config.draft == "auto" else int(config.draft), eos_ids)
 
 
 def _allocate(blocks: int, block_size: int, model: LoadedModel) -> KVCache:

@@ -14,15 +14,20 @@ from rrm_engine.engine.sequence import Matcher, Sequence
 
 @torch.inference_mode()
 def draw(
-    logits: torch.Tensor, sequences: Seq[Sequence], positions: Seq[int], processed: Processed | None = None
+    logits: torch.Tensor,
+    sequences: Seq[Sequence],
+    positions: Seq[int],
+    processed: Processed | None = None,
+    matchers: Seq[Matcher | None] | None = None,
 ) -> torch.Tensor:
     """One token for each row of ``logits`` ``[rows, vocabulary]``: int64 ``[rows]`` there; waits for no device.
 
-    Row i is that of the token at ``positions[i]`` of ``sequences[i]``, whose grammar has been told all before it.
-    ``processed`` are those rows whose settings ask for more than a temperature and filters.
+    Row i is that of the token at ``positions[i]`` of ``sequences[i]``. ``matchers[i]`` is the grammar that has been
+    told all before it; without ``matchers`` it is the sequence's own. ``processed`` are those rows whose settings ask
+    for more than a temperature and filters.
     """
     scores = processed.before_grammars(logits) if processed is not None else None
-    _apply_grammars(logits, [sequence.matcher for sequence in sequences])
+    _apply_grammars(logits, [s.matcher for s in sequences] if matchers is None else matchers)
     if processed is not None and scores is not None:
         if uncertain := processed.uncertain():
             rows = [processed.rows[index] for index in uncertain]

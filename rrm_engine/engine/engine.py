@@ -9,6 +9,7 @@ import torch
 
 from rrm_engine.config import WaitPolicy
 from rrm_engine.device.transfer import Readback
+from rrm_engine.engine.draft import Drafting
 from rrm_engine.engine.draw import draw
 from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.processors import Processed, Processors
@@ -67,6 +68,9 @@ class Engine:
 
     With ``lookahead`` one step more is on the devices before the tokens of the oldest are read: what the host does
     about them, and planning and packing the next step, it does while the devices compute.
+
+    With ``drafting`` a step may give a sequence several tokens. They are handed out one by one, by as many calls of
+    ``step``, so that whoever pauses or ends a sequence after one of them finds it without the rest.
     """
 
     def __init__(
@@ -84,10 +88,11 @@ class Engine:
         stages: int = 1,
         lookahead: bool = False,
         vocabulary: int | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
         ``lookahead`` launches steps that run tokens which the host does not know yet. ``vocabulary`` is how many tokens
-        the model knows; None: whatever is submitted.
+        the model knows; None: whatever is submitted. Without ``drafting`` nothing is guessed.
 
         Raises RrmError if the pool cannot hold one sequence of ``max_sequence_tokens``.
         """
@@ -101,7 +106,10 @@ class Engine:
         self.runner = runner
         self.pool = pool
         self.space = HostSpace(host_blocks)
-        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages)
+        self.scheduler = Scheduler(
+            pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages, drafting=drafting
+        )
+        self.drafting = drafting
         self.lookahead = lookahead
         self.max_sequence_tokens = max_sequence_tokens
         self.eos_ids = eos_ids
@@ -112,6 +120,8 @@ class Engine:
         self.ranges = Ranges()
         self.plan: SchedulerOutput | None = None  # of the last step; what was running if that failed
         self._flights: deque[Flight] = deque()
+        self._number = 0  # of the step collected last
+        self._given: dict[Sequence, deque[int]] = {}  # its tokens that have not been handed out
         self._processors = Processors(eos_ids)
         self._arrivals = 0
 
@@ -132,6 +142,11 @@ class Engine:
     def launched(self) -> int:
         """Steps collected and in flight: the number of the last one that was launched."""
         return self.steps + len(self._flights)
+
+    @property
+    def left(self) -> bool:
+        """Whether the last step gave more tokens than have been handed out."""
+        return any(self._number in sequence.flights for sequence in self._given)
 
     @property
     def block_size(self) -> int:
@@ -265,13 +280,16 @@ class Engine:
     def finish(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)
         self._processors.forget(sequence)
+        if self.drafting is not None:
+            self.drafting.forget(sequence)
 
     def step(self) -> list[Sampled]:
-        """Launch what can be and collect the oldest step in flight; returns its new tokens.
+        """Launch what can be and collect the oldest step in flight; returns its new tokens, one of each sequence.
 
-        Raises EngineStuck, never spins.
+        If the last step gave more tokens, hand out the next ones instead. Raises EngineStuck, never spins.
         """
-        self.launch()
+        if not self.left:
+            self.launch()
         return self.collect()
 
     def launch(self) -> None:
@@ -281,24 +299,55 @@ class Engine:
             pass
 
     def collect(self) -> list[Sampled]:
-        """Wait for the oldest step in flight; returns its new tokens, none if nothing is in flight."""
+        """Wait for the oldest step in flight, if all tokens of the one before have been handed out; returns the next
+        token of each sequence, none if nothing is in flight.
+        """
+        if not self.left:
+            self._given = self._collected()
+        sampled = []
+        for sequence, tokens in list(self._given.items()):
+            # A sequence that was paused or ended meanwhile does not wait for this token any more.
+            if self._number in sequence.flights:
+                sampled.append(self._update(sequence, tokens.popleft(), more=bool(tokens)))
+            if not tokens:
+                del self._given[sequence]
+        return sampled
+
+    def _collected(self) -> dict[Sequence, deque[int]]:
+        """The tokens of the oldest step in flight, of the sequences that still wait for them."""
         if not self._flights:
-            return []
+            return {}
         flight = self._flights.popleft()
-        self.steps, self.began, self.plan = flight.number, flight.began, flight.plan
+        self.steps, self.began, self.plan, self._number = flight.number, flight.began, flight.plan, flight.number
         self._draw(flight)
         if flight.tokens is None:
-            return []
+            return {}
         with self.ranges("collect", flight.order):
             tokens = flight.tokens.tolist()
-        sampled = []
+        rows: dict[Sequence, list[tuple[int | None, int]]] = {}
         for work, token in zip(flight.order, tokens, strict=True):
-            # A sequence that was paused or ended meanwhile does not wait for this token any more.
             if flight.number in work.sequence.flights:
-                if (kept := flight.kept.get(work.sequence)) is not None:
-                    work.sequence.probe.logits = kept
-                sampled.append(self._update(work.sequence, token))
-        return sampled
+                rows.setdefault(work.sequence, []).append((work.drafted, token))
+        for sequence in rows.keys() & flight.kept.keys():
+            sequence.probe.logits = flight.kept[sequence]
+        return {sequence: self._accepted(sequence, drawn) for sequence, drawn in rows.items()}
+
+    def _accepted(self, sequence: Sequence, drawn: list[tuple[int | None, int]]) -> deque[int]:
+        """Which tokens a step gave: of each row what it ran as a draft, if it did, and what was drawn from it.
+
+        A row counts if it ran what was drawn from the row before. The KV of those that do not is forgotten.
+        """
+        tokens = deque([drawn[0][1]])
+        for drafted, token in drawn[1:]:
+            if drafted != tokens[-1]:
+                break
+            tokens.append(token)
+        if self.drafting is not None and len(drawn) > 1:
+            self.drafting.checked(sequence, len(drawn) - 1, len(tokens) - 1)
+            known = len(sequence.tokens) + len(tokens) - 1
+            if sequence.table.length > known:  # else it has lost its blocks meanwhile
+                sequence.table.truncate(known)
+        return tokens
 
     def _launch(self) -> bool:
         """Plan a step and give it to the devices; False if there was nothing to run."""
@@ -315,6 +364,7 @@ class Engine:
         for work in plan.work:
             sequence = work.sequence
             sequence.counters.prefilled += work.prefilled
+            sequence.counters.drafted += work.drafted is not None
             sequence.unrun_samples = 0
             if not sequence.probe.best_effort:
                 sequence.table.register(sequence.tokens)
@@ -324,7 +374,8 @@ class Engine:
         self._flights.append(flight)
         for row, work in enumerate(order):
             sequence = work.sequence
-            sequence.flights.append(number)
+            if work.drafted is None:
+                sequence.flights.append(number)
             if sequence.probe.keep_logits:  # grammars change them in place
                 flight.kept[sequence], sequence.probe.keep_logits = logits[row].to(torch.float32, copy=True), False
         self._draw(flight)
@@ -361,8 +412,9 @@ class Engine:
         sequences = [work.sequence for work in flight.order]
         positions = [work.start + work.count for work in flight.order]
         with self.ranges("sample", sequences):
-            processed = self._processed(flight, sequences, positions)
-            flight.tokens, flight.logits = Readback(draw(flight.logits, sequences, positions, processed)), None
+            processed, matchers = self._processed(flight, sequences, positions), _matchers(flight)
+            tokens = draw(flight.logits, sequences, positions, processed, matchers)
+            flight.tokens, flight.logits = Readback(tokens), None
 
     def _processed(self, flight: Flight, sequences: list[Sequence], positions: list[int]) -> Processed | None:
         """The rows of a step that logits processors work on. A sequence that waits for its token no more has none."""
@@ -372,7 +424,8 @@ class Engine:
         assert flight.logits is not None
         behind = (sequences[row] for row in rows if sequences[row].flights[0] != flight.number)
         unread = self._tokens_of({s.flights[s.flights.index(flight.number) - 1] for s in behind}, flight.logits.device)
-        return self._processors.of(rows, sequences, positions, unread)
+        drafted = [work.drafted for work in flight.order]
+        return self._processors.of(rows, sequences, positions, unread, drafted)
 
     def check(self) -> None:
         """Recount every block reference from scratch; raises AssertionError on any difference."""
@@ -380,8 +433,12 @@ class Engine:
         self.pool.check([*tables, *(span.blocks for s in self.sequences for span in s.kept)])
         self.space.check(copy for s in self.sequences for copy in s.table.host)
 
-    def _update(self, sequence: Sequence, token: int) -> Sampled:
-        del sequence.flights[0]
+    def _update(self, sequence: Sequence, token: int, more: bool) -> Sampled:
+        """Hand out a token; with ``more`` it was drafted, and the step gave another one behind it."""
+        if more:
+            sequence.counters.accepted += 1
+        else:
+            del sequence.flights[0]
         sequence.tokens.append(sequence.probe.forced.popleft() if sequence.probe.forced else token)
         sequence.unrun_samples = 0 if sequence.flights else 1
         sequence.counters.decoded += 1
@@ -415,6 +472,23 @@ class Engine:
                 f"{key} has token {unknown} and the model's vocabulary has {self.vocabulary}: its tokenizer is another "
                 f"model's, or was added to; use the one that belongs to it"
             )
+
+
+def _matchers(flight: Flight) -> list[Matcher | None]:
+    """Of each row that samples its sequence's grammar, told of what is drafted before the row's token; none of those
+    that do not wait for it any more.
+    """
+    matchers: list[Matcher | None] = []
+    last: dict[Sequence, Matcher | None] = {}
+    for work in flight.order:
+        sequence = work.sequence
+        matcher = last.get(sequence, sequence.matcher if flight.number in sequence.flights else None)
+        if work.drafted is not None and matcher is not None:
+            matcher = matcher.copy()
+            matcher.accept(work.drafted)
+        last[sequence] = matcher
+        matchers.append(matcher)
+    return matchers
 
 
 def _told(sequence: Sequence, token: int) -> Exception | None:

@@ -55,7 +55,9 @@ def lay_out(work: Iterable[Work], block_size: int) -> Layout:
     for item in sorted(work, key=lambda item: (item.count > 1, item.start if item.count == 1 else 0)):
         sequence, start, count = item.sequence, item.start, item.count
         stop, blocks = start + count, sequence.table.blocks
-        if item.ahead and sequence.probe.forced:
+        if item.drafted is not None:
+            token_ids.append(item.drafted)
+        elif item.ahead and sequence.probe.forced:
             token_ids.append(sequence.probe.forced[0])
         elif item.ahead:
             layout.ahead.append((len(token_ids), sequence))

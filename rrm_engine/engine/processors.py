@@ -18,23 +18,34 @@ Scores = torch.Tensor  # fp32 [rows, vocabulary]
 @dataclass(slots=True)
 class Transcripts:
     """Sequences' tokens on one device, int64 ``[rows, capacity]``, a row each. What a step adds to all of them goes up
-    in one transfer.
-
-    Behind its tokens each row repeats its first one, so that it holds no token that the sequence has not.
+    in one transfer. Behind its tokens there is anything in a row.
     """
 
     _tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     _rows: dict[Sequence, int] = field(default_factory=dict)
     _known: dict[Sequence, int] = field(default_factory=dict)  # how many tokens are in its row
 
-    def extend(self, sequences: Seq[Sequence], lengths: Seq[int], unread: Drawn | None, device: torch.device) -> None:
-        """Make rows hold the first ``lengths[i]`` tokens of ``sequences[i]``; the last of them may be ``unread``."""
+    def extend(
+        self,
+        sequences: Seq[Sequence],
+        lengths: Seq[int],
+        unread: Drawn | None,
+        drafted: Seq[int | None],
+        device: torch.device,
+    ) -> None:
+        """Make rows hold the first ``lengths[i]`` tokens of ``sequences[i]``; the last of them may be ``unread``, or
+        ``drafted[i]``, and is none that the sequence is known to have then.
+        """
         self._make_room(sequences, max(lengths), device)
         rows: list[int] = []
         columns: list[int] = []
         values: list[int] = []
         drawn: list[int] = []
-        for sequence, length in zip(sequences, lengths, strict=True):
+        for sequence, length, guess in zip(sequences, lengths, drafted, strict=True):
+            if guess is not None:
+                rows, columns = [*rows, self._rows[sequence]], [*columns, length - 1]
+                values, drawn = [*values, guess], [*drawn, -1]
+                continue
             new = sequence.tokens[self._known[sequence] : length]
             sampled = -1
             if len(sequence.tokens) < length and self._known[sequence] < length:
@@ -57,33 +68,31 @@ class Transcripts:
         row = self._rows[sequence]
         return self._tokens[row : row + 1, :length]
 
-    def of_all(self, sequences: Seq[Sequence], longest: int) -> torch.Tensor:
-        """Rows of at least ``longest`` tokens."""
+    def of_all(self, sequences: Seq[Sequence], lengths: Seq[int]) -> torch.Tensor:
+        """The first ``lengths[i]`` of each, ``[rows, longest]``; the shorter ones' ends repeat their first token."""
         rows = integers([self._rows[sequence] for sequence in sequences], self._tokens.device)
-        return self._tokens[:, :longest].index_select(0, rows)
+        tokens = self._tokens[:, : max(lengths)].index_select(0, rows)
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        return torch.where(columns < integers(lengths, tokens.device)[:, None], tokens, tokens[:, :1])
 
     def forget(self, sequence: Sequence) -> None:
         self._rows.pop(sequence, None)
         self._known.pop(sequence, None)
 
     def _make_room(self, sequences: Seq[Sequence], longest: int, device: torch.device) -> None:
-        """Rows for all of them, wide enough; new ones hold the first token everywhere."""
-        fresh = [sequence for sequence in sequences if sequence not in self._rows]
+        """Rows for all of them, wide enough."""
+        fresh = [sequence for sequence in dict.fromkeys(sequences) if sequence not in self._rows]
         height, width = self._tokens.shape
         needed = len(self._rows) + len(fresh)
         if needed > height or longest > width:
             higher, wider = max(height, _power_of_two(needed, 8)), max(width, _power_of_two(longest, 256))
             grown = torch.zeros(higher, wider, dtype=torch.int64, device=device)
-            if width:
-                grown[:height] = self._tokens[:, :1]
-                grown[:height, :width] = self._tokens
+            grown[:height, :width] = self._tokens
             self._tokens = grown
         if fresh:
             free = sorted(set(range(len(self._tokens))) - set(self._rows.values()))[: len(fresh)]
             self._rows |= dict(zip(fresh, free, strict=True))
             self._known |= dict.fromkeys(fresh, 0)
-            first = integers([sequence.tokens[0] for sequence in fresh], device)
-            self._tokens.index_copy_(0, integers(free, device), first[:, None].expand(-1, self._tokens.shape[1]))
 
 
 @dataclass(slots=True)
@@ -96,13 +105,18 @@ class Processors:
     _own: dict[Sequence, Rules] = field(default_factory=dict)  # of the phase that it is in
 
     def of(
-        self, rows: Seq[int], sequences: Seq[Sequence], positions: Seq[int], unread: Drawn | None = None
+        self,
+        rows: Seq[int],
+        sequences: Seq[Sequence],
+        positions: Seq[int],
+        unread: Drawn | None = None,
+        drafted: Seq[int | None] | None = None,
     ) -> "Processed":
         """Those of ``rows`` of a step, each the row of the token at ``positions[row]`` of ``sequences[row]``.
 
-        ``unread`` are the tokens right before, where they are in flight.
+        ``unread`` are the tokens right before, where they are in flight, ``drafted`` those that are guesses.
         """
-        return Processed(self, list(rows), sequences, positions, unread)
+        return Processed(self, list(rows), sequences, positions, unread, drafted or [None] * len(sequences))
 
     def forget(self, sequence: Sequence) -> None:
         """It has paused or ended, and with it its phase."""
@@ -143,12 +157,14 @@ class Processed:
     sequences: Seq[Sequence]
     positions: Seq[int]
     unread: Drawn | None
+    drafted: Seq[int | None]
     _rules: dict[int, Rules] = field(default_factory=dict)  # by row
 
     def before_grammars(self, logits: torch.Tensor) -> Scores:
         """The scores of ``rows``, from logits ``[all rows, vocabulary]``, after all that goes before a grammar."""
         sequences, lengths = [self.sequences[row] for row in self.rows], [self.positions[row] for row in self.rows]
-        self.processors.transcripts.extend(sequences, lengths, self.unread, logits.device)
+        drafted = [self.drafted[row] for row in self.rows]
+        self.processors.transcripts.extend(sequences, lengths, self.unread, drafted, logits.device)
         scores = logits.index_select(0, integers(self.rows, logits.device)).float()
         self._rules = {
             row: self.processors.rules(sequence, scores) for row, sequence in zip(self.rows, sequences, strict=True)
@@ -170,11 +186,12 @@ class Processed:
         return [i for i, row in enumerate(self.rows) if self._rules[row].forbids or self.sequences[row].matcher]
 
     def _through(self, processors: dict[int, Seq[Any]], scores: Scores) -> Scores:
-        """Each row through its own, those that share them together. Writes into ``scores``."""
-        groups: dict[int, list[int]] = {}
+        """Each row through its own, those that may go together at once. Writes into ``scores``."""
+        groups: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(processors):
             if processors[row]:
-                groups.setdefault(id(processors[row]), []).append(index)
+                alone = 0 if self._rules[row].together else index + 1
+                groups.setdefault((id(processors[row]), alone), []).append(index)
         rows = list(processors)
         for indices in groups.values():
             some = [rows[index] for index in indices]
@@ -190,7 +207,7 @@ class Processed:
         transcripts = self.processors.transcripts
         if len(rows) == 1:
             return transcripts.of(self.sequences[rows[0]], self.positions[rows[0]])
-        return transcripts.of_all([self.sequences[row] for row in rows], max(self.positions[row] for row in rows))
+        return transcripts.of_all([self.sequences[row] for row in rows], [self.positions[row] for row in rows])
 
 
 def _power_of_two(number: int, least: int) -> int:

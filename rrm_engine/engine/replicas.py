@@ -61,6 +61,11 @@ class Replicas:
         return any(engine.has_work for engine in self.engines)
 
     @property
+    def left(self) -> bool:
+        """As ``Engine.left``, of any."""
+        return any(engine.left for engine in self.engines)
+
+    @property
     def launched(self) -> int:
         return max(engine.launched for engine in self.engines)
 
@@ -139,13 +144,14 @@ class Replicas:
         self._of(sequence).finish(sequence)
 
     def step(self) -> list[Sampled]:
-        """One step of every replica that has work; returns all new tokens."""
-        for engine in self.engines:
+        """One step of every replica that has work, or what is left of the last one; returns all new tokens."""
+        left = [engine for engine in self.engines if engine.left]
+        for engine in () if left else self.engines:
             self._driven = engine
             engine.steps = self.steps  # so that their steps have the same numbers
             engine.launch()
         sampled = []
-        for engine in self.engines:
+        for engine in left or self.engines:
             self._driven = engine
             sampled += engine.collect()
         self.steps = max(engine.steps for engine in self.engines)

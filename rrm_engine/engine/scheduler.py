@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from rrm_engine.config import WaitPolicy
+from rrm_engine.engine.draft import Drafting
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.host import HostSpace, SwapCosts, SwapIn, SwapOut
 from rrm_engine.kv.pool import BlockPool
@@ -21,7 +22,8 @@ class EngineStuck(RuntimeError):
 class Work:
     """Run ``sequence.tokens[start : start + count]``; ``samples`` if that reaches the sequence's end.
 
-    ``ahead``: it is one token, which the step before samples and the host does not know yet.
+    ``ahead``: it is one token, which the step before samples and the host does not know yet. ``drafted``: it is this
+    one token, a guess; the sequence may come to have another one there.
     """
 
     sequence: Sequence
@@ -29,10 +31,13 @@ class Work:
     count: int
     samples: bool
     ahead: bool = False
+    drafted: int | None = None
 
     @property
     def prefilled(self) -> int:
-        """How many of its tokens were not sampled in the sequence's last step."""
+        """How many of its tokens were neither guessed nor sampled in the sequence's last step."""
+        if self.drafted is not None:
+            return 0
         return self.count - (1 if self.ahead else self.sequence.unrun_samples)
 
 
@@ -48,7 +53,8 @@ class Splice:
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
     """One step: swap out, copy, swap in, splice, run ``work``; in this order, for each may overwrite what went before
-    reads. A sequence has several work items where spans are attached between them, in order and side by side.
+    reads. A sequence has several work items where spans are attached between them or tokens are drafted behind the last
+    one, in order and side by side.
     """
 
     work: tuple[Work, ...]
@@ -76,6 +82,10 @@ class Scheduler:
     One that waits for a token that has been sampled and not been read may run it all the same (``schedule``), and is
     then in two consecutive steps at once. A sequence that ends or pauses with the first one's token loses the second
     one's, and the KV past the tokens it has.
+
+    Drafts are planned last and take what is left over: nothing is reclaimed for them, and a free block is left for each
+    running sequence, whose next token may need it before they have been checked. How many tokens such a step gives is
+    not known, so its sequence is not run ahead.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class Scheduler:
         space: HostSpace | None = None,
         costs: SwapCosts | None = None,
         stages: int = 1,
+        drafting: Drafting | None = None,
     ) -> None:
         """``costs`` decide what ``auto`` does with a waiting sequence under pressure; without them it is dropped."""
         self.pool = pool
@@ -96,6 +107,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.step_tokens = step_tokens
         self.stages = stages
+        self.drafting = drafting
         self.live: list[Sequence] = []  # waiting and running, by priority
         self.paused: dict[str, Sequence] = {}
         self._running = 0
@@ -196,6 +208,7 @@ class Scheduler:
             splices += new_splices
         if order and not work and not flying:
             raise EngineStuck(f"{len(self.live)} live sequences, {self.pool.num_free} free blocks, nothing to run")
+        work = self._with_drafts(work)
         swaps = tuple(self._swap_outs), tuple(self._swap_ins), tuple(self._swapped)
         output = SchedulerOutput(tuple(work), tuple(copies), *swaps, tuple(splices), tuple(self._admitted))
         self._swap_outs, self._swap_ins, self._swapped = [], [], []
@@ -205,7 +218,10 @@ class Scheduler:
         """Whether it can run its last token now, the one in flight if it has one."""
         if sequence.state is not State.RUNNING or sequence.pending != 1:
             return False
-        return not sequence.flights or (sequence in drawn and sequence.foreseeable)
+        if not sequence.flights:
+            return True
+        waits = self.drafting is not None and self.drafting.expects(sequence)
+        return sequence in drawn and sequence.foreseeable and not waits
 
     def _run(
         self, sequence: Sequence, room: int, victims: Iterator[Sequence]
@@ -232,6 +248,25 @@ class Scheduler:
             runs.append(Work(sequence, start, count, sequence.pending == 0, ahead=bool(sequence.flights)))
             room -= count
         return runs, copies, splices
+
+    def _with_drafts(self, work: list[Work]) -> list[Work]:
+        """``work`` and behind each decode the tokens that are guessed to follow, as far as there is room for them."""
+        decodes = [run for run in work if run.count == 1 and run.samples and not run.ahead]
+        if self.drafting is None or not decodes:
+            return work
+        rows = sum(run.count for run in work)
+        drafts = self.drafting.choose([run.sequence for run in decodes], rows, self.step_tokens - rows)
+        planned = []
+        for run in work:
+            planned.append(run)
+            table, draft = run.sequence.table, drafts.get(run.sequence, []) if run.samples else []
+            while draft and table.blocks_needed(len(draft)) + self._running > self.pool.num_free:
+                draft.pop()
+            if draft:
+                copies = table.append(len(draft))
+                assert not copies, "its last block was made its own for the token before"
+            planned += [Work(run.sequence, run.start + i, 1, True, drafted=token) for i, token in enumerate(draft, 1)]
+        return planned
 
     def _admit(self, sequence: Sequence, behind: list[Sequence], alone: bool) -> bool:
         """Let a waiting sequence start, if its whole prompt and one more block for each running one fit.

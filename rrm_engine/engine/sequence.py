@@ -40,13 +40,22 @@ class Matcher(Protocol):
     def mask(self) -> np.ndarray:
         """int32 bitmask ``[ceil(vocabulary / 32)]`` of the tokens that may come next."""
 
-    def accept(self, token: int) -> None: ...
+    def accept(self, token: int) -> None:
+        """Take a token. Raises ValueError, and stays where it was, if it may not come next."""
+
+    def forced(self) -> list[int]:
+        """Tokens that spell what must come next, if there is no choice; others may spell the same."""
+
+    def copy(self) -> "Matcher":
+        """An independent one at the same place."""
 
 
 @dataclass(slots=True)
 class Counters:
     prefilled: int = 0  # tokens run through the model that were not sampled in the step before
     decoded: int = 0  # tokens sampled
+    drafted: int = 0  # guesses at tokens run with the token before
+    accepted: int = 0  # of these, those that were sampled then
     reused: int = 0  # tokens whose KV was in the pool already: prefix cache or fork
     forked_blocks: int = 0
     copied_blocks: int = 0

@@ -239,7 +239,7 @@ class EventMatcher:
             raise ValueError(f"token {token_id} is not allowed by the grammar here")
 
     def forced(self) -> list[int]:
-        """The tokens that must come next, whatever is sampled; [] where there is a choice."""
+        """Tokens that spell what must come next; [] where there is a choice. Others may spell the same."""
         return list(self._state.compute_ff_tokens())
 
     def copy(self) -> "EventMatcher":
@@ -337,6 +337,10 @@ class ThinkingMatcher:
         self._left -= 1
         if self._left <= 0 and not self.cut:
             self.cut, self._forced = True, self._block.ending
+
+    def forced(self) -> list[int]:
+        """As that of `EventMatcher`."""
+        return list(self._forced) if self.thinks else self._grammar.forced()
 
     def copy(self) -> "ThinkingMatcher":
         """An independent matcher at the same place."""

@@ -157,9 +157,9 @@ def test_a_token_that_is_not_known_yet_is_noticed(
     """Control: processors see a made-up token where the last one is in flight."""
     extend = Transcripts.extend
 
-    def guessing(self: Transcripts, sequences: Any, lengths: Any, unread: Drawn | None, device: Any) -> None:
+    def guessing(self: Transcripts, sequences: Any, lengths: Any, unread: Drawn | None, *rest: Any) -> None:
         made_up = unread and Drawn(torch.full_like(unread.tokens, 3), unread.rows)
-        extend(self, sequences, lengths, made_up, device)
+        extend(self, sequences, lengths, made_up, *rest)
 
     monkeypatch.setattr(Transcripts, "extend", guessing)
     engine = engine_for(tiny, lookahead=True, stages=stages)

@@ -268,5 +268,5 @@ def test_noise_of_another_place_is_noticed(lab: Lab, monkeypatch: pytest.MonkeyP
     assert wrong_tokens(lab.plain, recorded(lab, JOBS[:1], lookahead="on")) != {}
 
 
-def short_of_one(logits: torch.Tensor, sequences: Any, positions: list[int], processed: None) -> torch.Tensor:
+def short_of_one(logits: torch.Tensor, sequences: Any, positions: list[int], *_: Any) -> torch.Tensor:
     return draw(logits, sequences, [len(s.tokens) for s in sequences])

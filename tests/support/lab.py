@@ -106,12 +106,12 @@ class Recorded:
 
         def watched_submit(*args: Any, **kwargs: Any) -> Sequence:
             sequence = submit(*args, **kwargs)
-            note(sequence, sequence.matcher and sequence.matcher.copy())  # type: ignore[attr-defined]
+            note(sequence, sequence.matcher and sequence.matcher.copy())
             return sequence
 
         def watched_resume(sequence: Sequence, *args: Any) -> None:
             resume(sequence, *args)
-            note(sequence, sequence.matcher and sequence.matcher.copy())  # type: ignore[attr-defined]
+            note(sequence, sequence.matcher and sequence.matcher.copy())
 
         engine.submit, engine.resume = watched_submit, watched_resume  # type: ignore[method-assign, assignment]
         for result in self.solver.run(jobs, self.events.append, concurrency):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rrm_engine.config import WaitPolicy
+from rrm_engine.engine.draft import MOST, SIZES, Drafting
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.packing import Drawn, pack
 from rrm_engine.engine.sampler import SamplingParams
@@ -56,21 +57,19 @@ class Memory:
         packed = pack(step.work, self.size, CPU, drawn)
         owners = self.rows(step)
         self.queries += len(owners)
-        assert packed.positions.tolist() == [position for _, position in owners]
-        for slot, (sequence, position) in zip(packed.batch.slots.tolist(), owners, strict=True):
+        assert packed.positions.tolist() == [len(tokens) - 1 for _, tokens in owners]
+        for slot, (_, tokens) in zip(packed.batch.slots.tolist(), owners, strict=True):
             assert slot >= self.size, "the null block is written"
-            self.slots[slot] = tuple(foreseen(sequence, position + 1)[: position + 1])
-        assert packed.token_ids.tolist() == [
-            foreseen(sequence, position + 1)[position] for sequence, position in owners
-        ], "not the sequence's token"
+            self.slots[slot] = tuple(tokens)
+        assert packed.token_ids.tolist() == [tokens[-1] for _, tokens in owners], "not the sequence's token"
         batch = packed.batch
         starts, lengths, tables = (t.tolist() for t in (batch.query_start, batch.context_len, batch.block_table))
         for (start, stop), length, table in zip(pairwise(starts), lengths, tables, strict=True):
             for row in range(start, stop):
                 self.attend(table, length - (stop - 1 - row), *owners[row])
         logits = torch.zeros(len(packed.order), VOCABULARY)
-        for row, work in enumerate(packed.order):
-            logits[row, made_up(foreseen(work.sequence, work.start + work.count))] = 1
+        for row, owner in enumerate(packed.sampled.tolist()):
+            logits[row, made_up(owners[owner][1])] = 1
         return logits, packed.order
 
     def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
@@ -102,22 +101,30 @@ class Memory:
             self.slots[block * self.size : (block + 1) * self.size] = content
 
     @staticmethod
-    def rows(step: SchedulerOutput) -> list[tuple[Sequence, int]]:
-        """Whose token at which position each packed row is."""
+    def rows(step: SchedulerOutput) -> list[tuple[Sequence, list[int]]]:
+        """Of each packed row whose it is, and the tokens up to its own."""
         decodes = sorted((w for w in step.work if w.count == 1), key=lambda w: w.start)
         ordered = [*decodes, *(w for w in step.work if w.count > 1)]
-        return [(w.sequence, position) for w in ordered for position in range(w.start, w.start + w.count)]
+        guessed: dict[Sequence, list[int]] = {}
+        rows = []
+        for work in ordered:
+            draft = guessed.setdefault(work.sequence, [])
+            if work.drafted is not None:
+                draft.append(work.drafted)
+            known = foreseen(work.sequence, work.start + work.count - len(draft))
+            rows += [(work.sequence, [*known, *draft][: at + 1]) for at in range(work.start, work.start + work.count)]
+        return rows
 
-    def attend(self, table: list[int], length: int, sequence: Sequence, position: int) -> None:
-        """A query at ``position`` attends to ``length`` tokens over ``table``: they must be its own."""
-        assert length == position + 1
+    def attend(self, table: list[int], length: int, sequence: Sequence, tokens: list[int]) -> None:
+        """A query behind ``tokens`` attends to ``length`` tokens over ``table``: they must be these."""
+        assert length == len(tokens)
         read = [self.slots[table[i // self.size] * self.size + i % self.size] for i in range(length)]
-        assert self.owns(sequence, read), f"{sequence.key} reads what is not its own"
+        assert self.owns(sequence, tokens, read), f"{sequence.key} reads what is not its own"
 
-    def owns(self, sequence: Sequence, read: list[Content]) -> bool:
-        """Whether that is the KV of a sequence's first tokens: made from them, or attached to it and moved there."""
+    def owns(self, sequence: Sequence, tokens: list[int], read: list[Content]) -> bool:
+        """Whether that is the KV of a sequence's first ``tokens``: made from them, or attached and moved there."""
         moved, first = self.moved.get(sequence.key, {}), sequence.table.approximate_from
-        owned = history(foreseen(sequence, len(read)), len(read))
+        owned = history(tokens, len(read))
         for i, (content, own) in enumerate(zip(read, owned, strict=True)):
             attached = first is not None and i >= first and content == moved.get(i) and base(content)[-1] == own[-1]
             if content != own and not attached:
@@ -146,6 +153,22 @@ def made_up(tokens: list[int]) -> int:
     return (sum(tokens) * 7 + len(tokens) * 3 + tokens[-1] * 5) % 11 % VOCABULARY
 
 
+class Guesses(Drafting):
+    """Drafts whose tokens come true as a script says: ``right`` of each, by turns, before a wrong one."""
+
+    def __init__(self, right: tuple[int, ...], eos: bool) -> None:
+        super().__init__(MOST, {EOS} if eos else set())
+        self.right = right
+
+    def guess(self, sequence: Sequence) -> list[tuple[int, int]]:
+        tokens, most = list(sequence.tokens), max(self.room(sequence), 0)
+        right = self.right[len(tokens) % len(self.right)]
+        for i in range(most):
+            tokens.append(made_up(tokens) if i != right else (made_up(tokens) + 1) % VOCABULARY)
+        allowed = self._allowed(None, tokens[len(sequence.tokens) :])
+        return [(token, SIZES[0]) for token in allowed]
+
+
 class Life:
     """An engine over a memory, and the checks of every step."""
 
@@ -164,8 +187,12 @@ class Life:
         costs: SwapCosts | None = None,
         stages: int = 1,
         lookahead: bool = False,
+        right: tuple[int, ...] | None = None,
     ) -> None:
+        """``right``: tokens are drafted, by look-up if it is empty, else see ``Guesses``."""
         self.memory = Memory(blocks, size)
+        look_up = Drafting(MOST, {EOS} if eos else set())
+        self.right, drafting = right, None if right is None else Guesses(right, eos) if right else look_up
         self.engine = Engine(
             self.memory,  # type: ignore[arg-type]
             BlockPool(blocks, size, prefix_cache),
@@ -177,6 +204,7 @@ class Life:
             host_blocks=host_blocks,
             stages=stages,
             lookahead=lookahead,
+            drafting=drafting,
         )
         self.engine.scheduler.costs = costs
         self.scheduler = self.engine.scheduler
@@ -196,7 +224,8 @@ class Life:
             f"Life({pool.num_blocks}, {pool.block_size}, {self.longest}, max_sequences={scheduler.max_sequences}, "
             f"step_tokens={scheduler.step_tokens}, prefix_cache={pool.prefix_cache}, eos={bool(self.engine.eos_ids)}, "
             f"wait_policy={scheduler.wait_policy!r}, host_blocks={scheduler.space.num_blocks}, "
-            f"costs={scheduler.costs}, stages={scheduler.stages}, lookahead={self.engine.lookahead})"
+            f"costs={scheduler.costs}, stages={scheduler.stages}, lookahead={self.engine.lookahead}, "
+            f"right={self.right})"
         )
 
     def _watch(self) -> None:
@@ -228,6 +257,9 @@ class Life:
             self._plan = plan
             return run(plan, drawn)
 
+        def waits(sequence: Sequence) -> bool:
+            return engine.drafting is not None and engine.drafting.expects(sequence)
+
         def watched_launch() -> bool:
             live, flying = list(scheduler.live), {id(s) for s in scheduler.live if s.flights}
             before = {id(s): s.table.length for s in live}
@@ -235,7 +267,7 @@ class Life:
             ready = {
                 id(s): s.flights[-1] if s.flights else 0
                 for s in decoding
-                if not s.flights or (engine.lookahead and len(s.flights) == 1 and self.goes_on(s))
+                if not s.flights or (engine.lookahead and len(s.flights) == 1 and self.goes_on(s) and not waits(s))
             }
             self.reclaimed.clear()
             launched = launch()
@@ -301,16 +333,16 @@ class Life:
     def step(self) -> None:
         if not self.engine.has_work:
             return
-        live = list(self.scheduler.live)
+        live, left = list(self.scheduler.live), self.engine.left
         assert live == sorted(live, key=lambda s: s.priority)
         sampled = self.engine.step()
         assert [s.sequence.key for s in sampled] == list(dict.fromkeys(s.sequence.key for s in sampled))
         for one in sampled:
             assert one.token == one.sequence.tokens[-1] == made_up(one.sequence.tokens[:-1]), "not the sequence's token"
         assert self.engine.plan is not None
-        samples = [w.sequence for w in self.engine.plan.work if w.samples]
+        samples = [w.sequence for w in self.engine.plan.work if w.samples and w.drafted is None]
         assert {s.sequence.key for s in sampled} <= {s.key for s in samples}
-        if self.scheduler.stages == 1 and not self.engine.lookahead:
+        if self.scheduler.stages == 1 and not self.engine.lookahead and not left:
             assert len(sampled) == len(samples)
         self.check()
 
@@ -337,7 +369,8 @@ class Life:
         assert {id(s.sequence) for s in plan.splices} <= {id(s) for s in scheduled}, "a step attaches and does not run"
         for works in by_sequence:
             holes = {(s.position, s.position + len(s.span)) for s in plan.splices if s.sequence is works[0].sequence}
-            gaps = {(a.start + a.count, b.start) for a, b in pairwise(works)}
+            gaps = {(a.start + a.count, b.start) for a, b in pairwise(works) if b.drafted is None}
+            assert all(a.start + a.count == b.start for a, b in pairwise(works) if b.drafted is not None)
             front = {h for h in holes if h[0] >= before[id(works[0].sequence)] and h[1] == works[0].start}
             assert gaps <= holes == gaps | front, "something between the work items was neither run nor attached"
         assert scheduled == sorted(scheduled, key=lambda s: s.priority)
@@ -349,7 +382,13 @@ class Life:
             assert work.start + work.count <= work.sequence.table.length
         for works in by_sequence:
             assert works[-1].start + works[-1].count == works[0].sequence.table.length
-            assert not any(w.samples for w in works[:-1])
+            told = [w for w in works if w.drafted is None]
+            assert not any(w.samples for w in told[:-1])
+            assert works[: len(told)] == told and (told[-1].samples or works == told), "drafted behind nothing"
+            assert len(works) == len(told) or not told[-1].ahead, "drafted behind a token that is not known"
+        if any(w.drafted is not None for w in plan.work):
+            assert sum(w.count for w in plan.work) <= self.scheduler.step_tokens, "drafted beyond the step's tokens"
+            assert self.engine.pool.num_free >= self.scheduler.running, "drafts leave no block free"
         if not self.reclaimed and self.engine.pool.num_free:
             share = -(-len(live) // self.scheduler.stages)
             runs = ready.keys() & {id(s) for s in scheduled}
@@ -362,7 +401,7 @@ class Life:
             running = {id(s) for s in live if s.state is State.RUNNING}
             used = running & (flying | {id(s) for s in scheduled})
             # Others, before them in line, prefilled all that a step may.
-            prefills = [w for w in plan.work if id(w.sequence) not in ready]
+            prefills = [w for w in plan.work if id(w.sequence) not in ready and w.drafted is None]
             left = self.scheduler.step_tokens - min(share, len(ready)) - sum(w.count for w in prefills)
             priorities = [w.sequence.priority for w in prefills]
             behind = {id(s) for s in live if priorities and s.priority > max(priorities)}
@@ -383,11 +422,25 @@ class Life:
         size = self.memory.size
         for sequence in self.sequences:
             table = sequence.table
-            known = len(sequence.tokens) + max(0, len(sequence.flights) - 1)  # or will be, by then
-            assert table.stored <= known, "KV of a token that nobody knows"
+            known = self.known(sequence)
+            assert table.stored <= len(known), "KV of a token that nobody knows"
             assert len(table.blocks) == -(-table.length // size)
             read = [self.memory.slots[slot] for slot in table.slots(0, table.length)]
-            assert self.memory.owns(sequence, read)
+            assert self.memory.owns(sequence, known, read)
+
+    def known(self, sequence: Sequence) -> list[int]:
+        """A sequence's tokens, and those that were run in steps in flight or are still to be handed out."""
+        given = self.engine._given.get(sequence)
+        if given and self.engine._number in sequence.flights:
+            return [*sequence.tokens, *given][:-1]
+        flights = (flight for flight in self.engine._flights if flight.number in sequence.flights)
+        drafted = [w.drafted for flight in flights for w in flight.order if w.sequence is sequence]
+        draft = [token for token in drafted if token is not None]
+        return (
+            [*sequence.tokens, *draft]
+            if draft
+            else foreseen(sequence, len(sequence.tokens) + len(sequence.flights) - 1)
+        )
 
     def drain(self) -> None:
         """Run what is live to its end. While nobody joins, the first sequence only ever gains tokens: a bound."""
@@ -410,7 +463,8 @@ class Life:
         assert not self.scheduler.paused and not self.engine.has_work
         assert self.scheduler.running == 0
         assert {s.state for s in self.finished} <= {State.FINISHED}
-        counted = sum(s.counters.prefilled + s.counters.decoded for s in self.finished)
+        counters = [s.counters for s in self.finished]
+        counted = sum(c.prefilled + c.decoded + c.drafted - c.accepted for c in counters)
         assert self.memory.queries == counted - self.never_run + self.run_for_nothing, "queries run and counted differ"
         assert self.engine.launched <= self.memory.queries, "a step without a query"
 

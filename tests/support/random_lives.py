@@ -27,6 +27,9 @@ SHARE = st.floats(0, 1)
 BUDGET = st.integers(1, 9)
 
 
+RIGHT: list[tuple[int, ...]] = [(), (0,), (1,), (100,), (0, 3, 100), (2, 100, 100), (0, 0, 0, 5)]
+
+
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), TOKENS, BUDGET, st.integers(0, 4)),
@@ -49,9 +52,17 @@ ACTIONS = st.lists(
 
 @st.composite
 def lives(
-    draw: st.DrawFn, least: int = 4, most: int = 24, stages: tuple[int, ...] = (1,), lookahead: bool = False
+    draw: st.DrawFn,
+    least: int = 4,
+    most: int = 24,
+    stages: tuple[int, ...] = (1,),
+    lookahead: bool = False,
+    drafts: bool = False,
 ) -> Life:
-    """Pools from the smallest that holds one longest sequence up to a comfortable one."""
+    """Pools from the smallest that holds one longest sequence up to a comfortable one.
+
+    ``drafts``: tokens are drafted, by look-up or right as often as is drawn.
+    """
     size, longest = draw(st.integers(1, 5)), draw(st.integers(least, most))
     return Life(
         -(-longest // size) + draw(st.sampled_from([0, 0, 0, 1, 2, 5, 30])),
@@ -66,6 +77,7 @@ def lives(
         costs=draw(st.sampled_from([None, SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)])),
         stages=draw(st.sampled_from(stages)),
         lookahead=lookahead,
+        right=draw(st.sampled_from(RIGHT)) if drafts else None,
     )
 
 

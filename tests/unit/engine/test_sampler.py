@@ -133,6 +133,12 @@ def test_a_grammar_masks_everything_else() -> None:
 
         def accept(self, token: int) -> None: ...
 
+        def forced(self) -> list[int]:
+            return []
+
+        def copy(self) -> Any:
+            return self
+
     drawn = set()
     for position in range(60):
         one = sequence("m", SamplingParams(2.0), length=position)
