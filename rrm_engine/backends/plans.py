@@ -1,12 +1,13 @@
 """How the phases of a run decode."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Matcher
 from rrm_engine.protocol.thinking import Thought
+from rrm_engine.runs.events import Grammar as Constraint
 from rrm_engine.solver.backend import Grammar
 
 MatcherFactory = Callable[[int, bool], Matcher]  # takes a Grammar
@@ -28,9 +29,8 @@ class PhasePlan:
         return None if self.matcher is None or grammar is None else self.matcher(*grammar)
 
     def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
-        """How the phase decodes, for the trace, so that its tokens can be drawn again."""
+        """How the phase decodes, for the trace (see `Started`), so that its tokens can be drawn again."""
         constrained = None
         if self.matcher is not None and grammar is not None:
-            thought = {"thought": asdict(self.thought)} if self.thought else {}
-            constrained = {"children": grammar[0], "may_split": grammar[1], **thought}
+            constrained = Constraint(*grammar, self.thought)
         return {"sampling": self.sampling.settings(), "grammar": constrained, "budget": self.budget}

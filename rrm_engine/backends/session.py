@@ -17,7 +17,8 @@ from rrm_engine.graph.paths import NodeKey, NodePath
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.detokenize import Detokenizer
-from rrm_engine.solver.backend import Begun, Continuation, Costs, Opening, Record, Waited, Written
+from rrm_engine.runs.events import Transcript
+from rrm_engine.solver.backend import Begun, Continuation, Costs, Opening, Waited, Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +98,16 @@ class EngineNode(NodeTokens[Sequence]):
         spliced = [(base + at, base + at + len(span)) for at, span in splices]
         self.begun = Begun(len(tokens), spliced, plan.recorded(continuation.grammar))
 
-    def finish(self) -> Record:
+    def finish(self) -> Transcript:
         sequence = self.sequence
         self.writing.engine.finish(sequence)
-        reports = [asdict(report) for report in self.session.shadows.reports if report.node == self.path]
-        counters = asdict(sequence.counters)
-        return Record(sequence.spliced, reports, counters, list(sequence.tokens), self.sampled)
+        return Transcript(
+            spliced=tuple(sequence.spliced),
+            splice_report=tuple(report for report in self.session.shadows.reports if report.node == self.path),
+            counters=asdict(sequence.counters),
+            token_ids=list(sequence.tokens),
+            sampled=tuple(self.sampled),
+        )
 
     def on_token(self, sampled: Sampled) -> Written:
         """Its sequence has a new token."""

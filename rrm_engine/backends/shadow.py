@@ -9,25 +9,9 @@ from rrm_engine.engine.engine import Sampled
 from rrm_engine.engine.replicas import AnyEngine
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.runs.events import SpliceReport
 
 BEHIND_ALL = 1 << 62  # as a root: every other one goes before
-
-
-@dataclass(frozen=True, slots=True)
-class SpliceReport:
-    """One resume of ``node``: the distributions of the first ``tokens`` tokens that it wrote after it.
-
-    ``kl_mean`` and ``kl_max`` are KL divergences in nats, from the text to what was attached; ``top1`` is the share of
-    the tokens for which both have the same likeliest one, ``first_difference`` the first for which they have not (0 is
-    the token right after the resume, None: nowhere).
-    """
-
-    node: str
-    tokens: int
-    kl_mean: float
-    kl_max: float
-    top1: float
-    first_difference: int | None
 
 
 @dataclass(slots=True, eq=False)

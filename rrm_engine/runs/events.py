@@ -21,7 +21,7 @@ are seconds. Ranges of tokens are pairs (start, stop) of indices in the node's t
 after the first version of the file; older runs lack it.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, cast
 
@@ -55,7 +55,7 @@ class Event:
 
     def own(self) -> dict[str, Any]:
         """The fields that this class adds, as they are written."""
-        return {name: getattr(self, name) for name in _own_fields(cast(Any, type(self)))}
+        return {name: _plain(getattr(self, name)) for name in _own_fields(cast(Any, type(self)))}
 
     def as_json(self) -> dict[str, Any]:
         """The object of a line, but for the session, which the run directory adds."""
@@ -101,39 +101,42 @@ class _Begins(Event):
     """A phase begins. ``after`` are the nodes whose conclusions it was given.
 
     ``sampling`` are the settings that its tokens are drawn with (see SamplingParams), ``budget`` the tokens it may
-    write; ``grammar`` is None where it was not constrained.
+    write; ``grammar`` is None where it was not constrained. ``continued_by`` says how a server was told what came
+    before, where one decodes.
     """
 
     phase: Phase
     after: tuple[str, ...]
-    sampling: dict[str, Any]
-    grammar: Grammar | None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    grammar: Grammar | None = None
     budget: int | None = None
+    continued_by: str = ""
 
-    def _with(self, *names: str) -> dict[str, Any]:
-        """The fields as written, those ``names`` before how the tokens are drawn."""
-        found = {name: getattr(self, name) for name in ("phase", "after", *names)}
-        grammar = self.grammar and self.grammar.as_json()
-        return found | {"sampling": self.sampling, "grammar": grammar, "budget": self.budget}
+    def own(self) -> dict[str, Any]:
+        found = Event.own(self) | {"grammar": self.grammar and self.grammar.as_json()}
+        if not self.continued_by:
+            del found["continued_by"]
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(_Begins):
-    """``prompt_tokens`` include those of a parent's context that it was forked from."""
+    """``system`` and ``prompt`` are the texts that it was given; ``prompt_tokens`` include those of a parent's context
+    that it was forked from.
+    """
 
     EVENT = "start"
 
     prompt_tokens: int
     task: str
-
-    def own(self) -> dict[str, Any]:
-        return self._with("prompt_tokens", "task")
+    system: str = ""
+    prompt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(_Begins):
-    """``notes`` are what the node is told beside the conclusions; ``spliced`` are the ranges of what was appended whose
-    KV is to be attached, unless memory runs out before that.
+    """``appended`` is the text that it was given. ``notes`` are what it is told there beside the conclusions;
+    ``spliced`` are the ranges of what was appended whose KV is to be attached, unless memory runs out before that.
     """
 
     EVENT = "resume"
@@ -141,9 +144,7 @@ class Resumed(_Begins):
     appended_tokens: int
     notes: tuple[str, ...]
     spliced: tuple[Range, ...] = ()
-
-    def own(self) -> dict[str, Any]:
-        return self._with("appended_tokens", "notes", "spliced")
+    appended: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +176,7 @@ class Wrote(Event):
     repairs: tuple[str, ...]
 
     def own(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in _own_fields(cast(Any, type(self))) if name != "repairs"}
-        return {"kind": self.KIND, **found, "repairs": self.repairs}
+        return {"kind": self.KIND, **Event.own(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,11 +226,14 @@ class WroteMalformed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paused(Event):
-    """``reason`` is await, concluded, cancelled, or an EndReason of the graph machine."""
+    """``reason`` is await, concluded, cancelled, or an EndReason of the graph machine; ``text`` is what the node wrote
+    in the phase, its thinking and its events in it.
+    """
 
     EVENT = "pause"
 
     reason: str
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,17 +270,17 @@ class Transcript:
 
     spliced: tuple[Range, ...] = ()
     splice_report: tuple[SpliceReport, ...] = ()
-    counters: dict[str, int]
-    token_ids: list[int]
-    sampled: tuple[Range, ...]
+    counters: dict[str, int] = field(default_factory=dict)
+    token_ids: list[int] = field(default_factory=list)
+    sampled: tuple[Range, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "spliced": self.spliced,
+            "spliced": list(self.spliced),
             "splice_report": [asdict(report) for report in self.splice_report],
             "counters": self.counters,
             "token_ids": self.token_ids,
-            "sampled": self.sampled,
+            "sampled": list(self.sampled),
         }
 
 
@@ -288,7 +291,8 @@ class _Ends(Event):
     transcript: Transcript | None
 
     def own(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in _own_fields(cast(Any, type(self))) if name != "transcript"}
+        found = Event.own(self)
+        del found["transcript"]
         return found | (self.transcript.as_json() if self.transcript else {})
 
 
@@ -364,6 +368,10 @@ def parse(value: dict[str, Any]) -> Event:
     parts = {key: value.pop(key) for key in TRANSCRIPT if key in value}
     ended: _Ends = read_as(cls, {**value, "transcript": None}, what)
     return replace(ended, transcript=read_as(Transcript, parts, what)) if parts else ended
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from rrm_engine.graph.paths import NodePath
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
 from rrm_engine.protocol.thinking import Marks
+from rrm_engine.runs.events import Transcript
 
 Grammar = tuple[int, bool]  # children the node has had, whether it may split
 Place = object  # in a node's context; only the backend that gave it looks inside
@@ -92,19 +93,6 @@ class Written:
 
 
 @dataclass(slots=True)
-class Record:
-    """What the trace keeps of a node that is over: its tokens, the ranges of them that it wrote phase by phase, the
-    ranges that were attached, how far those were from the text, and what it took.
-    """
-
-    spliced: list[tuple[int, int]] = field(default_factory=list)
-    splice_report: list[dict[str, Any]] = field(default_factory=list)
-    counters: dict[str, int] = field(default_factory=dict)
-    token_ids: list[int] = field(default_factory=list)
-    sampled: list[tuple[int, int]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class Costs:
     """What a job took, by the names of `JobResult`'s fields."""
 
@@ -154,7 +142,7 @@ class NodeHandle(Protocol):
     def resume(self, continuation: Continuation) -> None:
         """Let it go on in another phase. Raises NoRoom if its context would be too long, else RrmError."""
 
-    def finish(self) -> Record:
+    def finish(self) -> Transcript:
         """It is over, wherever it is: what it holds is free when this returns. A second call changes nothing."""
 
 

@@ -21,11 +21,12 @@ from rrm_engine.graph.types import (
     Stop,
 )
 from rrm_engine.protocol.parser import EventParser
+from rrm_engine.runs.events import Cancelled, Concluded, DidNotFit, Event, Paused, Resumed, Started, Text, Transcript
 from rrm_engine.solver.backend import Continuation, Grammar, Opening, Place, Session
 from rrm_engine.solver.metering import Meter
 from rrm_engine.solver.node import NodeRun
 from rrm_engine.solver.runtime import Runtime
-from rrm_engine.solver.trace import JobTrace
+from rrm_engine.solver.trace import JobTrace, Now
 
 
 class Commands:
@@ -66,10 +67,10 @@ class Commands:
                 case Pause(node=path):
                     self._pause(self.nodes[path])
                 case Stop(node=path, conclusion=conclusion):
-                    self._keep(path, conclusion)
-                    self._close(path, "concluded", answer=conclusion.answer, ok=conclusion.ok)
+                    self._conclude(path, conclusion)
                 case Cancel(node=path, reason=reason):
-                    self._close(path, "cancelled", reason=reason)
+                    transcript = self._close(path, "cancelled")
+                    self.tell(Cancelled(**self.now(path), transcript=transcript, reason=reason))
                 case Finish() as command:
                     self._finish(command)
             self._queue.popleft()
@@ -78,17 +79,23 @@ class Commands:
         """Give up what is left to do: a command that an exception interrupted must not block those that follow."""
         self._queue.clear()
 
-    def tell(self, event: str, node: str, **fields: Any) -> None:
-        run = self.nodes.get(node)
-        self._trace(event, node, run.handle.length if run else 0, **fields)
+    def now(self, node: str) -> Now:
+        """What an event of ``node`` says of this moment."""
+        return self._trace.now(node, self._length(node))
+
+    def tell(self, event: Event) -> None:
+        self._trace(event)
+
+    def tell_text(self, node: str, text: str) -> None:
+        self._trace(Text(**self._trace.now_of_text(node, self._length(node)), text=text))
 
     def remember_fork(self, parent: NodeRun, child: str) -> None:
         """``parent`` has just declared ``child``, which may start later from what its parent knows now."""
         place = parent.handle.place(parent.boundary) if self._runtime.child_context == "parent" else None
         parent.forks[child] = place, self._meter.clocks[parent.path].depth
 
-    def halt(self, node: NodeRun, reason: str) -> None:
-        """A node does not decode any more in its phase."""
+    def halt(self, node: NodeRun, reason: str, end: int | None = None) -> None:
+        """A node does not decode any more in its phase, of whose text nothing counts after the character ``end``."""
         node.handle.halt()
         if not node.running:
             return
@@ -97,7 +104,7 @@ class Commands:
         node.phases.append(node.phase)
         self._count_thinking(node, reason)
         self._meter.pause(node.path, monotonic())
-        self.tell("pause", node.path, reason=reason)
+        self.tell(Paused(**self.now(node.path), reason=reason, text=node.handle.text[:end]))
 
     def _start(self, command: Start) -> None:
         given = self._dependencies(command.node)
@@ -117,8 +124,18 @@ class Commands:
         self.nodes[command.node] = NodeRun(command.node, handle, command.phase, parser)
         self._meter.start(command.node, monotonic(), after)
         begun = handle.begun
-        about = {"phase": command.phase, "after": given, "prompt_tokens": begun.tokens, "task": command.task}
-        self.tell("start", command.node, **about, **begun.settings)
+        self.tell(
+            Started(
+                **self.now(command.node),
+                **begun.settings,
+                phase=command.phase,
+                after=tuple(given),
+                prompt_tokens=begun.tokens,
+                task=command.task,
+                system=opening.system,
+                prompt=opening.user,
+            )
+        )
 
     def _opening(self, command: Start, place: Place | None) -> Opening:
         style, limits, phase = self._runtime.style, self._runtime.limits, command.phase
@@ -154,25 +171,36 @@ class Commands:
         after = list(dict.fromkeys(c.node for c in given if c.node is not None))
         self._meter.resume(node.path, monotonic(), after)
         begun = node.handle.begun
-        about = {"phase": command.phase, "after": after, "appended_tokens": begun.tokens, "notes": command.notes}
-        about |= {"spliced": begun.spliced}  # unless memory runs out before they are attached
-        self.tell("resume", node.path, **about, **begun.settings)
+        self.tell(
+            Resumed(
+                **self.now(node.path),
+                **begun.settings,
+                phase=command.phase,
+                after=tuple(after),
+                appended_tokens=begun.tokens,
+                appended=continuation.user,
+                notes=command.notes,
+                spliced=tuple(begun.spliced),
+            )
+        )
 
     def _pause(self, node: NodeRun) -> None:
         """Stop right after the event just read."""
         node.handle.pause(node.boundary)
-        self.halt(node, "await")
+        self.halt(node, "await", node.boundary)
 
-    def _close(self, path: str, how: str, **fields: Any) -> None:
-        """A node is over, by conclusion or cancellation: give back what it holds."""
+    def _conclude(self, path: NodePath, conclusion: Conclusion) -> None:
+        self._keep(path, conclusion)
+        transcript = self._close(path, "concluded")
+        self.tell(Concluded(**self.now(path), transcript=transcript, answer=conclusion.answer, ok=conclusion.ok))
+
+    def _close(self, path: str, how: str) -> Transcript | None:
+        """A node is over, by conclusion or cancellation: give back what it holds. None if it was never opened."""
         node = self.nodes.get(path)
-        if node is None:  # it was never opened
-            self.tell(how, path, **fields)
-            return
+        if node is None:
+            return None
         self.halt(node, how)
-        record = node.handle.finish()
-        fields |= {"spliced": record.spliced, "splice_report": record.splice_report, "counters": record.counters}
-        self.tell(how, path, **fields, token_ids=record.token_ids, sampled=record.sampled)
+        return node.handle.finish()
 
     def _keep(self, path: NodePath, conclusion: Conclusion) -> None:
         """A node that has concluded still has its KV; its parent may want some of it."""
@@ -185,8 +213,12 @@ class Commands:
         self.errors.append(str(error))
         long = isinstance(error, NoRoom)
         self.without_room += long
-        self.tell("no_room", path, reason=str(error))
+        self.tell(DidNotFit(**self.now(path), reason=str(error)))
         self._queue.extend(self._machine.on_refused(path, EndReason.CONTEXT if long else EndReason.ERROR))
+
+    def _length(self, path: str) -> int:
+        """Tokens of a node's context."""
+        return self.nodes[path].handle.length if path in self.nodes else 0
 
     def _grammar(self, path: str) -> Grammar:
         """What a node's next phase may write: it may split only where the machine would accept it."""

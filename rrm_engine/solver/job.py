@@ -11,6 +11,7 @@ from rrm_engine.graph.direct import DirectMachine
 from rrm_engine.graph.machine import GraphMachine, Machine
 from rrm_engine.graph.paths import ROOT, NodeKey
 from rrm_engine.graph.types import Finish, Status
+from rrm_engine.runs.events import Finished, JobBegan
 from rrm_engine.solver.backend import Written
 from rrm_engine.solver.commands import Commands
 from rrm_engine.solver.events import Events
@@ -66,7 +67,8 @@ class JobRun:
 
     def _start_root(self) -> None:
         _refuse_surrogates(self.job.task)
-        self.commands.tell("job", ROOT, t=self._meter.started_at, mode=self.job.mode, task=self.job.task)
+        now = self.commands.now(ROOT) | {"t": self._meter.started_at}
+        self.commands.tell(JobBegan(**now, mode=self.job.mode, task=self.job.task))
         with self.runtime.backend.ranges("graph", (NodeKey.of(self.job.key, ROOT),)):
             self.commands.carry_out(self.machine.start())
 
@@ -89,7 +91,7 @@ class JobRun:
             self.release()
             latency = monotonic() - self._meter.started_at
             self.result = JobResult(self.job, Status.FAILED, "", latency, error=reason, traceback=self._traceback)
-            self.commands.tell("finish", ROOT, status=Status.FAILED, answer="", events=self._trace.count + 1)
+            self._tell_finish(Status.FAILED, "")
 
     def cancel(self, reason: str) -> None:
         """End the job wherever it is; what it holds is free when this returns."""
@@ -117,9 +119,12 @@ class JobRun:
             error=self._error(command),
             traceback=self._traceback,
         )
-        ended = self._meter.started_at + self.result.latency_s
-        about = {"status": command.status, "answer": command.answer, "events": self._trace.count + 1}
-        commands.tell("finish", ROOT, t=ended, **about)
+        self._tell_finish(command.status, command.answer)
+
+    def _tell_finish(self, status: Status, answer: str) -> None:
+        assert self.result is not None
+        now = self.commands.now(ROOT) | {"t": self._meter.started_at + self.result.latency_s}
+        self.commands.tell(Finished(**now, status=status, answer=answer, events=self._trace.count + 1))
 
     def _error(self, finish: Finish) -> str | None:
         """What went wrong, if the run failed. A model that finds no answer is no error; a task that has no room is."""

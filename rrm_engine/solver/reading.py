@@ -1,17 +1,18 @@
 """What a job's nodes write, read into events and handed to the graph machine."""
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from time import monotonic
 
 from rrm_engine.graph.machine import Machine
 from rrm_engine.graph.paths import NodeKey
 from rrm_engine.graph.types import EndReason
 from rrm_engine.protocol.events import Atomic, Done, Malformed, ParsedEvent
+from rrm_engine.runs.events import FirstToken, Readmitted, WroteMalformed
 from rrm_engine.solver.backend import Backend, Waited, Written
 from rrm_engine.solver.commands import Commands
 from rrm_engine.solver.metering import Meter
 from rrm_engine.solver.node import NodeRun
+from rrm_engine.solver.trace import wrote
 
 PREVIEW = 200  # characters of what a row or an event quotes
 
@@ -38,7 +39,7 @@ class Reading:
         if node.running and written.waited is not None:
             self._tell_waited(node, written.waited)
         if self._texts and written.text:
-            commands.tell("text", node.path, text=written.text)
+            commands.tell_text(node.path, written.text)
         turn = node.turn
         if node.parser is not None and written.text:
             self._read(node, node.parser.feed(written.text))
@@ -46,10 +47,11 @@ class Reading:
             self._ended(node, written.end)
 
     def _tell_waited(self, node: NodeRun, waited: Waited) -> None:
+        now = self._commands.now(node.path)
         if waited.ran_s is None:
-            self._commands.tell("first_token", node.path, queued_s=waited.queued_s)
+            self._commands.tell(FirstToken(**now, queued_s=waited.queued_s))
         else:
-            self._commands.tell("readmitted", node.path, queued_s=waited.queued_s, ran_s=waited.ran_s)
+            self._commands.tell(Readmitted(**now, queued_s=waited.queued_s, ran_s=waited.ran_s))
 
     def _read(self, node: NodeRun, items: Iterable[ParsedEvent | Malformed]) -> None:
         """Hand events to the machine until the node has been paused or is over: what follows is discarded."""
@@ -65,10 +67,9 @@ class Reading:
         machine, commands = self._machine, self._commands
         node.events.append((item.start, item.end))
         if isinstance(item, Malformed):
-            commands.tell("malformed", node.path, reason=item.reason, text=item.text[:PREVIEW])
+            commands.tell(WroteMalformed(**commands.now(node.path), reason=item.reason, text=item.text[:PREVIEW]))
             commands.carry_out(machine.on_malformed(node.path, item))
             return
-        kind = type(item.event).__name__.lower()
         commands.repairs.update(item.repairs)
         # The text before it matters only where the node may be done with it.
         needed = isinstance(item.event, (Atomic, Done))
@@ -76,8 +77,7 @@ class Reading:
         answer = machine.on_event(node.path, item.event, text)
         if machine.accepted is not None:
             commands.remember_fork(node, machine.accepted)
-        made = {"child": machine.accepted, "same_as": machine.same} if kind == "child" else {}
-        commands.tell("event", node.path, kind=kind, **asdict(item.event), **made, repairs=item.repairs)
+        commands.tell(wrote(item, machine.accepted, machine.same, commands.now(node.path)))
         commands.carry_out(answer)
 
     def _ended(self, node: NodeRun, reason: EndReason) -> None:

@@ -157,6 +157,11 @@ def _node(trace: JobTrace, node: str) -> NodeRecord | None:
 
 
 def _segment(event: Began, start: int, stop: int) -> Segment:
+    if not event.sampling:
+        raise VerifyError(
+            f"the trace of {legible_key(event.job)} does not say how {event.node} was sampled: another version "
+            f"recorded it, or a server decoded it"
+        )
     grammar = event.grammar
     constrained = (grammar.children, grammar.may_split) if grammar else None
     thought = grammar.thought if grammar else None

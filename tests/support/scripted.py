@@ -13,7 +13,8 @@ from rrm_engine.graph.paths import NodePath
 from rrm_engine.graph.types import Conclusion, EndReason, Limits, Phase
 from rrm_engine.protocol.style import load_style
 from rrm_engine.protocol.thinking import DEFAULT
-from rrm_engine.solver.backend import Begun, Capabilities, Continuation, Costs, Opening, Record, Waited, Written
+from rrm_engine.runs.events import Transcript
+from rrm_engine.solver.backend import Begun, Capabilities, Continuation, Costs, Opening, Waited, Written
 from rrm_engine.solver.events import Events
 from rrm_engine.solver.loop import run_jobs
 from rrm_engine.solver.result import Job, JobResult
@@ -75,9 +76,9 @@ class ScriptedNode:
         self.said += [("assistant", self.text), ("user", continuation.user)]
         self.written, self.state = [], "running"
 
-    def finish(self) -> Record:
+    def finish(self) -> Transcript:
         self.state = "finished"
-        return Record()
+        return Transcript()
 
     def write(self) -> Written:
         """One more piece; a phase without a text ends at once."""
