@@ -4,14 +4,14 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
 from rrm_engine.bench.grader import Grader, GraderClosed, Verdict
 from rrm_engine.bench.progress import Display
 from rrm_engine.graph.types import Status
-from rrm_engine.runs.directory import RunDir, RunDirError
+from rrm_engine.runs.directory import FLUSH_S, RunDir, RunDirError
 from rrm_engine.runs.rows import Row
 from rrm_engine.solver.result import Job, JobResult
 
@@ -60,7 +60,7 @@ class RowWriter:
             self.check()
 
     def _work(self) -> None:
-        while (result := self._results.get()) is not None:
+        while (result := self._next()) is not None:
             try:
                 if self.error is None:
                     self._write(result)
@@ -68,6 +68,17 @@ class RowWriter:
                 self.error = error
             except GraderClosed:
                 return
+
+    def _next(self) -> JobResult | None:
+        """The next result. While there is none, the events that came so far go to the disk."""
+        while True:
+            try:
+                return self._results.get(timeout=FLUSH_S)
+            except Empty:
+                try:
+                    self._directory.flush()
+                except RunDirError as error:
+                    self.error = error
 
     def _write(self, result: JobResult) -> None:
         expected = self._expected[result.job.id]

@@ -1,9 +1,9 @@
 """The run directory: run.json, rows.jsonl, trace.jsonl and summary.json.
 
 A row is on the disk as soon as it is there: rows.jsonl is written by one ``write`` and one ``fsync`` a row. What a
-killed process left half-written is cut when the directory is opened again. Events are buffered, and flushed before
-every row, so that no row lacks any of its events; an event belongs to a row if job and session agree, for a job that
-was interrupted runs again.
+killed process left half-written is cut when the directory is opened again. Events are buffered, and flushed twice a
+second and before every row, so that they can be followed and no row lacks any of its events. An event belongs to a row
+if job and session agree, for a job that was interrupted runs again.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
+from time import monotonic
 from typing import Any, BinaryIO, TextIO
 
 from rrm_engine.legible import legible_key
@@ -27,6 +28,7 @@ ERRORS = "errors.log"  # tracebacks, if there are any
 # Half of a surrogate pair, which no encoding has, is written as JSON's escape of it.
 ESCAPED = "backslashreplace"
 TRACE_BUFFER = 1 << 20
+FLUSH_S = 0.5  # how long an event may stay in the buffer
 TAIL_READ = 1 << 16
 
 
@@ -52,6 +54,7 @@ class RunDir:
         self._rows_fd = -1
         self._trace: TextIO | None = None
         self._trace_lock = Lock()
+        self._flushed_at = monotonic()
 
     @classmethod
     def create(cls, path: Path) -> "RunDir":
@@ -94,9 +97,7 @@ class RunDir:
     def add(self, row: Row) -> None:
         """Append a row, and do not return before it is on the disk."""
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors=ESCAPED)
-        if self._trace is not None:
-            with _saying(f"{self.path / 'trace.jsonl'} cannot be written"), self._trace_lock:
-                self._trace.flush()
+        self.flush()
         with _saying(f"{self.path / 'rows.jsonl'} cannot be written"):
             size = os.fstat(self._rows_fd).st_size
             try:
@@ -111,11 +112,26 @@ class RunDir:
             self.rows.append(row)
 
     def event(self, event: dict[str, Any]) -> None:
-        """Append an event to trace.jsonl, some time before or with the next row."""
+        """Append an event to trace.jsonl. It is on the disk at the latest with the next row, the next event that comes
+        half a second later, or ``flush``.
+        """
         if self._trace is not None:
             line = json.dumps({**event, "session": self.session}, ensure_ascii=False)
             with _saying(f"{self.path / 'trace.jsonl'} cannot be written"), self._trace_lock:
                 self._trace.write(line + "\n")
+                if monotonic() - self._flushed_at > FLUSH_S:
+                    self._flush()
+
+    def flush(self) -> None:
+        """Put the events on the disk that are not there yet."""
+        if self._trace is not None:
+            with _saying(f"{self.path / 'trace.jsonl'} cannot be written"), self._trace_lock:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._trace is not None:
+            self._trace.flush()
+            self._flushed_at = monotonic()
 
     def log_error(self, about: str, text: str) -> None:
         """Append a traceback to errors.log; a disk that is full costs no more than that."""

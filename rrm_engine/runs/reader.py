@@ -20,6 +20,7 @@ from rrm_engine.runs.rows import Row, read_row, row_key
 from rrm_engine.runs.timeline import Incomplete, JobTrace, follow_nodes
 from rrm_engine.runs.typed import WrongShape
 
+ROWS, TRACE = "rows.jsonl", "trace.jsonl"
 SHOWN_KEYS = 6
 
 
@@ -73,9 +74,12 @@ def timeline(job: RecordedJob) -> JobTrace:
     return trace
 
 
-def read_jobs(directory: Path, keys: Collection[str] = (), *, tokens: bool = True) -> list[RecordedJob]:
+def read_jobs(
+    directory: Path, keys: Collection[str] = (), *, tokens: bool = True, flag: str = "--jobs"
+) -> list[RecordedJob]:
     """The jobs named as for ``read_run``, in the order they began; transcripts without ``tokens`` have no token ids.
 
+    ``flag`` is where the user named them.
     A job that was interrupted and ran again in a later session is there once. Raises RunError.
     """
     with _nothing_collected():
@@ -84,7 +88,7 @@ def read_jobs(directory: Path, keys: Collection[str] = (), *, tokens: bool = Tru
         for session, event in read_events(directory, tokens=tokens):
             events.setdefault((event.job, session), []).append(event)
     finished, found = {key for key, _ in rows}, list(dict.fromkeys([*events, *rows]))
-    chosen = chosen_jobs((key for key, _ in found), keys)
+    chosen = chosen_jobs((key for key, _ in found), keys, flag)
     return [
         RecordedJob(key, session, events.get((key, session), []), rows.get((key, session)))
         for key, session in found
@@ -94,26 +98,61 @@ def read_jobs(directory: Path, keys: Collection[str] = (), *, tokens: bool = Tru
 
 def read_rows(directory: Path) -> Iterator[Row]:
     """The rows of a run. Raises RunError."""
-    path = directory / "rows.jsonl"
-    for number, value in _objects(path):
-        try:
-            yield read_row(value)
-        except WrongShape as error:
-            raise RunError(f"{path}, line {number}: {error}: another version wrote it, or it was changed") from None
+    return _rows(directory / ROWS, Place())
 
 
 def read_events(directory: Path, *, tokens: bool = True) -> Iterator[tuple[int, Event]]:
     """(session, event) for every event of a run. Raises RunError."""
-    path = directory / "trace.jsonl"
-    for number, value in _objects(path):
+    return _events(directory / TRACE, Place(), tokens)
+
+
+@dataclass(slots=True)
+class Place:
+    """How far a file was read: lines, and bytes. ``follows``: a last line without its end is left for later."""
+
+    line: int = 0
+    byte: int = 0
+    follows: bool = False
+
+
+class Appended:
+    """What is appended to a run's rows and events from one call to the next; the first call gives what is there."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._rows, self._events = Place(follows=True), Place(follows=True)
+
+    def rows(self) -> list[Row]:
+        """Rows that are new. Raises RunError."""
+        return list(_rows(self._directory / ROWS, self._rows))
+
+    def events(self) -> list[Event]:
+        """Events that are new, without token ids. Raises RunError."""
+        return [event for _, event in _events(self._directory / TRACE, self._events, tokens=False)]
+
+
+def _rows(path: Path, place: Place) -> Iterator[Row]:
+    for value in _objects(path, place):
+        try:
+            yield read_row(value)
+        except WrongShape as error:
+            where = f"{path}, line {place.line}"
+            raise RunError(f"{where}: {error}: another version wrote it, or it was changed") from None
+
+
+def _events(path: Path, place: Place, tokens: bool) -> Iterator[tuple[int, Event]]:
+    for value in _objects(path, place):
         session = value.pop("session", 0)
         if not tokens and "token_ids" in value:
             value["token_ids"] = []
         try:
+            if type(session) is not int:
+                raise WrongShape(f"the session is {legible(ascii(session))}, not a whole number")
             yield session, parse(value)
         except WrongShape as error:
             raise RunError(
-                f"{path}, line {number}: {error}: another version recorded it, or it was changed; record the run again"
+                f"{path}, line {place.line}: {error}: another version recorded it, or it was changed; record the run "
+                f"again"
             ) from None
 
 
@@ -129,37 +168,47 @@ def _nothing_collected() -> Iterator[None]:
             gc.enable()
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, object) of a JSONL file; a last line that was cut short or is still being written is left out.
+def _objects(path: Path, place: Place) -> Iterator[dict[str, Any]]:
+    """Objects of a JSONL file from ``place`` on, which moves with them; a last line that was cut short or is still
+    being written is left out.
 
     Raises RunError if the file cannot be read, or a line is not an object.
     """
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            file.seek(place.byte)
+            for line in file:
+                if place.follows and not line.endswith(b"\n"):
+                    return
+                place.line, place.byte = place.line + 1, place.byte + len(line)
                 try:
                     value = json.loads(line.decode())
                 except ValueError:
                     value = None
                 if isinstance(value, dict):
-                    yield number, value
+                    yield value
                 elif line.endswith(b"\n"):
-                    raise RunError(f"{path}, line {number}: not what a run writes there")
+                    raise RunError(f"{path}, line {place.line}: not what a run writes there")
     except FileNotFoundError:
         raise RunError(f"{path.parent} holds no {path.name}; pass the directory of a recorded run") from None
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def chosen_jobs(known: Iterable[str], wanted: Collection[str]) -> set[str]:
+def chosen_jobs(known: Iterable[str], wanted: Collection[str], flag: str = "--jobs") -> set[str]:
     """The job keys named (as ``id/mode/sample``, ``id/mode`` or ``id``; none: all). Raises RunError."""
     known = dict.fromkeys(known)
     chosen: set[str] = set()
     for name in wanted:
-        found = {key for key in known if key == name or key.startswith(name.rstrip("/") + "/")}
-        refuse_unknown("--jobs", name, "job", bool(found), known)
+        found = {key for key in known if is_named(key, [name])}
+        refuse_unknown(flag, name, "job", bool(found), known)
         chosen |= found
     return chosen if wanted else set(known)
+
+
+def is_named(key: str, wanted: Collection[str]) -> bool:
+    """Whether a job is one of those named; none: all are."""
+    return not wanted or any(key == name or key.startswith(name.rstrip("/") + "/") for name in wanted)
 
 
 def refuse_unknown(flag: str, wanted: str, what: str, known: bool, there: Collection[str]) -> None:
