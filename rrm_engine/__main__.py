@@ -3,10 +3,11 @@
 from rrm_engine.command import run
 
 COMMANDS = """\
-Recursive reasoning on Transformers models. There are five commands:
+Recursive reasoning on Transformers models. There are six commands:
 
     python -m rrm_engine.bench [TASKS]    solve tasks directly and recursively, and compare
     python -m rrm_engine.analyze RUN_DIR  what recorded runs show, with intervals
+    python -m rrm_engine.show RUN_DIR     a run's rows and the trees of its nodes, also while it runs
     python -m rrm_engine.render RUN_DIR   recorded runs as a page to look at, without network
     python -m rrm_engine.trace RUN_DIR    where the time of a recorded run went
     python -m rrm_engine.verify RUN_DIR   a recorded run against plain transformers

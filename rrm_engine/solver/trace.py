@@ -50,8 +50,8 @@ def wrote(item: ParsedEvent, child: str | None, same_as: str | None, now: Now) -
     now, event = now | {"repairs": item.repairs}, item.event
     match event:
         case Child():
-            about = {"child": child, "same_as": same_as}
-            return WroteChild(**now, **about, id=event.id, task=event.task, depends_on=event.depends_on)
+            now |= {"child": child, "same_as": same_as}
+            return WroteChild(**now, id=event.id, task=event.task, depends_on=event.depends_on)
         case Await():
             return WroteAwait(**now, children=event.children, rule=event.rule)
         case Atomic():

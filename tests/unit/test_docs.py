@@ -106,6 +106,8 @@ def test_the_flags_of_the_bench_are_those_on_their_page() -> None:
         "--out",
         "--seed",
         "--repeats",
+        "--node",
+        "--follow",
         "--rows",
         "--longest-text",
         "--help",
