@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
+from math import isfinite
 from typing import Any
 
 from rrm_engine.analyze import batch, contrast, controls, figures
@@ -103,10 +104,15 @@ def labelled(arm: Arm) -> list[dict[str, Any]]:
             "label": str(found.label),
             "marks": list(map(str, found.marks)),
             "reason": found.reason,
-            **{name: sample.row.get(name) for name in OF_ROWS},
+            **{name: _finite(sample.row.get(name)) for name in OF_ROWS},
         }
         for sample, found in arm.trusted
     ]
+
+
+def _finite(value: Any) -> Any:
+    """``value``; None for a number that JSON lacks."""
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _labels(trusted: Sequence[tuple[Sample, Trust]], mode: str) -> dict[str, int]:

@@ -70,8 +70,13 @@ class Sample:
     run: Run
 
     @property
+    def task(self) -> str:
+        """What was asked; old rows have only its beginning."""
+        return str(self.row.get("task", self.row["prompt_preview"]))
+
+    @property
     def problem(self) -> Problem:
-        return self.row["id"], self.row["task"]
+        return self.row["id"], self.task
 
     @property
     def mode(self) -> str:

@@ -52,7 +52,7 @@ def _pairs(axes: Any, rows: Sequence[Figures]) -> None:
             for row in rows
             if row["mode"] == RECURSIVE and _draw(row) in direct and _is(row["label"]) is chosen
         ]
-        pairs = [pair for pair in pairs if min(pair) > 0]
+        pairs = [pair for pair in pairs if all(seconds and seconds > 0 for seconds in pair)]
         if pairs:
             axes.scatter(*zip(*pairs, strict=True), s=14, color=colour, label=name)
     axes.set_xscale("log")
@@ -64,7 +64,8 @@ def _pairs(axes: Any, rows: Sequence[Figures]) -> None:
     axes.plot([low, high], [low, high], color="#777777", linewidth=0.8, linestyle=":")
     axes.set_xlabel("time to answer directly, s", fontsize=8)
     axes.set_ylabel("recursively, s", fontsize=8)
-    axes.legend(fontsize=7, frameon=False)
+    if axes.collections:
+        axes.legend(fontsize=7, frameon=False)
     _quiet(axes)
 
 

@@ -254,9 +254,10 @@ def _rows(console: "Console", rows: Sequence[Figures]) -> None:
 def _table(title: str, *columns: str) -> "Table":
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
-        title=legible(title),
+        title=Text(legible(title)),  # no markup: names are others' texts
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,

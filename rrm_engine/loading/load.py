@@ -92,6 +92,12 @@ def load_pretrained(
     return model, tokenizer
 
 
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model ``name``, without its weights. Raises RrmError."""
+    checkpoint = find(EMBEDDED if find_geometry(name) is not None else name)
+    return _read_tokenizer(checkpoint, _read_config(checkpoint, trust_remote_code), trust_remote_code)
+
+
 def load_skeleton(name: str, dtype: str, trust_remote_code: bool = False) -> Any:
     """The model ``name`` on the meta device: its modules and their shapes without the weights. Raises RrmError."""
     if (geometry := find_geometry(name)) is not None:

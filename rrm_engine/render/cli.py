@@ -43,6 +43,11 @@ def build_parser() -> Parser:
         metavar="N",
         help=f"characters of a text on the page; of a longer one the middle is left out (default: {LONGEST:,})",
     )
+    add(
+        "--decode",
+        action="store_true",
+        help="make the texts of older runs, which recorded token ids alone, with their model's tokenizer",
+    )
     return parser
 
 
@@ -54,7 +59,7 @@ def _render(options: argparse.Namespace) -> int:
     from rrm_engine.render.page import page
 
     scipy_stats()  # before anything is read
-    found = document(arms(read_runs(options.runs)), options.longest_text)
+    found = document(arms(read_runs(options.runs)), options.longest_text, options.decode)
     text = page(found)
     try:
         options.out.write_text(text, encoding="utf-8", newline="\n")

@@ -10,22 +10,24 @@ import rrm_engine
 from rrm_engine.analyze.analysis import analyse
 from rrm_engine.analyze.arms import Arm, Run, Sample
 from rrm_engine.bench.trust import DIRECT, RECURSIVE, has_time, trust
-from rrm_engine.render.jobs import drawn
+from rrm_engine.render.jobs import Decode, drawn
 from rrm_engine.render.strings import Strings
 from rrm_engine.runs.errors import RunError
-from rrm_engine.runs.reader import read_run
+from rrm_engine.runs.events import Paused
+from rrm_engine.runs.reader import RecordedJob, believed, read_jobs
 from rrm_engine.runs.rows import row_key
-from rrm_engine.runs.timeline import JobTrace
+from rrm_engine.runs.timeline import Incomplete, JobTrace
 
 VERDICTS = "verify.json"  # in a run's directory: what `verify --json` wrote
 Figures = dict[str, Any]
 
 
-def document(arms: Sequence[Arm], longest: int) -> Figures:
-    """Everything; texts longer than ``longest`` characters lose their middle."""
+def document(arms: Sequence[Arm], longest: int, decode: bool = False) -> Figures:
+    """Everything; texts longer than ``longest`` characters lose their middle. ``decode``: texts that a run did not
+    record are made from its token ids with its model's tokenizer. Raises RrmError where that is not to be had."""
     strings = Strings(longest)
     runs = [run for arm in arms for run in arm.runs]
-    traces = {id(run): _Traces(run) for run in runs}
+    traces = {id(run): _Traces(run, decode) for run in runs}
     entries = [entry for number, arm in enumerate(arms) for entry in _entries(number, arm, strings, traces)]
     figures = analyse(arms)
     del figures["rows"]
@@ -43,16 +45,24 @@ def document(arms: Sequence[Arm], longest: int) -> Figures:
 class _Traces:
     """The time lines of a run's jobs, and why it has none of others."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, decode: bool) -> None:
         self.jobs: dict[tuple[str, int], JobTrace] = {}
+        self.incomplete: dict[str, str] = {}
         self.problem: str | None = None
+        self.decode: Decode | None = None
         try:
-            found = read_run(run.path)
+            for job in read_jobs(run.path, tokens=decode):
+                self._add(job)
         except RunError as error:
             self.problem = str(error)
-            return
-        self.jobs = {(trace.key, trace.session): trace for trace in found.jobs}
-        self.incomplete = found.incomplete
+        if decode and not any(isinstance(e, Paused) and e.text for t in self.jobs.values() for e in t.events):
+            self.decode = _decoder(run)
+
+    def _add(self, job: RecordedJob) -> None:
+        try:
+            self.jobs[job.key, job.session] = believed(job)
+        except Incomplete as error:
+            self.incomplete[job.key] = str(error)
 
     def why_not(self, key: str) -> str:
         return self.problem or self.incomplete.get(key, "its events are not there")
@@ -72,7 +82,7 @@ def _entries(number: int, arm: Arm, strings: Strings, traces: dict[int, _Traces]
         yield {
             "arm": number,
             "id": one.row["id"],
-            "task": one.row["task"],
+            "task": one.task,
             "expected": one.row["expected"],
             "seed": one.run.seed,
             "sample": one.row["sample"],
@@ -91,7 +101,7 @@ def _job(sample: Sample, strings: Strings, traces: _Traces) -> Figures:
     used = sample.run.manifest.resolved
     drawing: Figures = {"nodes": [], "incomplete": traces.why_not(key)}
     if trace is not None:
-        drawing = drawn(trace, strings, used.get("block_size") or 16, used.get("wait_policy") or "pin")
+        drawing = drawn(trace, strings, used.get("block_size") or 16, used.get("wait_policy") or "pin", traces.decode)
     return {
         "key": key,
         "answer": strings.cut(row["answer"]),
@@ -114,7 +124,7 @@ def _about(run: Run, traces: _Traces) -> Figures:
     hardware = manifest.hardware
     gpus = ", ".join(str(gpu.get("name")) for gpu in hardware.get("gpus") or ())
     parts = [hardware.get("cpu"), f"{hardware.get('cores')} cores", gpus]
-    left_out = getattr(traces, "incomplete", {})
+    left_out = traces.incomplete
     return {
         "name": run.path.name,
         "model": Path(str(run.settings["model"])).name,
@@ -132,6 +142,13 @@ def _about(run: Run, traces: _Traces) -> Figures:
         "left_out": traces.problem or "; ".join(f"{key}: {why}" for key, why in list(left_out.items())[:5]) or None,
         "verdict": _verdict(run.path / VERDICTS),
     }
+
+
+def _decoder(run: Run) -> Decode:
+    from rrm_engine.loading.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(run.settings["model"]))
+    return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _verdict(path: Path) -> Figures | None:

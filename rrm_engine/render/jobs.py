@@ -1,6 +1,6 @@
 """A job as the page draws it: what each node did when, was told and wrote. Seconds are from the job's beginning."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,19 +11,23 @@ from rrm_engine.runs.events import Cancelled, Concluded, Paused, Resumed, Starte
 from rrm_engine.runs.timeline import NAMES, JobTrace, Stretch
 from rrm_engine.trace.attribution import Hop, attribute
 
+Decode = Callable[[Sequence[int]], str]  # token ids to text
 KV_OF_RUN = ("run", "pin", "host", "drop")
 
 
-def drawn(trace: JobTrace, strings: Strings, block_size: int, wait_policy: str) -> dict[str, Any]:
-    """The time line of a job whose events are whole."""
-    return _Drawing(trace, strings).document(block_size, wait_policy)
+def drawn(
+    trace: JobTrace, strings: Strings, block_size: int, wait_policy: str, decode: Decode | None = None
+) -> dict[str, Any]:
+    """The time line of a job whose events are whole; ``decode`` gives the texts that its run did not record."""
+    return _Drawing(trace, strings, decode).document(block_size, wait_policy)
 
 
 class _Drawing:
     """One job on its way to the page. Nodes are named by their index, each behind its parent."""
 
-    def __init__(self, trace: JobTrace, strings: Strings) -> None:
+    def __init__(self, trace: JobTrace, strings: Strings, decode: Decode | None) -> None:
         self.trace = trace
+        self.decode = decode
         self.strings = strings
         self.began = trace.events[0].t
         self.paths = in_order(trace)
@@ -62,10 +66,13 @@ class _Drawing:
 
     def _phases(self, path: str) -> Iterator[dict[str, Any]]:
         trace, end = self.trace, self.trace.end(path)
-        sampled = iter(end.transcript.sampled if end.transcript else ())
+        sampled, before = iter(end.transcript.sampled if end.transcript else ()), 0
         for stretch in trace.real(path):
             begin, pause = trace.beginning(stretch), trace.pause(stretch)
+            told = begin.prompt if isinstance(begin, Started) else begin.appended
             low, high = next(sampled)
+            prompt, text = told or self._decoded(path, before, low), pause.text or self._decoded(path, low, high)
+            before = high
             told = getattr(begin, "prompt", "") if isinstance(begin, Started) else getattr(begin, "appended", "")
             yield {
                 "kind": self._kind(stretch),
@@ -81,12 +88,16 @@ class _Drawing:
                 "reason": pause.reason,
                 "after": [self._conclusion(given) for given in stretch.after if given in self.index],
                 "giver": self._giver(stretch),
-                "system": self.strings.put(getattr(begin, "system", "")) if isinstance(begin, Started) else None,
-                "prompt": self.strings.put(told),
+                "system": self.strings.put(begin.system) if isinstance(begin, Started) else None,
+                "prompt": self.strings.put(prompt),
                 "notes": list(begin.notes) if isinstance(begin, Resumed) else [],
-                "text": [[kind, self.strings.cut(part)] for kind, part in parts(getattr(pause, "text", ""))],
+                "text": [[kind, self.strings.cut(part)] for kind, part in parts(text)],
                 "events": list(self._events(stretch)),
             }
+
+    def _decoded(self, path: str, start: int, stop: int) -> str:
+        transcript = self.trace.end(path).transcript
+        return self.decode(transcript.token_ids[start:stop]) if self.decode and transcript else ""
 
     def _kind(self, stretch: Stretch) -> str:
         """What it was for: a node that could have split and answered has solved."""

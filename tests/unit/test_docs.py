@@ -110,6 +110,7 @@ def test_the_flags_of_the_bench_are_those_on_their_page() -> None:
         "--follow",
         "--rows",
         "--longest-text",
+        "--decode",
         "--help",
     }  # of other commands there
     assert named - known <= others

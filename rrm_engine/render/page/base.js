@@ -69,10 +69,10 @@ function readAddress() {
     node = value.slice(colon + 1);
   }
   if (key === null) return { entry: -1, node: null, side: "rrm" };
-  const arm = asked.has("arm") ? Number(asked.get("arm")) : null, seed = Number(asked.get("seed") ?? 0);
+  const arm = asked.has("arm") ? Number(asked.get("arm")) : null, seed = asked.has("seed") ? Number(asked.get("seed")) : null;
   for (const side of ["rrm", "direct"]) {
     const entry = DATA.entries.findIndex(
-      (e) => e[side]?.key === key && (arm === null || e.arm === arm) && e.seed === seed);
+      (e) => e[side]?.key === key && (arm === null || e.arm === arm) && (seed === null || e.seed === seed));
     if (entry >= 0) {
       const known = node !== null && DATA.entries[entry][side].nodes.some((n) => n.path === node);
       return { entry, node: known ? node : null, side };

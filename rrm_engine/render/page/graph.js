@@ -21,14 +21,15 @@ function drawGraph(place, entry) {
   const on_path = new Set(job.critical.map(([i]) => i));
   const link = d3.linkHorizontal().x((d) => d.y).y((d) => d.x);
   for (const d of nodes) {
+    const giver = job.nodes[d.data.i].phases[0]?.giver, leads = (i) => Boolean(giver?.critical && giver.node === i);
     if (d.parent && d.parent.data.i >= 0) {
-      svg.append("path").attr("class", `edge${on_path.has(d.data.i) && on_path.has(d.parent.data.i) ? " on-path" : ""}`)
+      svg.append("path").attr("class", `edge${leads(d.parent.data.i) ? " on-path" : ""}`)
         .attr("d", link({ source: d.parent, target: d }));
     }
     for (const given of job.nodes[d.data.i].phases[0]?.after ?? []) {
       const source = at.get(given.node);
       if (source) {
-        svg.append("path").attr("class", "edge depends").attr("d", `M${source.y},${source.x}C${source.y - 40},${source.x} ${d.y - 40},${d.x} ${d.y},${d.x}`)
+        svg.append("path").attr("class", `edge depends${leads(given.node) ? " on-path" : ""}`).attr("d", `M${source.y},${source.x}C${source.y - 40},${source.x} ${d.y - 40},${d.x} ${d.y},${d.x}`)
           .append("title").text(`${legible(job.nodes[d.data.i].path)} was given what ${legible(job.nodes[given.node].path)} concluded`);
       }
     }

@@ -21,6 +21,7 @@ from rrm_engine.analyze.controls import controls, majority
 from rrm_engine.analyze.figures import accuracy, servers, shape
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Status
+from rrm_engine.render.cli import main as main_of_render
 from rrm_engine.runs.rows import Row
 
 RUN = Run(Path("run"), manifest())
@@ -178,6 +179,31 @@ def test_the_shape_of_recursive_rows() -> None:
     assert (found["n"], found["split"], found["activation"]) == (2, 1, 0.5)
     assert (found["nodes_mean"], found["depth_max"], found["width_mean"]) == (5, 2, 3)
     assert (found["parallelism_tokens"], found["overlap"], found["repairs"]) == (4.0, 0.5, {"prose": 3})
+
+
+ODD: dict[str, list[Row]] = {
+    "only direct": [row("a", "direct"), row("b", "direct")],
+    "only recursive": [row("a", "rrm"), row("b", "rrm")],
+    "no answers expected": [*both("a", direct={"right": None}, right=None)],
+    "nothing ran to its end": [row("a", "rrm", status=Status.FAILED, error="boom", right=False)],
+    "no times": [*both("a", direct={"latency_s": float("nan")}, latency_s=float("inf"))],
+    "no tokens": [*both("a", direct={"total_tokens": 0, "critical_path_tokens": 0}, total_tokens=0)],
+    "markup": [*both("[/red]"), *both("[bold]", error="[/]")],
+}
+
+
+@pytest.mark.parametrize("rows", ODD.values(), ids=ODD)
+def test_whatever_the_rows_there_is_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[Row]
+) -> None:
+    one, other = save(tmp_path / "1", rows, model="[/x]"), save(tmp_path / "2", rows, model="y")
+    for one_row in rows:
+        one_row.pop("task", None)
+    old = save(tmp_path / "3", rows, model="old")
+    code, out, err = run_command(capsys, one, other, old, "--rows", "--out", tmp_path / "out")
+    assert code == 0 and "Traceback" not in err and "nan" not in out
+    assert "NaN" not in (text := (tmp_path / "out" / "analysis.json").read_text()) and "Infinity" not in text
+    assert main_of_render([str(one), str(old), "--out", str(tmp_path / "page.html")]) == 0
 
 
 def test_replicas_are_compared() -> None:

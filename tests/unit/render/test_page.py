@@ -18,6 +18,7 @@ from rrm_engine.render.document import document
 from rrm_engine.render.jobs import drawn, parts
 from rrm_engine.render.page import as_json, page
 from rrm_engine.render.strings import Strings
+from rrm_engine.runs.events import Paused, Resumed, Started
 
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>]]>\u2028\u202e\x00{{data}} \ud83d end"
 
@@ -59,6 +60,33 @@ def test_a_node_that_nobody_needed_is_marked() -> None:
     trace.nodes["root"] = [first, replace(second, after=("root.b",))]
     found = drawn(trace, Strings(1000), 4, "pin")
     assert [node["useful"] for node in found["nodes"]] == [True, False, True]
+
+
+def test_texts_that_were_not_recorded_are_made_of_token_ids() -> None:
+    root, a, _ = drawn(known_graph(), strings := Strings(1000), 4, "pin", lambda ids: f"{len(ids)} tokens")["nodes"]
+    plan, further = root["phases"]
+    told = [strings.texts[phase["prompt"]] for phase in (plan, further, a["phases"][0])]
+    assert told == ["10 tokens", "35 tokens", "20 tokens"]
+    assert [phase["text"] for phase in (plan, further)] == [[["text", "5 tokens"]], [["text", "3 tokens"]]]
+    assert all(
+        phase["text"] == [] and phase["prompt"] is None for node in drawing()["nodes"] for phase in node["phases"]
+    )
+
+
+def test_recorded_texts_are_shown_as_they_were() -> None:
+    trace, strings = known_graph(), Strings(1000)
+    texts: dict[type, dict[str, Any]] = {
+        Started: {"system": "be brief", "prompt": "do"},
+        Resumed: {"appended": "a = 1"},
+        Paused: {"text": "<b>"},
+    }
+    events = [replace(event, **texts.get(type(event), {})) for event in trace.events]
+    nodes = drawn(replace(trace, events=events), strings, 4, "pin", lambda ids: "made")["nodes"]
+    plan, further = nodes[0]["phases"]
+    assert [strings.texts[plan[name]] for name in ("system", "prompt")] == ["be brief", "do"]
+    assert strings.texts[further["prompt"]] == "a = 1" and further["system"] is None
+    assert plan["text"] == [["text", "<b>"]]
+    assert strings.texts == ["be brief", "do", "a = 1"]  # each once
 
 
 def test_blocks_between_events_only_become_more() -> None:
