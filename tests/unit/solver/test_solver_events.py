@@ -64,6 +64,7 @@ def critical_path(events: list[dict[str, Any]]) -> int:
     first: dict[str, int] = {}  # the sequence's length there
     chain: dict[str, int] = {}  # the chain so far
     declared: dict[str, tuple[int, list[str]]] = {}  # chain at the child's event, the siblings it needs
+    named: dict[tuple[str, str], str | None] = {}  # which child an id of a node's stands for
     round_of: dict[str, list[str]] = defaultdict(list)  # children declared in the node's phase
     for event in events:
         node, kind = event["node"], event["event"]
@@ -78,7 +79,11 @@ def critical_path(events: list[dict[str, Any]]) -> int:
             if node in first:
                 chain[node] = max(chain[node], base[node] + event["tokens"] - first[node])
             if kind == "event" and event["kind"] == "child":
-                parent = node + "."
-                declared[parent + event["id"]] = (chain[node], [parent + name for name in event["depends_on"]])
-                round_of[node].append(parent + event["id"])
+                stands = event["child"] or event["same_as"]  # None: refused
+                named[node, event["id"]] = stands
+                if event["child"]:
+                    needs = (named.get((node, name)) for name in event["depends_on"])
+                    declared[stands] = (chain[node], [path for path in needs if path])
+                if stands:
+                    round_of[node].append(stands)
     return sum(chain.get(name, 0) for name in ("root", "root!direct"))
