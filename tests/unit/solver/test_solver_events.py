@@ -82,8 +82,8 @@ def critical_path(events: list[dict[str, Any]]) -> int:
                 stands = event["child"] or event["same_as"]  # None: refused
                 named[node, event["id"]] = stands
                 if event["child"]:
-                    needs = (named.get((node, name)) for name in event["depends_on"])
-                    declared[stands] = (chain[node], [path for path in needs if path])
+                    before = (named.get((node, name)) for name in event["depends_on"])
+                    declared[stands] = (chain[node], [path for path in before if path])
                 if stands:
                     round_of[node].append(stands)
     return sum(chain.get(name, 0) for name in ("root", "root!direct"))
