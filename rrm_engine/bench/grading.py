@@ -2,9 +2,8 @@ r"""Is an answer right?
 
 Which part of a text counts as its answer, first match wins:
 
-1. what it gives as its final one: the last ``FINAL: x``, *Final answer* or ``\boxed{x}`` (`extract_final`);
-2. what it calls its answer: the last line ``Answer: x`` or sentence "the answer is x" (`extract_answer`);
-3. for a whole-number task the last number in the text, otherwise math-verify's own rule (the last formula).
+1. what `rrm_engine.protocol.answers.read_answer` reads, which also makes conclusions;
+2. for a whole-number task the last number in the text, otherwise math-verify's own rule (the last formula).
 
 A whole number is compared as one, of any length: ``204``, ``0204``, ``204.``, ``$204$``, ``204.0``, ``n = 204`` and
 ``204 minutes`` are equal; commas separate thousands only where all groups after them have three digits, so ``1,234``
@@ -24,7 +23,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rrm_engine.bench.notation import same_text, to_latex, units_of, without_unit, words_of
-from rrm_engine.protocol.final import extract_answer, extract_final, strip_markup
+from rrm_engine.protocol.answers import read_answer
+from rrm_engine.protocol.final import extract_final, strip_markup
 
 SECONDS = 3.0  # of CPU time for one verdict of math-verify, so that a busy machine changes none
 MAX_FORMULA = 1000  # characters; longer texts are cut from the left
@@ -75,11 +75,10 @@ def grade(answer: str, expected: str | None) -> bool | None:
     if expected is None:
         return None
     wanted = _tidy(expected)
-    final = extract_final(answer)
-    stated = final if final is not None else extract_answer(answer)
-    candidate = _tidy(stated or "")
+    sure = extract_final(answer) is not None
+    candidate = _tidy(read_answer(answer) or "")
     if _WHOLE.fullmatch(wanted):
-        return _grade_whole(candidate, answer, _digits(wanted), sure=final is not None)
+        return _grade_whole(candidate, answer, _digits(wanted), sure=sure)
     if (candidate and same_text(candidate, wanted)) or same_text(_tidy(answer[-MAX_ANSWER:]), wanted):
         return True
     if len(wanted) == 1 and not "A" <= wanted <= "J":
@@ -96,8 +95,7 @@ def stated(answer: str) -> str:
 
     A number is its digits; of other notations the same answer may have two spellings.
     """
-    final = extract_final(answer)
-    candidate = _tidy((final if final is not None else extract_answer(answer)) or "")
+    candidate = _tidy(read_answer(answer) or "")
     labelled = _LABELLED.fullmatch(candidate)
     return _digits(labelled[1]) if labelled and not _NOT.search(candidate) else candidate.casefold()
 

@@ -47,8 +47,9 @@ Waiting
 Concluding
     * ``atomic`` with an answer concludes the node; descendants still alive are cancelled. Without an answer
       it turns a GRAPH phase without children into SOLVER, and is ``done`` anywhere else.
-    * A node that is done concludes with its text. For the root in GRAPH phase that text must hold a FINAL:
-      it was asked for a graph, not for prose. A node that was cut off concludes with the FINAL it wrote.
+    * A node that is done concludes with its text. For the root in GRAPH phase that text must give an answer: it
+      was asked for a graph, not for prose. A node that was cut off concludes with the FINAL it wrote.
+    * A child's conclusion is told in brief (`answers.in_brief`): its answer and at most two sentences.
     * Without any of it the node fails, which is a conclusion too, with ``ok=False``, for the nodes that wait
       for it.
     * A root that fails is replaced, if ``fallback``, by one DIRECT node at ``root!direct`` (no child id
@@ -84,6 +85,7 @@ from rrm_engine.graph.types import (
     Status,
     Stop,
 )
+from rrm_engine.protocol.answers import in_brief, read_answer
 from rrm_engine.protocol.events import Atomic, Await, Child, Event, Malformed
 from rrm_engine.protocol.final import extract_final
 
@@ -348,7 +350,7 @@ class GraphMachine:
 
     def _conclude_with(self, node: Node, text: str) -> None:
         """The node is done and its text is its answer, if it is one."""
-        planned_only = node is self._root and node.phase is Phase.GRAPH and extract_final(text) is None
+        planned_only = node is self._root and node.phase is Phase.GRAPH and read_answer(text) is None
         if text.strip() and not planned_only:
             self._conclude(node, text.strip())
         else:
@@ -358,6 +360,10 @@ class GraphMachine:
         self._conclude(node, f"failed: {why}", ok=False)
 
     def _conclude(self, node: Node, answer: str, ok: bool = True) -> None:
+        if ok and node.parent is not None:
+            whole, answer = answer, in_brief(answer)
+            if answer != whole and read_answer(whole) is None:
+                self.repairs["unmarked_answer"] += 1
         node.conclusion = conclusion = Conclusion(node.id, answer, ok, node.path)
         self._set_state(node, NodeState.CONCLUDED)
         self._out.append(Stop(node.path, conclusion))

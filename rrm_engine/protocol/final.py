@@ -1,4 +1,4 @@
-r"""The final answer in a text: the last ``FINAL: ...``, *Final Answer* heading or ``\boxed{...}``."""
+r"""The answer that a text marks as final: the last ``FINAL: ...``, *Final Answer* heading or ``\boxed{...}``."""
 
 import re
 from collections.abc import Iterator
@@ -10,12 +10,11 @@ _FINAL = re.compile(
     r"|^[^\w\n]*(?i:(?:the )?final answer)[^\w\n]*$",  # a heading
     re.MULTILINE,
 )
-_ANSWER = re.compile(
-    r"^[^\w\n]*(?i:(?:the )?(?:correct )?answer)[*_ \t]*[:：=]"  # noqa: RUF001
-    r"|\b(?i:answer)\b[^.:=\n]{0,60}?\bis\b[*_ \t]*[:：]?",  # noqa: RUF001
-    re.MULTILINE,
+# Of a text that repeats what it was told to write.
+_PLACEHOLDER = re.compile(r"[<\[(]?(?:(?:the|your|bare|final|my)\s)*(?:answer|result)[>\])]?|[.…_?\s]+", re.IGNORECASE)
+_EXAMPLE = re.compile(
+    r"(?:\be\.g\.|\bfor (?:example|instance)\b|\bsuch as\b|\bin the form\b|\bformat\b)[^.]*$", re.IGNORECASE
 )
-_SENTENCE_END = re.compile(r"\.(?=\s+[A-Z])|,?\s+(?:because|since)\b")
 _BOX_OR_BRACE = re.compile(r"\\+f?box(?:ed)?\s*\{|\\[\s\S]|[{}]")
 _MOST_CHARS = 20_000  # of an answer
 _BETWEEN_BOXES = re.compile(r"(?:[\s$]|\\[)\]])*(?:,|;|,?\s*\b(?:and|or)\b)(?:[\s$]|\\[(\[]|[a-z]\s*=)*")
@@ -32,7 +31,7 @@ def extract_final(text: str) -> str | None:
     below the last heading *Final Answer*, or in the last balanced ``\boxed{...}``, whichever begins last. Boxes
     joined by a comma, "and" or "or" are one list.
     """
-    best, at = _last_stated(text, _FINAL)
+    best, at = _last_stated(text)
     boxes = [box for box in _boxes(text) if strip_markup(text[box[1] : box[2]])]
     if not boxes or boxes[-1][0] < at:
         return best
@@ -44,18 +43,22 @@ def extract_final(text: str) -> str | None:
     return ", ".join(dict.fromkeys(strip_markup(text[begin:end]) for _, begin, end in listed))
 
 
-def extract_answer(text: str) -> str | None:
-    """What a text without a `extract_final` says its answer is: the last line ``Answer: x``, or sentence "the answer
-    is x" up to its end. In the middle of reasoning that may be an intermediate result."""
-    value, _ = _last_stated(text, _ANSWER)
-    return strip_markup(_SENTENCE_END.split(value, maxsplit=1)[0]) or None if value else None
-
-
-def _last_stated(text: str, heads: re.Pattern[str]) -> tuple[str | None, int]:
-    """The value after the last head that has one, and where that head begins (-1: there is none)."""
+def stated(text: str, heads: re.Pattern[str]) -> Iterator[tuple[str, int, int]]:
+    """What stands behind each of the ``heads`` that has something behind it, the last one first: the rest of the line
+    or the next line, and where the head begins and ends."""
     for head in reversed(list(heads.finditer(text))):
         if value := _behind(text, head.end()):
-            return value, head.start()
+            yield value, head.start(), head.end()
+
+
+def _last_stated(text: str) -> tuple[str | None, int]:
+    """The last final answer that is one, and where its head begins (-1: there is none)."""
+    for value, begin, end in stated(text, _FINAL):
+        line = text[text.rfind("\n", 0, begin) + 1 : begin]
+        behind = text[end:].partition("\n")[0].strip()
+        placeholder = _PLACEHOLDER.fullmatch(value) or (behind and _PLACEHOLDER.fullmatch(behind))
+        if not placeholder and not _EXAMPLE.search(line):
+            return value, begin
     return None, -1
 
 

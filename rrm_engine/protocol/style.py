@@ -14,8 +14,8 @@ A packaged style lies in ``styles/``; a user's own is loaded by its path and has
     [user]               direct, graph, solver, resume, solve, fork
 
 What a user template may use is what ``VARIABLES`` says for its kind: ``task``, ``given`` (objects with ``id``,
-``answer`` and ``final``, the answer's last ``FINAL: ...`` or else the whole answer; none: []), ``conclusions`` (the
-same, with ``ok``), ``notes``, ``rule``, ``id`` (of the child that forks), ``max_width``, ``depth_left`` (levels of
+``answer`` and ``final``, what `read_answer` reads in it or else the whole answer; none: []), ``conclusions`` (the same,
+with ``ok``), ``notes``, ``rule``, ``id`` (of the child that forks), ``max_width``, ``depth_left`` (levels of
 children the node may still have below it; 0: it must solve its task itself), and the phrases. A system template may
 use phrases alone: every node of a recursive run has the same system text, so that its KV blocks are shared.
 
@@ -38,7 +38,7 @@ from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rrm_engine.errors import RrmError
-from rrm_engine.protocol.final import extract_final
+from rrm_engine.protocol.answers import read_answer
 
 PHASES: Final = ("direct", "graph", "solver", "continuation")
 BUDGETS: Final = ("direct", "planner", "solver", "continuation")
@@ -155,7 +155,7 @@ def _part(one: Answered) -> _Part:
 
 def final_of(answer: str) -> str:
     """What templates are given as an answer's ``final``."""
-    return extract_final(answer) or answer.strip()
+    return read_answer(answer) or answer.strip()
 
 
 def style_names() -> list[str]:

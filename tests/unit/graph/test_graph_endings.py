@@ -120,6 +120,23 @@ class TestConclusions:
             Stop(NodePath("root.a"), concluded("root.a", "It is 4."))
         ]
 
+    def test_a_child_is_told_by_its_answer_or_its_last_sentences(self) -> None:
+        m = started(max_depth=1)
+        for name in "ab":
+            m.on_event("root", child(name))
+        long = "One has to think about it. " * 40
+        (stop,) = m.on_end("root.a", EndReason.EOS, f"{long}\n**Answer:** 10")
+        assert stop == Stop(NodePath("root.a"), concluded("root.a", "FINAL: 10")) and not m.repairs
+        (stop,) = m.on_end("root.b", EndReason.EOS, f"{long}It cannot be told. There is no more to say.")
+        assert stop == Stop(NodePath("root.b"), concluded("root.b", "It cannot be told. There is no more to say."))
+        assert m.repairs == {"unmarked_answer": 1}
+
+    def test_an_answer_in_prose_is_that_of_a_root_asked_for_a_graph(self) -> None:
+        text = "Nothing to split here. " * 40 + "The answer is 10."
+        assert started().on_end("root", EndReason.EOS, text)[-1] == Finish(Status.ATOMIC, text)
+        assert brief(started().on_end("root", EndReason.EOS, "The answer is not 10."))[-1] == "start root!direct"
+        assert brief(started().on_end("root", EndReason.LENGTH, "The answer is 10. So"))[-1] == "start root!direct"
+
     def test_done_without_text_leaves_the_decision_to_the_end(self) -> None:
         m = started()
         m.on_event("root", child("a"))
