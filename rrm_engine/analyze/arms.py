@@ -174,12 +174,13 @@ def _name(found: list[Arm]) -> None:
     for arm, one in zip(found, settings, strict=True):
         arm.settings = {name: one.get(name) for name in differing}
         said = ", ".join(legible(_said(name, one.get(name))) for name in differing)
-        arm.name = said if 0 < len(differing) <= NAMED else legible(arm.runs[0].path)
+        arm.name = said if 0 < len(differing) <= NAMED else legible(arm.runs[0].path.name)
     if len(found) == 1:
         found[0].name = legible(Path(str(settings[0]["model"])).name)
-    elif len({arm.name for arm in found}) < len(found):
-        for arm in found:
-            arm.name = legible(arm.runs[0].path)
+    for places in (lambda path: path.name, str):
+        if len({arm.name for arm in found}) < len(found):
+            for arm in found:
+                arm.name = legible(places(arm.runs[0].path))
 
 
 def _said(name: str, value: Any) -> str:

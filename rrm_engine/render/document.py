@@ -31,6 +31,8 @@ def document(arms: Sequence[Arm], longest: int, decode: bool = False) -> Figures
     entries = [entry for number, arm in enumerate(arms) for entry in _entries(number, arm, strings, traces)]
     figures = analyse(arms)
     del figures["rows"]
+    for arm in figures["arms"]:
+        del arm["runs"]  # they are told of once, and without the paths of this machine
     return {
         "version": rrm_engine.__version__,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -51,8 +51,10 @@ def test_runs_that_differ_or_repeat_are_several_arms(tmp_path: Path) -> None:
     again = save(tmp_path / "again", both("a"))
     elsewhere = save(tmp_path / "elsewhere", both("a"), tasks="other")
     assert [arm.name for arm in arms(read_runs([first, dropped]))] == ["wait-policy pin", "wait-policy drop"]
-    assert [arm.name for arm in arms(read_runs([first, again]))] == [str(first), str(again)]
+    assert [arm.name for arm in arms(read_runs([first, again]))] == ["first", "again"]
     assert [arm.name for arm in arms(read_runs([first, elsewhere]))] == ["set", "other"]
+    twin = save(tmp_path / "twins" / "first", both("a"))
+    assert [arm.name for arm in arms(read_runs([first, twin]))] == [str(first), str(twin)]
     assert len(arms(read_runs([first, first, tmp_path / "." / "first"]))) == 1
 
 
