@@ -2,7 +2,7 @@
 
     scripts/kv_ablation OUT_DIR --model embedded --model DIR
 
-Writes table.md, plot.png, plot.svg and result.json. The measurement is that of graph_replay.py: rounds in which every
+Writes table.md, plot.png, plot.svg and result.json. The measurement is that of `rrm replay`: rounds in which every
 policy replays every graph, for each model half of the time with room for everything and half with too little memory.
 Rounds are begun as long as they will end within --minutes, at least one and at most --repeats of them.
 
@@ -18,11 +18,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from begin import add_replay_settings, flags_first
+from begin import flags_first
 
 from rrm_engine.command_line import Parser
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import plural
+from rrm_engine.replay.flags import add_replay_settings
 from rrm_engine.replay.generate import SHAPES
 
 POLICIES = "pin,offload,drop,lru,auto,pin+nocache,no-reuse,pin+fork,drop+fork,serial,serial+no-reuse,splice,transcript"
@@ -31,11 +32,11 @@ POLICIES = "pin,offload,drop,lru,auto,pin+nocache,no-reuse,pin+fork,drop+fork,se
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="where the four files go")
-    parser.add_argument("--model", action="append", help="as graph_replay.py's; several are measured one after another")
+    parser.add_argument("--model", action="append", help="as replay's; several are measured one after another")
     parser.add_argument(
         "--graphs", help=f"a graph file, or a shape: {', '.join(SHAPES)} (default: by the model's size)"
     )
-    parser.add_argument("--policies", default=POLICIES, help="as graph_replay.py's")
+    parser.add_argument("--policies", default=POLICIES, help="as replay's")
     parser.add_argument("--tight", type=int, default=60, metavar="P", help="percent of pin's blocks when tight")
     add_replay_settings(parser)
     parser.set_defaults(minutes=10.0, count=None)
@@ -46,10 +47,10 @@ if __name__ == "__main__":
     flags_first(build_parser, "matplotlib")
 
 from ablation_plot import plot
-from graph_replay import about, compared_steps, load, load_graphs, memory_for, progress, write_result
 from rich.console import Console
 from torch import float32
 
+from rrm_engine.replay.command import about, compared_steps, load, load_graphs, memory_for, progress, write_result
 from rrm_engine.replay.driver import Ours
 from rrm_engine.replay.measure import as_json, describe, limit_pools, measure, summarise
 from rrm_engine.replay.report import CAPTION, markdown_table, rich_table

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import rrm_engine
@@ -12,11 +13,29 @@ from rrm_engine.legible import legible
 ALIKE = 0.75  # of difflib's ratio: below, a hint misleads
 
 
+def as_called(text: str) -> str:
+    """``text`` with its commands named as the user called this one."""
+    return text.replace("python -m rrm_engine.", "rrm ") if Path(sys.argv[0]).name in ("rrm", "rrm.exe") else text
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Says the default of every flag that has one, unless its help does."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.help or ""
+        if "default" in told or action.nargs == 0 or action.default in (None, "", argparse.SUPPRESS, []):
+            return told
+        default = ",".join(action.default) if isinstance(action.default, list) else action.default
+        return f"{told} (default: {str(default).replace('%', '%%')})"
+
+
 class Parser(argparse.ArgumentParser):
     """As argparse's, without abbreviations. ``extra`` says what one positional argument too many would be."""
 
     def __init__(self, extra: str = "argument", **options: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options}, allow_abbrev=False)
+        for name, value in options.items():
+            options[name] = as_called(value) if isinstance(value, str) else value
+        super().__init__(**{"formatter_class": Formatter, **options}, allow_abbrev=False)
         self.extra = extra
         version = f"rrm-engine {rrm_engine.__version__}"
         self.add_argument("--version", action="version", version=version, help="show the version and exit")

