@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rrm_engine.bench.notation import same_text, to_latex, units_of, without_unit, words_of
+from rrm_engine.bench.notation import same_measure, same_text, to_latex, units_of, without_unit, words_of
 from rrm_engine.protocol.answers import read_answer
 from rrm_engine.protocol.final import extract_final, strip_markup
 
@@ -49,7 +49,6 @@ _AFTERTHOUGHT = re.compile(r"(?<=[\d)}$])\.\s+[A-Z].*")
 _NOT = re.compile(r"\b(?:not|isn't|never|neither)\b(?: equal(?: to)?)?[\s}$\\(]*[-+]?\d")
 _FORMULA = re.compile(r"\$[^$]*\$|\\\((?:[^\\]|\\[^)])*\\\)")
 _LISTED = re.compile(r"\s*(?:,|;|,?\s*(?:and|or))\s*")
-_BASE = re.compile(r"\d_\{?(\d+)\}?(?!\w)")
 _CURRENT = re.compile(r"(?<![A-Za-z\\])[Ii](?=(?:_(?:\w|\{\w+\}))?\s*=)")  # in "I = 5" it is no imaginary unit
 _NOON = re.compile(r"\b([ap])\.?\s?m\b")
 # Exponents and factorials that sympy would expand for ever, deep in C where no timeout reaches.
@@ -150,16 +149,15 @@ def _same_words(said: str, wanted: str) -> bool:
 
 
 def _contradict(candidate: str, wanted: str) -> bool:
-    """Whether two answers differ in what math-verify drops: "not", a.m. and p.m., a number's base or unit where both
-    have one, and how often each item of a list stands there."""
+    """Whether two answers differ in what math-verify drops: "not", a.m. and p.m., a number's base, unit or noun where
+    both have one, and how often each item of a list stands there."""
     if _NOT.search(candidate) and not _NOT.search(wanted):
         return True
-    for mark in (_BASE, _NOON):
-        one, other = mark.findall(candidate.casefold()), mark.findall(wanted.casefold())
+    for find in (_NOON.findall, units_of):
+        one, other = find(candidate.casefold()), find(wanted.casefold())
         if one and other and one != other:
             return True
-    one, other = units_of(candidate), units_of(wanted)
-    if one and other and one != other:
+    if not same_measure(candidate, wanted):
         return True
     if _is_torn(candidate, wanted) or _is_torn(wanted, candidate):
         return True

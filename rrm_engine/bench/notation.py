@@ -108,6 +108,11 @@ _WORD_UNIT = re.compile(
     r"^((?:[^A-Za-z\\]|\\[A-Za-z]+)+(?<=[\d}]))(?:([a-z]{2,})|\s([a-z]+)(?:\s[a-z]+){0,2})(?:\^\{?[23]\}?)?$"
 )
 _UNIT = re.compile(rf"[\d}}]\s*(?:{_TEXT}\{{\s*)?([a-z]+?)s?(?![a-z])")
+_COUNTED = re.compile(r"[\d}]\s*((?:[A-Za-z]+[\s-]+){0,3}[A-Za-z]{2,})[\s.!]*$")
+_SIGN = re.compile(r"[\d}]\s*(?:(\\?%|\bpercent\b)|\^\{?\\circ\}?|\bdegrees?\b)")
+_BASE = re.compile(r"\d_\{?(\d+)\}?(?!\w)")
+_PLURAL = re.compile(r"(?:(?<=[sxzh])es|ies|y|s)$")
+_NO_NOUN = frozenset(["and", "or", "per", "mod", "pi", "to", "of", "in", "unit", "units", "mph", "kph", "total"])
 _UNWRAPPED = re.compile(_TEXT + r"\{([^{}]*)\}")
 _BLANK = re.compile(r"(?<![A-Za-z0-9,])\s+|\s+(?![A-Za-z0-9])")
 
@@ -139,6 +144,29 @@ def without_unit(text: str) -> str:
 def units_of(text: str) -> list[str]:
     """The common units after its numbers, in their short form."""
     return [_UNITS[unit] for unit in _UNIT.findall(text.lower()) if unit in _UNITS]
+
+
+def same_measure(one: str, other: str) -> bool:
+    """Whether two numbers, as far as both say it, count or measure the same: base, percent, degrees, or a noun.
+
+    The last word of one has to be among those behind the number in the other: ``7 days`` and ``7 whole days`` agree,
+    ``7 days`` and ``7 distinct integers`` do not, and a number in base 8 has no unit at all.
+    """
+    mine, others = _measure(one), _measure(other)
+    return not mine or not others or mine[-1] in others or others[-1] in mine
+
+
+def _measure(text: str) -> list[str]:
+    """What stands behind the last number of a text, in words; none: []."""
+    if bases := _BASE.findall(text):
+        return [f"base {bases}"]
+    if sign := _SIGN.search(text):
+        return ["%" if sign[1] else "degree"]
+    found = _COUNTED.search(_UNWRAPPED.sub(r" \1 ", text).lower())
+    words = re.findall("[a-z]+", found[1]) if found else []
+    if _NO_NOUN.intersection(words):
+        return []
+    return [_UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or _PLURAL.sub("", word) for word in words]
 
 
 def words_of(text: str) -> str:

@@ -121,6 +121,14 @@ def test_free_form(answer: str, expected: str, verdict: bool) -> None:
 
 # (expected, answer)
 SAME = [
+    ("7 days", "7 whole days"),
+    ("7 years", "7 years old"),
+    ("7 distinct integers", "7 integers"),
+    ("7 days", "7"),
+    ("66_8", "66_{8}"),
+    (r"66^\circ", "66 degrees"),
+    ("5 cities", "5 city"),
+    (r"10\%", "10 percent"),
     ("1,2", "1,2"),
     ("1,2", "2, 1"),
     ("1,234", "1234"),
@@ -227,6 +235,15 @@ SAME = [
     (r"\text{5 apples}", "5"),
 ]  # fmt: skip
 DIFFERENT = [
+    (r"66^\circ", "66_8"),
+    ("66 degrees", "66_{8}"),
+    ("66_8", r"66\%"),
+    ("66_8", "66 days"),
+    ("7 days", "7 distinct integers"),
+    (r"7\text{ distinct integers}", r"7\text{ days}"),
+    ("7 apples", "7 pears"),
+    (r"10\%", "10 days"),
+    (r"10^\circ", r"10\%"),
     (r"$k\ge 2$ or $k<-20:(-\infty,-20)\cup[2,\infty)$", r"k\ge 2"),
     (r"k\ge 2", r"$k\ge 2$ or $k<-20:(-\infty,-20)\cup[2,\infty)$"),
     (r"$\sin t=-1$ when $t=2\pi k$", r"$\sin t=1$ when $t=2\pi k$"),
