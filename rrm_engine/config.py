@@ -2,8 +2,10 @@
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
+from urllib.parse import urlsplit
 
 from rrm_engine.errors import RrmError
 
@@ -15,6 +17,12 @@ TYPES = {
     float: "a number",
     str: "a text",
 }
+SERVERS_ONLY = ("base_urls", "api_key_env", "tokenizer", "continue_by", "request_timeout")
+IN_PROCESS_ONLY = (
+    *("dtype", "device", "devices", "placement", "attention", "lookahead", "eager", "trust_remote_code"),
+    *("generation_config", "block_size", "kv_blocks", "step_tokens", "wait_policy", "host_kv_blocks", "prefix_cache"),
+    *("draft", "join", "boundary_tokens", "splice_report"),
+)
 WaitPolicy = Literal["pin", "offload", "drop", "lru", "auto"]
 
 
@@ -80,6 +88,34 @@ class RunConfig:
         False, "model", "run the Python code that a checkpoint brings for its model or tokenizer; read it first"
     )
     prompt_style: str = setting("auto", "model", "a packaged style's name or a TOML file; auto: by model")
+
+    # who decodes
+    backend: str = setting(
+        "local",
+        "servers",
+        "local: the engine in this process; openai: servers with the OpenAI API, such as vLLM or SGLang; responses: "
+        "servers with the OpenAI Responses API",
+        choices=("local", "openai", "responses"),
+    )
+    base_urls: tuple[str, ...] = setting(
+        (), "servers", "comma-separated replicas, as in http://127.0.0.1:18000/v1", metavar="URLS"
+    )
+    api_key_env: str | None = setting(
+        None, "servers", "environment variable that holds the servers' API key", metavar="VAR"
+    )
+    tokenizer: str | None = setting(
+        None, "servers", "hub id or directory of the model's own tokenizer; default: --model", metavar="NAME"
+    )
+    continue_by: str = setting(
+        "auto",
+        "servers",
+        "how a node goes on: tokens, all its token ids are sent, so that the server finds them in its prefix cache; "
+        "turn, its conversation is; auto: tokens where the server returns token ids",
+        choices=("auto", "tokens", "turn"),
+    )
+    request_timeout: float = setting(
+        600.0, "servers", "seconds without anything from a replica after which it is asked again", metavar="S"
+    )
 
     # what to run
     modes: tuple[str, ...] = setting(MODES, "run", "comma-separated: direct, rrm")
@@ -182,6 +218,7 @@ class RunConfig:
                 self.draft in ("auto", "off") or (self.draft.isdecimal() and int(self.draft) >= 1),
                 "--draft takes auto, off, or the most tokens to draft, at least 1",
             ),
+            *self._of_servers(),
             (self.samples >= 1, "--samples must be at least 1"),
             (self.task_concurrency >= 1, "--task-concurrency must be at least 1"),
             (self.max_concurrency >= 1, "--max-concurrency must be at least 1"),
@@ -209,6 +246,42 @@ class RunConfig:
         for ok, message in checks:
             if not ok:
                 raise RrmError(message)
+
+    def _of_servers(self) -> Iterator[tuple[bool, str]]:
+        """What may be asked of servers, and what only of them: whether it is so, and what is said if it is not."""
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        by = f"--backend {self.backend}"
+        yield self.request_timeout > 0, "--request-timeout must be above 0"
+        if self.backend == "local":
+            for name in changed:
+                yield name not in SERVERS_ONLY, f"{_flag(name)} is for servers: give --backend openai or responses too"
+            return
+        yield bool(self.base_urls), f"{by} needs --base-urls, for example --base-urls http://127.0.0.1:18000/v1"
+        for name in changed:
+            yield name not in IN_PROCESS_ONLY, f"{_flag(name)} is for the engine in this process, not for {by}"
+        yield self.backend == "openai" or self.continue_by != "tokens", f"{by} has no token ids: --continue-by turn"
+        for url in self.base_urls:
+            yield (
+                _is_plain(url),
+                (
+                    "--base-urls takes http:// or https:// addresses without user, key or query: put a key into an "
+                    "environment variable and name that with --api-key-env"
+                ),
+            )
+        yield len(set(self.base_urls)) == len(self.base_urls), "--base-urls names a replica twice"
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _is_plain(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
+    return known and "@" not in parts.netloc and not parts.query and not parts.fragment
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

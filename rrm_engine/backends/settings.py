@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rrm_engine.backends.phases import RESTING, budget_of, thinks
 from rrm_engine.backends.plans import MatcherFactory, PhasePlan
 from rrm_engine.config import RunConfig
 from rrm_engine.device.memory import free_memory, in_units, kv_room
@@ -23,8 +24,6 @@ from rrm_engine.protocol.style import SAMPLING, Style
 from rrm_engine.protocol.thinking import Marks, Thought
 from rrm_engine.solver.outcome import BUDGETS
 
-# Settings that a phase held to a grammar does without: its events repeat keys, quotes and ids, and must.
-RESTING = ("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
 CONCLUSION_RESERVE = 256  # tokens set aside for each child's conclusion in its parent's context
 HOST = torch.device("cpu")
 
@@ -51,11 +50,10 @@ def resolve(
             f"give --block-size {multiple}"
         )
     for phase, flag in BUDGETS.items():
-        thinking = _thinking(getattr(config, f"{phase}_thinking"), phase, style, chat, model.name)
-        # A phase that thinks where its style did not expect it gets the tokens to do so.
-        extra = style.budget("solver") if thinking and not style.thinking[phase] else 0
+        thinking = thinks(getattr(config, f"{phase}_thinking"), phase, style, chat, model.name)
+        asked = getattr(config, flag)
         values[f"{phase}_thinking"] = thinking
-        values[flag] = getattr(config, flag) or min(style.budget(phase) + extra, model.max_position)
+        values[flag] = asked or min(budget_of(None, phase, style, thinking), model.max_position)
     if config.constrain == "auto":
         values["constrain"] = "off" if style.trained_on_events else "on"
     values["lookahead"] = _lookahead(config, model)
@@ -68,19 +66,6 @@ def resolve(
     config = replace(config, host_kv_blocks=_host_blocks(config, sum(sizes.values())))
     _refuse_more_than_memory(config, sizes)
     return config
-
-
-def _thinking(asked: bool | None, phase: Phase, style: Style, chat: ChatFormat, model: str) -> bool:
-    """Whether a phase thinks: as was asked, else as the style wants it, as far as the chat template lets one choose."""
-    always = chat.has_thinking and not chat.can_switch_thinking
-    if asked and not chat.has_thinking:
-        raise RrmError(f"--{phase}-thinking on: the chat template of {model} has no thinking switch")
-    if asked is False and always:
-        raise RrmError(
-            f"--{phase}-thinking off: the chat template of {model} always opens a thinking block; leave the flag out, "
-            f"or use a model whose template has a switch"
-        )
-    return always or (asked if asked is not None else style.thinking[phase] and chat.has_thinking)
 
 
 def _where(config: RunConfig, model: LoadedModel, replicas: Sequence[LoadedModel]) -> dict[str, Any]:

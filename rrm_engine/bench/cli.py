@@ -45,7 +45,10 @@ from rrm_engine.trace.profile_reader import PROFILE, SUMMARY, ProfileError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from rrm_engine.backends.http.solver import HttpSolver
     from rrm_engine.backends.local import Solver
+
+    AnySolver = Solver | HttpSolver
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,7 +140,7 @@ def _drift(recorded: dict[str, Any], resolved: RunConfig) -> list[str]:
     ]
 
 
-def _sampling_drift(recorded: dict[str, Any], solver: "Solver") -> list[str]:
+def _sampling_drift(recorded: dict[str, Any], solver: "AnySolver") -> list[str]:
     """Phases that would be drawn otherwise than before, for the checkpoint or the style says something else now."""
     now = solver.describe()["sampling"]
     before = recorded.get("sampling", now)
@@ -163,8 +166,10 @@ def _recorded_config(recorded: Manifest, path: Path) -> RunConfig:
     return RunConfig(**{**settings, "modes": tuple(settings["modes"])})
 
 
-def _load(config: RunConfig, tasks: TaskSet, announce: Callable[[str], None]) -> "Solver":
+def _load(config: RunConfig, tasks: TaskSet, announce: Callable[[str], None]) -> "AnySolver":
     """The solver for the chosen tasks."""
+    if config.backend != "local":
+        return _load_servers(config, announce)
     announce(f"Loading {config.model} ...")  # torch and transformers alone take seconds
     refuse_damaged(config.model)
     from rrm_engine.backends.local import Solver
@@ -174,7 +179,18 @@ def _load(config: RunConfig, tasks: TaskSet, announce: Callable[[str], None]) ->
     return solver
 
 
-def _run(solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir, options: Options) -> int:
+def _load_servers(config: RunConfig, announce: Callable[[str], None]) -> "HttpSolver":
+    try:
+        from rrm_engine.backends.http.solver import HttpSolver
+    except ImportError as error:
+        if error.name not in ("openai", "httpx2"):
+            raise
+        needs = f"--backend {config.backend} needs the package {error.name}: pip install 'rrm-engine[servers]'"
+        raise RrmError(needs) from error
+    return HttpSolver(config, announce)
+
+
+def _run(solver: "AnySolver", tasks: TaskSet, config: RunConfig, directory: RunDir, options: Options) -> int:
     """The missing rows, then the closing table, however it ended."""
     from rrm_engine.bench.progress import make_display
     from rrm_engine.bench.run import execute
@@ -212,7 +228,7 @@ def _broken_off(error: BaseException, tasks: TaskSet, config: RunConfig, directo
     return interrupted_code() if interrupted else FAILED
 
 
-def _profiled(solver: "Solver", directory: RunDir, options: Options) -> contextlib.AbstractContextManager[Any]:
+def _profiled(solver: "AnySolver", directory: RunDir, options: Options) -> contextlib.AbstractContextManager[Any]:
     if options.profile is None:
         return contextlib.nullcontext()
     return solver.profile(directory.path, options.profile, session=directory.session)
@@ -248,7 +264,7 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseExcept
     return FAILED if summary["errors"] or unwritten else OK
 
 
-def _manifest(config: RunConfig, tasks: TaskSet, solver: "Solver") -> Manifest:
+def _manifest(config: RunConfig, tasks: TaskSet, solver: "AnySolver") -> Manifest:
     """run.json: what was asked, what it came out as, and where it ran."""
     used = len(tasks.tasks[: config.limit])
     return Manifest(
@@ -264,7 +280,9 @@ def _manifest(config: RunConfig, tasks: TaskSet, solver: "Solver") -> Manifest:
     )
 
 
-def _print_header(console: "Console", solver: "Solver", tasks: TaskSet, config: RunConfig, directory: RunDir) -> None:
+def _print_header(
+    console: "Console", solver: "AnySolver", tasks: TaskSet, config: RunConfig, directory: RunDir
+) -> None:
     """What runs, on what, and where to."""
     chosen, done = len(tasks.tasks[: config.limit]), len(directory.rows)
     rows = chosen * config.samples * len(config.modes)

@@ -18,6 +18,7 @@ PROFILE_STEPS = 200
 
 GROUPS = {
     "model": "model",
+    "servers": "who decodes",
     "run": "what to run",
     "graph": "graph",
     "phases": "budgets and thinking (default: decided by the prompt style)",
@@ -89,9 +90,11 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     if options.profile is not None and options.profile < 1:
         parser.error("--profile must be at least 1")
     try:
-        options.config()
+        config = options.config()
     except RrmError as error:
         parser.error(str(error))
+    if options.profile is not None and config.backend != "local":
+        parser.error(f"--profile is for the engine in this process, not for --backend {config.backend}")
     return options
 
 
@@ -122,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_setting(group: Any, f: "Field[Any]", hint: Any) -> None:
     kind = _kind(hint)
     help_text = f.metadata["help"].replace("%", "%%")
-    if f.default is not None:
+    if f.default not in (None, ()):
         help_text += f" (default: {show(f.default)})".replace("%", "%%")
     choices = f.metadata.get("choices")
     metavar = "{" + ",".join(choices) + "}" if choices else f.metadata.get("metavar", kind.metavar)

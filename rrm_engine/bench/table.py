@@ -47,11 +47,14 @@ def about_solver(about: Figures) -> list[str]:
     """What a solver tells about itself: a line, and more if its checkpoint asks for more than usual sampling, or has
     modules that are not used."""
     unused = f"not used of the checkpoint: {cut(', '.join(about['unused']))}" if "unused" in about else None
-    return [line for line in (model_line(about), generation_line(about), unused) if line is not None]
+    generation = generation_line(about) if "generation_ignored" in about else None
+    return [line for line in (model_line(about), generation, unused) if line is not None]
 
 
 def model_line(about: Figures) -> str:
     """The model and where it runs, in one line."""
+    if "base_urls" in about:
+        return server_line(about)
     parts = [
         f"{about['model']}",
         f"{count(about['parameters'])} parameters",
@@ -60,6 +63,20 @@ def model_line(about: Figures) -> str:
         *([f"transformers' own forward pass, for ours is wrong here: {about['slower']}"] if "slower" in about else []),
         f"prompts: {about['prompt_style']}" + ("" if about["chat_template"] else " (plain text: no chat template)"),
         f"KV: {about['kv_blocks']:,} blocks of {about['block_size']} tokens",
+    ]
+    return ", ".join(parts)
+
+
+def server_line(about: Figures) -> str:
+    """The model and the servers that hold it, in one line."""
+    held = ", ".join(about["grammar"]) or f"none ({about.get('without_grammar') or 'not asked for'})"
+    parts = [
+        f"{about['model']}",
+        f"{about['backend']} API at {', '.join(about['base_urls'])}",
+        f"prompts: {about['prompt_style']}",
+        f"nodes go on by {about['continued_by']}",
+        f"grammar: {cut(held, 120)}",
+        *([f"refused there: {', '.join(about['refused'])}"] if "refused" in about else []),
     ]
     return ", ".join(parts)
 

@@ -56,6 +56,7 @@ class Fields(TypedDict):
     spliced_tokens: NotRequired[int]
     splice_report: NotRequired[list[dict[str, Any]]]
     text_joins: NotRequired[int]
+    servers: NotRequired[dict[str, Any]]
     # the grade: ``correct`` is None without an expected answer
     expected: str | None
     correct: bool | None

@@ -109,6 +109,7 @@ class Costs:
     spliced_tokens: int = 0
     splice_report: list[dict[str, Any]] = field(default_factory=list)
     text_joins: int = 0
+    servers: dict[str, Any] = field(default_factory=dict)
 
 
 class NodeHandle(Protocol):

@@ -1,0 +1,228 @@
+"""A node's context as its servers are told of it: all its token ids, or its conversation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from rrm_engine.backends.http.wire import Delta, Message
+from rrm_engine.backends.tokens import NodeTokens
+from rrm_engine.graph.paths import NodePath
+from rrm_engine.protocol.chat import ChatFormat
+from rrm_engine.protocol.detokenize import Detokenizer
+from rrm_engine.protocol.thinking import DEFAULT, Marks
+
+
+class Context(Protocol):
+    """What a node was told and has written. ``text`` is what it wrote in its phase."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens; 0 where only the server knows."""
+
+    @property
+    def prompt(self) -> Any:
+        """What is sent to have it go on; later changes of the context do not change it."""
+
+    def take(self, delta: Delta) -> tuple[str, int]:
+        """Add what a chunk brings: the text that is certain with it, and its tokens."""
+
+    def cut(self, at: int) -> None:
+        """Forget what was written after the character ``at`` of the phase's text, white space aside."""
+
+    def leave(self) -> None:
+        """The phase is over."""
+
+    def say(self, user: str, thinking: bool) -> int:
+        """Begin a phase with what the user says; the number of tokens that takes, 0 if unknown."""
+
+    def fork(self, at: int) -> "Context":
+        """One of its own, which ends at the character ``at`` of this one's phase's text."""
+
+    def recorded(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """All token ids, and the ranges of them that the model wrote; none where only the server knows."""
+
+
+class Contexts(Protocol):
+    """Makes them."""
+
+    @property
+    def marks(self) -> Marks: ...
+
+    def opens_thinking(self, thinking: bool) -> bool:
+        """Whether what is written begins inside thinking."""
+
+    def open(self, path: NodePath, system: str, user: str, thinking: bool) -> Context: ...
+
+
+@dataclass(slots=True)
+class Ids:
+    """A plain list as a node's sequence."""
+
+    tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenContexts:
+    """Contexts of token ids, made as the engine in this process makes them."""
+
+    chat: ChatFormat
+
+    @property
+    def marks(self) -> Marks:
+        return self.chat.marks
+
+    def opens_thinking(self, thinking: bool) -> bool:
+        return self.chat.opens_thinking(thinking)
+
+    def open(self, path: NodePath, system: str, user: str, thinking: bool) -> "TokenContext":
+        tokens = self.chat.opening(system, user, thinking)
+        node = NodeTokens(path, Ids(tokens), Detokenizer(self.chat.tokenizer), len(tokens))
+        return TokenContext(self.chat, node, bool(system))
+
+
+@dataclass(slots=True)
+class TokenContext:
+    """See Context. ``system``: whether it begins with a system text."""
+
+    chat: ChatFormat
+    node: NodeTokens[Ids]
+    system: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(self.node.pieces)
+
+    @property
+    def length(self) -> int:
+        return len(self.node.sequence.tokens)
+
+    @property
+    def prompt(self) -> list[int]:
+        return list(self.node.sequence.tokens)
+
+    def take(self, delta: Delta) -> tuple[str, int]:
+        node, pieces = self.node, []
+        for i, token in enumerate(delta.tokens):
+            last = delta.end is not None and i == len(delta.tokens) - 1
+            ends = last and delta.end == "eos" and token in self.chat.encode.control_ids
+            node.sequence.tokens.append(token)
+            pieces.append(node.wrote(None if ends else token, last))
+        if delta.end is not None and not delta.tokens and node.pieces:  # the end came by itself
+            rest = node.detokenizer.end()
+            node.pieces[-1] += rest
+            node.ends[-1] += len(rest)
+            pieces.append(rest)
+        return "".join(pieces), len(delta.tokens)
+
+    def cut(self, at: int) -> None:
+        keep, self.node.cut = self.node.split(at, self.chat.encode)
+        del self.node.sequence.tokens[keep:]
+
+    def leave(self) -> None:
+        node = self.node
+        if not node.sampled or node.sampled[-1][0] != node.first:
+            node.sampled.append((node.first, self.length))
+
+    def say(self, user: str, thinking: bool) -> int:
+        node = self.node
+        closed = self._closed()
+        turn = self.chat.turn(user, thinking, closed=closed, turns=node.user_turns, system=self.system)
+        tokens = [*node.cut, *turn]
+        node.sequence.tokens += tokens
+        node.enter(Detokenizer(self.chat.tokenizer))
+        return len(tokens)
+
+    def fork(self, at: int) -> "TokenContext":
+        node = self.node
+        keep, cut = node.split(at, self.chat.encode)
+        tokens = node.sequence.tokens[:keep]
+        own = NodeTokens(node.path, Ids(tokens), Detokenizer(self.chat.tokenizer), keep, node.user_turns, cut=cut)
+        return TokenContext(self.chat, own, self.system)
+
+    def recorded(self) -> tuple[list[int], list[tuple[int, int]]]:
+        return list(self.node.sequence.tokens), list(self.node.sampled)
+
+    def _closed(self) -> bool:
+        """Whether the end of the node's turn stands there, as the template writes it; another one is taken back."""
+        node, tokens = self.node, self.node.sequence.tokens
+        if node.cut or len(tokens) == node.first or tokens[-1] not in self.chat.encode.control_ids:
+            return False
+        if self.chat.closes_with(tokens[-1]):
+            return True
+        del tokens[-1]
+        if node.sampled:
+            node.sampled[-1] = (node.first, len(tokens))
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class TurnContexts:
+    """Contexts of messages, for servers that are only told what was said."""
+
+    marks: Marks = DEFAULT
+
+    def opens_thinking(self, thinking: bool) -> bool:
+        return False  # what the server takes out of the text comes with its marks, see `TurnContext.take`
+
+    def open(self, path: NodePath, system: str, user: str, thinking: bool) -> "TurnContext":
+        messages = [{"role": "system", "content": system}] if system.strip() else []
+        return TurnContext(self.marks, [*messages, {"role": "user", "content": user}])
+
+
+@dataclass(slots=True)
+class TurnContext:
+    """See Context. Thinking that a server sends apart from the text stands in it between marks."""
+
+    marks: Marks
+    messages: list[Message]
+    pieces: list[str] = field(default_factory=list)
+    thinks: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def length(self) -> int:
+        return 0
+
+    @property
+    def prompt(self) -> list[Message]:
+        return list(self.messages)
+
+    def take(self, delta: Delta) -> tuple[str, int]:
+        text = ""
+        if delta.reasoning:
+            text += ("" if self.thinks else self.marks.open) + delta.reasoning
+            self.thinks = True
+        if self.thinks and (delta.text or delta.end):
+            text, self.thinks = text + self.marks.close, False
+        text += delta.text
+        self.pieces.append(text)
+        return text, int(bool(delta.text or delta.reasoning))
+
+    def cut(self, at: int) -> None:
+        self.pieces = [self.text[:at]]
+
+    def leave(self) -> None:
+        """Nothing is left to be done."""
+
+    def say(self, user: str, thinking: bool) -> int:
+        said = self.marks.visible(self.text).strip()
+        self.messages = [*self.messages, {"role": "assistant", "content": said}, {"role": "user", "content": user}]
+        self.pieces, self.thinks = [], False
+        return 0
+
+    def fork(self, at: int) -> "TurnContext":
+        return replace(self, pieces=[self.text[:at]], thinks=False)
+
+    def recorded(self) -> tuple[list[int], list[tuple[int, int]]]:
+        return [], []
+
+
+def tokens_of(prompt: Sequence[Any]) -> int:
+    """Tokens of a prompt; 0 for one of messages."""
+    return len(prompt) if prompt and isinstance(prompt[0], int) else 0

@@ -1,0 +1,32 @@
+"""How the phases of a run are asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rrm_engine.backends.http.wire import Ask
+from rrm_engine.solver.backend import Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one phase is asked for: ``sampling`` in the API's own settings, ``extra`` in those that servers add;
+    ``grammar`` makes the Lark text that the server holds it to. ``seeded``: the server takes a seed.
+    """
+
+    budget: int
+    thinking: bool
+    sampling: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    grammar: Callable[[int, bool], str] | None = None
+    seeded: bool = True
+
+    def ask(self, prompt: Any, budget: int, grammar: Grammar | None, seed: int) -> Ask:
+        text = None if self.grammar is None or grammar is None else self.grammar(*grammar)
+        sampling = self.sampling | ({"seed": seed} if self.seeded else {})
+        return Ask(prompt, budget, sampling, self.extra, text)
+
+    def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
+        """The phase's settings, for the trace."""
+        held = None if self.grammar is None or grammar is None else {"children": grammar[0], "may_split": grammar[1]}
+        return {"sampling": {**self.sampling, **self.extra}, "grammar": held, "budget": self.budget}

@@ -1,0 +1,106 @@
+"""What the servers can do, found out by asking them before the first row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+
+from rrm_engine.backends.http.faults import Broken, TooLong, fault_of
+from rrm_engine.backends.http.pool import Replica
+from rrm_engine.errors import RrmError
+
+UNSUPPORTED = (400, 404, 405, 415, 422, 501)
+LOOK = 8  # tokens asked for, to compare the server's text with our own tokenizer's
+
+
+@dataclass(slots=True)
+class Found:
+    """``longest`` is the longest context, None if no replica says; ``models`` are the names served."""
+
+    longest: int | None = None
+    models: list[str] = field(default_factory=list)
+
+
+async def find_models(replicas: Sequence[Replica]) -> Found:
+    """Ask every replica what it serves. Raises RrmError, naming the replica, for one that does not answer."""
+    found = Found()
+    for replica in replicas:
+        for model in await _models(replica):
+            found.models.append(str(getattr(model, "id", "")))
+            longest = getattr(model, "max_model_len", None)
+            if type(longest) is int:
+                found.longest = min(longest, found.longest or longest)
+    return found
+
+
+async def _models(replica: Replica) -> list[Any]:
+    try:
+        return list((await replica.client.models.list()).data or ())
+    except openai.APIStatusError as error:
+        if error.status_code in UNSUPPORTED:
+            return []
+        raise RrmError(f"--base-urls {replica.name}: {fault_of(error)}") from error
+    except Exception as error:
+        fault = fault_of(error)
+        if not isinstance(fault, Broken):
+            raise
+        raise RrmError(
+            f"--base-urls {replica.name}: no server answers there ({fault}): start it, and wait until it is healthy"
+        ) from error
+
+
+async def returned_ids(replica: Replica, model: str, prompt: list[int]) -> tuple[list[int], str] | None:
+    """The ids and the text of some tokens after ``prompt``; None where ids are not taken, or not returned, as they
+    are.
+    """
+    extra = {"add_special_tokens": False, "return_token_ids": True}
+    try:
+        answer = await replica.client.completions.create(
+            model=model, prompt=prompt, max_tokens=LOOK, temperature=0, extra_body=extra
+        )
+    except openai.APIStatusError as error:
+        if error.status_code in UNSUPPORTED:
+            return None
+        raise RrmError(f"--base-urls {replica.name}: {fault_of(error)}") from error
+    except Exception as error:
+        raise RrmError(f"--base-urls {replica.name}: {fault_of(error)}") from error
+    choice = answer.choices[0] if answer.choices else None
+    ids, sent = getattr(choice, "token_ids", None), getattr(choice, "prompt_token_ids", None)
+    if not isinstance(ids, list) or (sent is not None and sent != prompt):
+        return None
+    return ids, str(getattr(choice, "text", ""))
+
+
+async def takes(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> str | None:
+    """Whether a request with ``options`` in its body is taken: None, or what the server says against it."""
+    try:
+        answer = await create(**base, extra_body=options)
+        if base.get("stream"):
+            await answer.close()
+    except openai.APIStatusError as error:
+        if error.status_code in UNSUPPORTED and not isinstance(fault_of(error), TooLong):
+            return str(fault_of(error))
+        raise RrmError(f"--base-urls {replica.name}: {fault_of(error)}") from error
+    except Exception as error:
+        raise RrmError(f"--base-urls {replica.name}: {fault_of(error)}") from error
+    return None
+
+
+async def taken(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> tuple[list[str], str]:
+    """Which of ``options`` the server takes, and what it said against the others.
+
+    Raises RrmError if it refuses the request without any.
+    """
+    if await takes(replica, create, options, **base) is None:
+        return list(options), ""
+    if (why := await takes(replica, create, {}, **base)) is not None:
+        raise RrmError(f"--base-urls {replica.name}: {why}")
+    kept, said = [], ""
+    for name, value in options.items():
+        refused = await takes(replica, create, {name: value}, **base)
+        if refused is None:
+            kept.append(name)
+        else:
+            said = refused
+    return kept, said
