@@ -21,6 +21,7 @@ SLOW = (
     "exactness/",
     "devices/",
     "programs/",
+    "unit/backends/",
     "unit/bench/test_grad",
     "unit/kernels/test_arm",
     "unit/kernels/test_triton",

@@ -95,6 +95,11 @@ def read_recording(
 
 def _read(path: Path, nodes: Collection[str], jobs: Collection[str], limit: int | None) -> Recording:
     used = read_manifest(path).resolved
+    if (backend := used.get("backend", "local")) != "local":
+        raise VerifyError(
+            f"{path} was decoded by servers (--backend {backend}), whose numerics and noise are their own: verify "
+            f"computes again what the engine in this process wrote"
+        )
     found = read_jobs(path)
     finished = {job.key: job for job in found if job.row is not None}
     if not finished:

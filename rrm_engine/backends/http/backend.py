@@ -75,14 +75,15 @@ class HttpBackend:
         except Empty:
             pass
         for call, item in items:
-            node = self.streams.open.get(call)
-            if node is None:  # it was paused, or is over
-                continue
-            written = node.take(item)
-            if not node.running:
-                del self.streams.open[call]  # what may still come is its usage, which the call keeps
-            self._count(written.tokens)
-            yield written
+            for part in (item,) if isinstance(item, Exception) else item.by_token():
+                node = self.streams.open.get(call)
+                if node is None:  # it was paused, or is over
+                    break
+                written = node.take(part)
+                if not node.running:
+                    del self.streams.open[call]
+                self._count(written.tokens)
+                yield written
 
     def explain(self, error: Exception, job: str) -> str:
         return f"{type(error).__name__} while the servers' answers were read: {error}"

@@ -1,7 +1,7 @@
 """One job's nodes on the servers: a stream a phase."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -10,7 +10,7 @@ from rrm_engine.backends.http.context import Context, Contexts, tokens_of
 from rrm_engine.backends.http.faults import TooLong
 from rrm_engine.backends.http.plans import Plan
 from rrm_engine.backends.http.pool import Replica
-from rrm_engine.backends.http.wire import Ask, Delta
+from rrm_engine.backends.http.wire import Ask, Delta, Message
 from rrm_engine.errors import NoRoom, RrmError
 from rrm_engine.graph.paths import NodeKey, NodePath
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
@@ -94,11 +94,10 @@ class HttpNode:
                 f"{self.path} has {length} tokens and the servers take {asking.longest}: shorten the task or the "
                 f"budgets, or start the servers with a longer context"
             )
-        if asking.longest is not None and length:
-            budget = min(budget, asking.longest - length)
+        if asking.longest is not None:
+            budget = max(1, min(budget, asking.longest - (length or _at_most(prompt))))
         self.cut_short = budget < plan.budget
-        settings = plan.recorded(grammar) | {"continued_by": asking.continued_by}
-        self.begun = Begun(tokens, settings=settings)
+        self.begun = Begun(tokens, settings=plan.recorded(grammar))
         seed = _seed(asking.seed, NodeKey.of(self.session.job, self.path), len(self.calls))
         ask = plan.ask(prompt, budget, grammar, seed)
         self.calls.append(asking.calls.begin(self, ask, home, self.session.rank))
@@ -212,6 +211,11 @@ class HttpSession:
             "restarts": restarts,
             "cached_tokens": sum(told) if told else None,
         }
+
+
+def _at_most(messages: Sequence[Message]) -> int:
+    """A guess at the tokens of a conversation that only the server can count; rather too many than too few."""
+    return 64 + sum(len(message["content"]) for message in messages) // 2
 
 
 def _cached(call: Call) -> int:

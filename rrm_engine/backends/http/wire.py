@@ -1,7 +1,7 @@
 """What is sent to a server and read from its stream, for each of the three APIs."""
 
-from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rrm_engine.backends.http.faults import Broken
@@ -30,6 +30,13 @@ class Delta:
     tokens: tuple[int, ...] = ()
     end: str | None = None
     usage: Usage | None = None
+
+    def by_token(self) -> "Sequence[Delta]":
+        """The same, one token after another, for an event may end between two of them."""
+        if len(self.tokens) < 2:
+            return (self,)
+        *first, last = self.tokens
+        return [*(Delta(tokens=(token,)) for token in first), replace(self, text="", tokens=(last,))]
 
 
 @dataclass(frozen=True, slots=True)
