@@ -158,7 +158,7 @@ def test_a_context_that_is_too_long(here: Any) -> None:
         assert result.cut.get("max_sequence_tokens")
     with served(longest=40) as server:
         result, _ = over(server)
-        assert result.status == "failed" and "the servers take 40" in str(result.error)
+        assert result.status == "invalid" and "the servers take 40" in str(result.error)
         assert not server.habits.asked
 
 
