@@ -22,7 +22,10 @@ def recorded_graphs(directory: Path) -> list[Graph]:
     are left out, and one that was cancelled ends where it was. The fallback of a broken graph is a second root.
     """
     try:
-        forks = read_manifest(directory).resolved.get("child_context") == "parent"
+        used = read_manifest(directory).resolved
+        if used.get("backend", "local") != "local" and used.get("continue_by") == "turn":
+            raise GraphError(f"--from {directory}: its servers gave no token ids, and a replay needs them")
+        forks = used.get("child_context") == "parent"
         jobs = read_jobs(directory)
     except RunError as error:
         raise GraphError(f"--from {directory}: {error}") from None

@@ -293,6 +293,7 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(self, port: int, habits: Habits) -> None:
+        _loaded()  # not by several requests at once
         super().__init__(("127.0.0.1", port), Handler)
         self.habits = habits
         self.let_go = threading.Event()

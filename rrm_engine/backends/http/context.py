@@ -20,7 +20,7 @@ class Context(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens; 0 where only the server knows."""
+        """Tokens; where only the server knows them the chunks of what it wrote."""
 
     @property
     def prompt(self) -> Any:
@@ -42,7 +42,7 @@ class Context(Protocol):
         """One of its own, which ends at the character ``at`` of this one's phase's text."""
 
     def recorded(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """All token ids, and the ranges of them that the model wrote; none where only the server knows."""
+        """All token ids, none where only the server knows them, and the ranges that the model wrote."""
 
 
 class Contexts(Protocol):
@@ -180,14 +180,13 @@ class TurnContext:
     messages: list[Message]
     pieces: list[str] = field(default_factory=list)
     thinks: bool = False
+    length: int = 0  # chunks of text
+    first: int = 0  # of them, where the phase begins
+    sampled: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
-
-    @property
-    def length(self) -> int:
-        return 0
 
     @property
     def prompt(self) -> list[Message]:
@@ -202,25 +201,28 @@ class TurnContext:
             text, self.thinks = text + self.marks.close, False
         text += delta.text
         self.pieces.append(text)
-        return text, int(bool(delta.text or delta.reasoning))
+        count = int(bool(delta.text or delta.reasoning))
+        self.length += count
+        return text, count
 
     def cut(self, at: int) -> None:
         self.pieces = [self.text[:at]]
 
     def leave(self) -> None:
-        """Nothing is left to be done."""
+        if not self.sampled or self.sampled[-1][0] != self.first:
+            self.sampled.append((self.first, self.length))
 
     def say(self, user: str, thinking: bool) -> int:
         said = self.marks.visible(self.text).strip()
         self.messages = [*self.messages, {"role": "assistant", "content": said}, {"role": "user", "content": user}]
-        self.pieces, self.thinks = [], False
+        self.pieces, self.thinks, self.first = [], False, self.length
         return 0
 
     def fork(self, at: int) -> "TurnContext":
-        return replace(self, pieces=[self.text[:at]], thinks=False)
+        return replace(self, pieces=[self.text[:at]], thinks=False, length=0, first=0, sampled=[])
 
     def recorded(self) -> tuple[list[int], list[tuple[int, int]]]:
-        return [], []
+        return [], list(self.sampled)
 
 
 def tokens_of(prompt: Sequence[Any]) -> int:

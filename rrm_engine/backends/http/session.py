@@ -223,9 +223,9 @@ def _cached(call: Call) -> int:
 
 
 def _decoded(call: Call) -> int:
-    """The server's own count where there is one: a chunk may hold several tokens."""
-    tokens = call.received.tokens
-    return len(tokens) if tokens or call.usage is None or call.restarts else call.usage.decoded
+    """The server's own count where there are no ids and it came: a chunk may hold several tokens."""
+    received, usage = call.received, call.usage
+    return received.count if received.tokens or usage is None or call.restarts else usage.decoded
 
 
 def _seed(seed: int, key: NodeKey, phase: int) -> int:
