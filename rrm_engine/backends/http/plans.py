@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rrm_engine.backends.http.wire import Ask
+from rrm_engine.runs.events import Grammar as Constraint
 from rrm_engine.solver.backend import Grammar
 
 
@@ -28,5 +29,5 @@ class Plan:
 
     def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
         """The phase's settings, for the trace."""
-        held = None if self.grammar is None or grammar is None else {"children": grammar[0], "may_split": grammar[1]}
+        held = None if self.grammar is None or grammar is None else Constraint(*grammar)
         return {"sampling": {**self.sampling, **self.extra}, "grammar": held, "budget": self.budget}

@@ -14,7 +14,8 @@ from rrm_engine.backends.http.wire import Ask, Delta, Message
 from rrm_engine.errors import NoRoom, RrmError
 from rrm_engine.graph.paths import NodeKey, NodePath
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
-from rrm_engine.solver.backend import Begun, Continuation, Costs, Grammar, Opening, Record, Waited, Written
+from rrm_engine.runs.events import Transcript
+from rrm_engine.solver.backend import Begun, Continuation, Costs, Grammar, Opening, Waited, Written
 
 
 class Calls(Protocol):
@@ -103,10 +104,10 @@ class HttpNode:
         self.calls.append(asking.calls.begin(self, ask, home, self.session.rank))
         self.running, self.silent = True, True
 
-    def finish(self) -> Record:
+    def finish(self) -> Transcript:
         self._stop()
         tokens, sampled = self.context.recorded()
-        return Record(counters=self.counters(), token_ids=tokens, sampled=sampled)
+        return Transcript(counters=self.counters(), token_ids=tokens, sampled=tuple(sampled))
 
     def counters(self) -> dict[str, int]:
         """What its phases took, by the names of the engine's counters, and attempts."""
