@@ -87,20 +87,14 @@ async def takes(replica: Replica, create: Any, options: dict[str, Any], **base: 
     return None
 
 
-async def taken(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> tuple[list[str], str]:
-    """Which of ``options`` the server takes, and what it said against the others.
+async def refused(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> dict[str, str]:
+    """Which of ``options`` the server does not take, and what it says against each.
 
     Raises RrmError if it refuses the request without any.
     """
     if await takes(replica, create, options, **base) is None:
-        return list(options), ""
+        return {}
     if (why := await takes(replica, create, {}, **base)) is not None:
         raise RrmError(f"--base-urls {replica.name}: {why}")
-    kept, said = [], ""
-    for name, value in options.items():
-        refused = await takes(replica, create, {name: value}, **base)
-        if refused is None:
-            kept.append(name)
-        else:
-            said = refused
-    return kept, said
+    said = {name: await takes(replica, create, {name: value}, **base) for name, value in options.items()}
+    return {name: why for name, why in said.items() if why is not None}

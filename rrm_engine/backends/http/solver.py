@@ -11,7 +11,7 @@ import openai
 from rrm_engine.backends.http.backend import HttpBackend, Streams
 from rrm_engine.backends.http.context import Contexts, TokenContexts, TurnContexts
 from rrm_engine.backends.http.pool import Pool, Replica
-from rrm_engine.backends.http.probe import find_models, returned_ids, taken, takes
+from rrm_engine.backends.http.probe import find_models, refused, returned_ids, takes
 from rrm_engine.backends.http.session import Asking
 from rrm_engine.backends.http.settings import additions, phase_plans, refuse_ignored, resolve
 from rrm_engine.backends.http.tokenizer import ModelFiles, read_model_files
@@ -68,9 +68,10 @@ class HttpSolver(Solving):
         kind = files.model_type if files else _kind(config.model)
         style = load_style(default_style(kind, config.model) if name == "auto" else name)
         chat = ChatFormat(files.tokenizer, files.eos_ids) if files else None
-        self.resolved = config = resolve(config, style, chat, found.longest)
+        asked, config = config, resolve(config, style, chat, found.longest)
+        self.resolved = config
         self.servers = servers = transport.wait(_ask(replicas[0], config, style, chat))
-        refuse_ignored(config, servers.refused)
+        refuse_ignored(asked, servers.refused)
         plans = phase_plans(
             config, style, servers.contexts.marks, servers.taken, grammar=servers.grammar, more=servers.more
         )
@@ -168,9 +169,8 @@ async def _ask(replica: Replica, config: RunConfig, style: Style, chat: ChatForm
             base["max_completion_tokens"] = 16
             servers.more["limit"] = "max_completion_tokens"
     only = {"stream": True} if "stream_options" in options else {}
-    kept, said = await taken(replica, create, options, **base, **only)
-    servers.taken = frozenset(kept)
-    servers.refused = {name: said for name in options if name not in servers.taken}
+    servers.refused = await refused(replica, create, options, **base, **only)
+    servers.taken = frozenset(options.keys() - servers.refused.keys())
     if "stream_options" in servers.taken:
         servers.more["stream_options"] = options["stream_options"]
     if config.constrain == "on":
