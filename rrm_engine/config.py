@@ -122,6 +122,11 @@ class RunConfig:
     samples: int = setting(1, "run", "samples per task and mode")
     seed: int = setting(0, "run", "seed of the keyed sampling noise")
     limit: int | None = setting(None, "run", "only the first N tasks")
+    shard: str | None = setting(
+        None, "run", "only a share of the tasks: of N shares the I-th, counted from 1", metavar="I/N"
+    )
+    max_row_tokens: int | None = setting(None, "run", "tokens of all nodes of a row: there it ends with what it has")
+    max_row_seconds: float | None = setting(None, "run", "seconds of a row: there it ends with what it has")
     task_concurrency: int = setting(1, "run", "tasks in flight at once; 1 measures latency undisturbed")
     max_concurrency: int = setting(64, "run", "sequences decoding at once")
 
@@ -228,6 +233,8 @@ class RunConfig:
             (self.block_size >= 1, "--block-size must be at least 1"),
             (self.splice_report >= 0, "--splice-report must be at least 0"),
             (self.limit is None or self.limit >= 1, "--limit must be at least 1"),
+            (self.shard is None or _is_share(self.shard), "--shard takes I/N, as in 2/4: the second of four shares"),
+            (self.max_row_seconds is None or self.max_row_seconds > 0, "--max-row-seconds must be above 0"),
             (self.temperature is None or self.temperature >= 0, "--temperature must not be negative"),
             (self.top_p is None or 0 < self.top_p <= 1, "--top-p must be in (0, 1]"),
             (self.top_k is None or self.top_k >= 0, "--top-k must not be negative"),
@@ -282,6 +289,12 @@ def _is_plain(url: str) -> bool:
     except ValueError:  # a port that is no number
         return False
     return known and "@" not in parts.netloc and not parts.query and not parts.fragment
+
+
+def _is_share(text: str) -> bool:
+    share, slash, shares = text.partition("/")
+    numbers = share.isascii() and share.isdecimal() and shares.isascii() and shares.isdecimal()
+    return bool(slash) and numbers and 1 <= int(share) <= int(shares)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

@@ -79,7 +79,16 @@ class Solver(Solving):
             JoinSettings(cast(Any, config.join), config.boundary_tokens, config.splice_report),
         )
         self.backend = EngineBackend(writing, config)
-        super().__init__(Runtime(self.backend, style, limits, cast(Any, config.child_context)))
+        super().__init__(
+            Runtime(
+                self.backend,
+                style,
+                limits,
+                cast(Any, config.child_context),
+                config.max_row_tokens,
+                config.max_row_seconds,
+            )
+        )
 
     @classmethod
     def load(

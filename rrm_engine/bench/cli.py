@@ -174,7 +174,7 @@ def _load(config: RunConfig, tasks: TaskSet, announce: Callable[[str], None]) ->
     refuse_damaged(config.model)
     from rrm_engine.backends.local import Solver
 
-    solver = Solver.load(config, [task.problem for task in tasks.tasks[: config.limit]], announce)
+    solver = Solver.load(config, [task.problem for task in tasks.chosen(config.limit, config.shard)], announce)
     check_interrupt()
     return solver
 
@@ -201,7 +201,7 @@ def _run(solver: "AnySolver", tasks: TaskSet, config: RunConfig, directory: RunD
     try:
         jobs = _missing(tasks, config, directory)
         with _profiled(solver, directory, options):
-            execute(solver, jobs, tasks.tasks[: config.limit], directory, make_display(console, quiet))
+            execute(solver, jobs, tasks.chosen(config.limit, config.shard), directory, make_display(console, quiet))
             if options.profile and not quiet:
                 say("Writing the profile ...")
         solver.close()
@@ -237,7 +237,7 @@ def _profiled(solver: "AnySolver", directory: RunDir, options: Options) -> conte
 def _missing(tasks: TaskSet, config: RunConfig, directory: RunDir) -> list[Any]:
     from rrm_engine.bench.run import plan
 
-    return plan(tasks.tasks[: config.limit], config, directory.rows)
+    return plan(tasks.chosen(config.limit, config.shard), config, directory.rows)
 
 
 def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseException | None = None) -> int:
@@ -266,7 +266,7 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseExcept
 
 def _manifest(config: RunConfig, tasks: TaskSet, solver: "AnySolver") -> Manifest:
     """run.json: what was asked, what it came out as, and where it ran."""
-    used = len(tasks.tasks[: config.limit])
+    used = len(tasks.chosen(config.limit, config.shard))
     return Manifest(
         format=FORMAT,
         started=_now(),
@@ -284,14 +284,14 @@ def _print_header(
     console: "Console", solver: "AnySolver", tasks: TaskSet, config: RunConfig, directory: RunDir
 ) -> None:
     """What runs, on what, and where to."""
-    chosen, done = len(tasks.tasks[: config.limit]), len(directory.rows)
+    chosen, done = len(tasks.chosen(config.limit, config.shard)), len(directory.rows)
     rows = chosen * config.samples * len(config.modes)
     what = f"{tasks.name}: {plural(chosen, 'task')} x {plural(config.samples, 'sample')} x {' + '.join(config.modes)}"
     lines = [
         f"rrm-engine {package_version()}   {what}: {plural(rows, 'row')}" + (f", {done} of them done" if done else ""),
         *about_solver(solver.describe()),
         f"to {directory.path}",
-        *filter(None, [tasks.ungraded(config.limit)]),
+        *filter(None, [tasks.ungraded(config.limit, config.shard)]),
     ]
     console.print(*map(spelled, lines), sep="\n", markup=False, highlight=False)
 

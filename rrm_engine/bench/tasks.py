@@ -44,9 +44,20 @@ class TaskSet:
     source: str
     tasks: tuple[Task, ...]
 
-    def ungraded(self, limit: int | None = None) -> str:
-        """A sentence on those of the first ``limit`` tasks that have no answer to grade against; "" if all have one."""
-        chosen = self.tasks[:limit]
+    def chosen(self, limit: int | None = None, shard: str | None = None) -> tuple[Task, ...]:
+        """The first ``limit`` tasks, and of them the share that ``shard``, an ``I/N``, names. Raises RrmError if none.
+
+        Neighbours go to different shares, for tasks are often in the order of how hard they are.
+        """
+        first, count = map(int, (shard or "1/1").split("/"))
+        found = self.tasks[:limit][first - 1 :: count]
+        if not found and shard:
+            raise RrmError(f"--shard {shard}: no task is left for it of {len(self.tasks[:limit]):,}")
+        return found
+
+    def ungraded(self, limit: int | None = None, shard: str | None = None) -> str:
+        """A sentence on those of the ``chosen`` tasks that have no answer to grade against; "" if all have one."""
+        chosen = self.chosen(limit, shard)
         without = [task.id for task in chosen if task.expected is None]
         if not without:
             return ""

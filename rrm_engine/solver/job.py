@@ -1,6 +1,7 @@
 """One job from its start to its result: the graph machine decides, a backend decodes."""
 
 import hashlib
+import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ class JobRun:
         self._trace = JobTrace(backend, job.key, events)
         self.commands = Commands(runtime, self._session, self.machine, self._meter, self._trace, self._finish)
         self._reading = Reading(backend, job.key, self.machine, self._meter, self.commands, texts)
+        self._cut = self._so_far = ""  # the limit of the row that ended it, and its answer by then
         self._traceback: str | None = None
 
     def start(self) -> None:
@@ -93,17 +95,36 @@ class JobRun:
             self.result = JobResult(self.job, Status.FAILED, "", latency, error=reason, traceback=self._traceback)
             self._tell_finish(Status.FAILED, "")
 
+    def keep_limits(self) -> None:
+        """End a job that has written as much or gone on as long as a row may, with what it has.
+
+        Called between steps: then all its nodes have been read as far as each other.
+        """
+        runtime, taken = self.runtime, monotonic() - self._meter.started_at
+        spent = {"max_row_tokens": self._reading.tokens, "max_row_seconds": taken}
+        reached = [name for name, value in spent.items() if value >= (getattr(runtime, name) or math.inf)]
+        if reached and self.result is None:
+            with self._own_errors():
+                self._cut = reached[0]
+                self._so_far = self._reading.answer_so_far()
+                self._end(f"--{reached[0].replace('_', '-')}")
+
     def cancel(self, reason: str) -> None:
         """End the job wherever it is; what it holds is free when this returns."""
-        if self.result is not None:
-            return
+        if self.result is None:
+            self.commands.errors.append(reason)
+            self._end(reason)
+
+    def _end(self, reason: str) -> None:
         self.release()
         self.commands.forget()
-        self.commands.errors.append(reason)
         self.commands.carry_out(self.machine.cancel(reason))
 
     def _finish(self, command: Finish) -> None:
         commands = self.commands
+        if self._cut:
+            status = Status.ATOMIC if self.job.mode == "direct" else Status.INVALID
+            command = Finish(status, self._so_far)
         commands.repairs.update(self.machine.repairs)
         self.result = outcome(
             self.job,
@@ -119,6 +140,8 @@ class JobRun:
             error=self._error(command),
             traceback=self._traceback,
         )
+        if self._cut:
+            self.result.cut[self._cut] = 1
         self._tell_finish(command.status, command.answer)
 
     def _tell_finish(self, status: Status, answer: str) -> None:

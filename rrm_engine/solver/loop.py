@@ -28,6 +28,8 @@ def run_jobs(
             if not runs:
                 return
             step(runtime.backend, runs)
+            for run in runs:
+                run.keep_limits()
             for run in [r for r in runs if r.result is not None]:
                 runs.remove(run)
                 run.release()

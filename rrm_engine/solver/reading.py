@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from time import monotonic
 
 from rrm_engine.graph.machine import Machine
-from rrm_engine.graph.paths import NodeKey
+from rrm_engine.graph.paths import ROOT, NodeKey
 from rrm_engine.graph.types import EndReason
 from rrm_engine.protocol.events import Atomic, Done, Malformed, ParsedEvent
 from rrm_engine.runs.events import FirstToken, Readmitted, WroteMalformed
+from rrm_engine.runs.timeline import FALLBACK
 from rrm_engine.solver.backend import Backend, Waited, Written
 from rrm_engine.solver.commands import Commands
 from rrm_engine.solver.metering import Meter
@@ -29,12 +30,14 @@ class Reading:
         self._meter = meter
         self._commands = commands
         self._texts = texts
+        self.tokens = 0  # that the job's nodes have written
 
     def take(self, written: Written) -> None:
         """A node has written. Raises what went wrong with it."""
         if written.error is not None:
             raise written.error
         node, commands = self._commands.nodes[written.node], self._commands
+        self.tokens += written.tokens
         self._meter.wrote(node.path, monotonic(), written.tokens, is_child=node.path.parent is not None)
         if node.running and written.waited is not None:
             self._tell_waited(node, written.waited)
@@ -90,6 +93,12 @@ class Reading:
             self._commands.halt(node, reason.value)
             text = self._visible(node, node.text())
             self._commands.carry_out(self._machine.on_end(node.path, reason, text))
+
+    def answer_so_far(self) -> str:
+        """What the node that answers for the job has written in its present phase, without events and thinking."""
+        nodes = self._commands.nodes
+        node = nodes.get(FALLBACK) or nodes.get(ROOT)
+        return self._visible(node, node.text()) if node else ""
 
     def _visible(self, node: NodeRun, text: str) -> str:
         """``text``, from the beginning of the node's phase on, without its thinking."""

@@ -11,12 +11,17 @@ from rrm_engine.solver.backend import Backend
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What all jobs of a run share. Raises RrmError for what the backend cannot do."""
+    """What all jobs of a run share. Raises RrmError for what the backend cannot do.
+
+    A job that has written ``max_row_tokens`` or gone on for ``max_row_seconds`` ends with what it has.
+    """
 
     backend: Backend
     style: Style
     limits: Limits
     child_context: Literal["task", "parent"] = "task"
+    max_row_tokens: int | None = None
+    max_row_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.child_context == "parent" and not self.backend.capabilities.forks:

@@ -170,7 +170,8 @@ def solve(
 ) -> tuple[dict[str, JobResult], list[dict[str, Any]]]:
     """Results by the job's id, and events."""
     context = settings.pop("child_context", "task")
-    runtime = Runtime(backend, load_style(style), Limits(**settings), context)
+    most = (settings.pop("max_row_tokens", None), settings.pop("max_row_seconds", None))
+    runtime = Runtime(backend, load_style(style), Limits(**settings), context, *most)
     heard: list[dict[str, Any]] = []
     found = run_jobs(runtime, jobs, Events(heard.append), concurrency)
     results = {result.job.id: result for result in found if result is not None}

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from rrm_engine.bench.readers import TaskError, read_csv, read_json, read_jsonl
 from rrm_engine.bench.tasks import Task, TaskSet, build_tasks, load_tasks, packaged_sets
+from rrm_engine.config import RunConfig
+from rrm_engine.errors import RrmError
 
 TASKS: list[dict[str, Any]] = [
     {"id": "a", "problem": "What is 1 + 1?", "answer": 2},
@@ -360,3 +362,15 @@ def test_whatever_a_table_holds_is_read_or_refused_in_a_sentence(text: str) -> N
             build_tasks(read_csv(body, "file"), "file")
         except TaskError as error:
             assert str(error).startswith("file") and "\n" not in str(error)
+
+
+def test_shards_are_all_tasks_once() -> None:
+    tasks = TaskSet("t", "t", tuple(Task(str(i), "p", "1") for i in range(10)))
+    shares = [tasks.chosen(7, f"{i}/3") for i in (1, 2, 3)]
+    assert [[task.id for task in share] for share in shares] == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
+    assert tasks.chosen() == tasks.tasks and tasks.chosen(3) == tasks.tasks[:3]
+    with pytest.raises(RrmError, match="--shard 3/3: no task is left for it of 2"):
+        tasks.chosen(2, "3/3")
+    for wrong in ("0/3", "4/3", "1", "1/", "/3", "a/b", "1/3/5", "-1/3", "\u0663/4"):
+        with pytest.raises(RrmError, match="--shard takes I/N, as in 2/4"):
+            RunConfig(shard=wrong)

@@ -218,3 +218,26 @@ def by_job(events: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         if event["event"] != "readmitted":
             found[event["job"]].append({k: v for k, v in event.items() if k not in OWN})
     return found
+
+
+@pytest.mark.parametrize("mode", ["rrm", "direct"])
+@pytest.mark.parametrize("name", ["max_row_tokens", "max_row_seconds"])
+def test_a_row_ends_at_its_limit_with_what_it_has(mode: str, name: str) -> None:
+    """Nothing of it is left behind, it says which limit that was, and its neighbour goes on to its end."""
+    endless = [Text(pieces("FINAL: 7 and on and on" + " and on" * 50_000))]
+    backend = Scripted({"t": {**GRAPH, "root.b": endless} if mode == "rrm" else {"root": endless}, "u": GRAPH})
+    limit: Any = 200 if name == "max_row_tokens" else 0.5
+    most: dict[str, Any] = {name: limit}
+    results, events = solve(backend, [Job("t", "Add.", mode), Job("u", "Add.")], **most)
+    cut, whole = results["t"], results["u"]
+    assert (whole.status, whole.answer, whole.cut) == ("graph", "FINAL: 3", {})
+    assert cut.cut == {name: 1} and cut.error is None
+    assert cut.total_tokens == limit if name == "max_row_tokens" else 0.5 <= cut.latency_s < 60
+    if mode == "direct":
+        assert cut.status == "atomic" and cut.answer.startswith("FINAL: 7 and on")
+    else:
+        assert cut.status == "invalid" and cut.finish_reasons["root.b"] == "cancelled"
+    mine = [event for event in events if event["job"] == cut.job.key]
+    assert (mine[-1]["event"], mine[-1]["events"], mine[-1]["answer"]) == ("finish", len(mine), cut.answer)
+    free, _ = solve(Scripted({"u": GRAPH}), [Job("u", "Add.")], **{**most, name: 10_000})
+    assert (free["u"].status, free["u"].cut) == ("graph", {})
