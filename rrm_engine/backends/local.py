@@ -27,6 +27,7 @@ from rrm_engine.loading.load import load_skeleton, too_large
 from rrm_engine.loading.placement import MemoryPlan, parse_devices, plan_memory
 from rrm_engine.loading.prepare import LoadedModel, load_model, load_planned
 from rrm_engine.loading.rotary import find_rotary
+from rrm_engine.loading.row_costs import measure_row_costs
 from rrm_engine.loading.swap_costs import measure_swap_costs
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
@@ -195,20 +196,21 @@ def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> E
         host_blocks=config.host_kv_blocks or 0,
         stages=model.stages,
         lookahead=config.lookahead == "on",
-        drafting=_drafting(config, eos_ids),
         vocabulary=published.get_text_config().vocab_size,
     )
     if config.join != "text":
         engine.runner.rotary = find_rotary(model)
     if config.wait_policy == "auto":
         engine.scheduler.costs = measure_swap_costs(engine)
+    if config.draft != "off":
+        engine.draft(_drafting(config, engine))
     return engine
 
 
-def _drafting(config: RunConfig, eos_ids: frozenset[int]) -> Drafting | None:
-    if config.draft == "off":
-        return None
-    return Drafting(MOST if config.draft == "auto" else int(config.draft), eos_ids)
+def _drafting(config: RunConfig, engine: Engine) -> Drafting:
+    if config.draft == "auto":
+        return Drafting(MOST, engine.eos_ids, measure_row_costs(engine))
+    return Drafting(int(config.draft), engine.eos_ids)
 
 
 def _allocate(blocks: int, block_size: int, model: LoadedModel) -> KVCache:

@@ -219,6 +219,8 @@ class EngineSession:
             forward_prefilled=total("prefilled"),
             forward_decoded=total("decoded"),
             reused=total("reused"),
+            drafted=total("drafted"),
+            accepted=total("accepted"),
             total_tokens=total("decoded"),
             forked_blocks=total("forked_blocks"),
             copied_blocks=total("copied_blocks"),

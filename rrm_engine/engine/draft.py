@@ -39,8 +39,10 @@ class RowCosts:
     key: float
 
     def step(self, rows: int) -> float:
-        """A step of so many rows, between and beyond those that were measured on straight lines."""
-        i = min(max(bisect_right(self.rows, rows), 1), len(self.rows) - 1)
+        """A step of so many rows: between those that were measured on straight lines, beyond them in proportion."""
+        if rows >= self.rows[-1]:
+            return self.seconds[-1] * rows / self.rows[-1]
+        i = max(bisect_right(self.rows, rows), 1)
         (x0, x1), (y0, y1) = self.rows[i - 1 : i + 1], self.seconds[i - 1 : i + 1]
         return y0 + (y1 - y0) * (rows - x0) / (x1 - x0)
 

@@ -69,8 +69,8 @@ class Engine:
     With ``lookahead`` one step more is on the devices before the tokens of the oldest are read: what the host does
     about them, and planning and packing the next step, it does while the devices compute.
 
-    With ``drafting`` a step may give a sequence several tokens. They are handed out one by one, by as many calls of
-    ``step``, so that whoever pauses or ends a sequence after one of them finds it without the rest.
+    With drafts (see ``draft``) a step may give a sequence several tokens. They are handed out one by one, by as many
+    calls of ``step``, so that whoever pauses or ends a sequence after one of them finds it without the rest.
     """
 
     def __init__(
@@ -88,11 +88,10 @@ class Engine:
         stages: int = 1,
         lookahead: bool = False,
         vocabulary: int | None = None,
-        drafting: Drafting | None = None,
     ) -> None:
         """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
         ``lookahead`` launches steps that run tokens which the host does not know yet. ``vocabulary`` is how many tokens
-        the model knows; None: whatever is submitted. Without ``drafting`` nothing is guessed.
+        the model knows; None: whatever is submitted.
 
         Raises RrmError if the pool cannot hold one sequence of ``max_sequence_tokens``.
         """
@@ -106,10 +105,8 @@ class Engine:
         self.runner = runner
         self.pool = pool
         self.space = HostSpace(host_blocks)
-        self.scheduler = Scheduler(
-            pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages, drafting=drafting
-        )
-        self.drafting = drafting
+        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages)
+        self.drafting: Drafting | None = None
         self.lookahead = lookahead
         self.max_sequence_tokens = max_sequence_tokens
         self.eos_ids = eos_ids
@@ -128,6 +125,10 @@ class Engine:
     def announce_to(self, ranges: Ranges) -> None:
         """From now on ``ranges`` is told what each part of a step does."""
         self.ranges = self.runner.ranges = ranges
+
+    def draft(self, drafting: Drafting) -> None:
+        """From now on run what ``drafting`` guesses behind the last tokens of sequences."""
+        self.drafting = self.scheduler.drafting = drafting
 
     @property
     def sequences(self) -> list[Sequence]:

@@ -97,7 +97,6 @@ class Scheduler:
         space: HostSpace | None = None,
         costs: SwapCosts | None = None,
         stages: int = 1,
-        drafting: Drafting | None = None,
     ) -> None:
         """``costs`` decide what ``auto`` does with a waiting sequence under pressure; without them it is dropped."""
         self.pool = pool
@@ -107,7 +106,7 @@ class Scheduler:
         self.max_sequences = max_sequences
         self.step_tokens = step_tokens
         self.stages = stages
-        self.drafting = drafting
+        self.drafting: Drafting | None = None
         self.live: list[Sequence] = []  # waiting and running, by priority
         self.paused: dict[str, Sequence] = {}
         self._running = 0

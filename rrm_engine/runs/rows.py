@@ -42,10 +42,13 @@ class Fields(TypedDict):
     max_sibling_width: int
     resumes: int
     critical_path_tokens: int
+    critical_path_steps: NotRequired[int]
     total_tokens: int
     forward_prefilled: int
     forward_decoded: int
     reused: int
+    drafted: NotRequired[int]
+    accepted: NotRequired[int]
     # KV
     peak_kv_blocks: int
     forked_blocks: int

@@ -99,6 +99,8 @@ class Costs:
     forward_prefilled: int = 0
     forward_decoded: int = 0
     reused: int = 0
+    drafted: int = 0
+    accepted: int = 0
     total_tokens: int = 0
     forked_blocks: int = 0
     copied_blocks: int = 0

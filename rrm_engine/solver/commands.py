@@ -92,7 +92,7 @@ class Commands:
     def remember_fork(self, parent: NodeRun, child: str) -> None:
         """``parent`` has just declared ``child``, which may start later from what its parent knows now."""
         place = parent.handle.place(parent.boundary) if self._runtime.child_context == "parent" else None
-        parent.forks[child] = place, self._meter.clocks[parent.path].depth
+        parent.forks[child] = place, self._meter.clocks[parent.path].chain
 
     def halt(self, node: NodeRun, reason: str, end: int | None = None) -> None:
         """A node does not decode any more in its phase, of whose text nothing counts after the character ``end``."""
@@ -108,11 +108,11 @@ class Commands:
 
     def _start(self, command: Start) -> None:
         given = self._dependencies(command.node)
-        after = [self._meter.clocks[path].depth for path in given]
+        after = [self._meter.clocks[path].chain for path in given]
         place = None
         if command.parent is not None:
-            place, depth = self.nodes[command.parent].forks[command.node]
-            after.append(depth)
+            place, chain = self.nodes[command.parent].forks[command.node]
+            after.append(chain)
         opening = self._opening(command, place)
         self.prompt = self.prompt or opening.system + "\n" + opening.user
         try:

@@ -4,11 +4,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain of work, each piece after the one before: decoded ``tokens``, and the ``steps`` that gave them."""
+
+    tokens: int = 0
+    steps: int = 0
+
+    @staticmethod
+    def longest(chains: "Iterable[Chain]") -> "Chain":
+        """The most tokens and the most steps; those may be of two different chains."""
+        found = [Chain(), *chains]
+        return Chain(max(c.tokens for c in found), max(c.steps for c in found))
+
+
 @dataclass(slots=True)
 class Clock:
-    """One node's place on the critical path: ``depth`` is the longest chain of tokens up to its last one."""
+    """One node's place on the critical path: the longest ``chain`` up to its last token, which ``step`` gave."""
 
-    depth: int = 0
+    chain: Chain = Chain()
+    step: int = -1
     decoding: bool = False
     resumed_at: float | None = None  # set from a resume to the token that follows it
 
@@ -28,14 +43,15 @@ class Meter:
     _parallel: bool = False
     _overlap: bool = False
 
-    def start(self, node: str, now: float, after: Iterable[int] = ()) -> None:
-        """A node starts to decode after the chains of tokens given."""
-        self.clocks[node] = Clock(max(after, default=0))
+    def start(self, node: str, now: float, after: Iterable[Chain] = ()) -> None:
+        """A node starts to decode after the chains given."""
+        self.clocks[node] = Clock(Chain.longest(after))
         self._set_decoding(node, True, now)
 
-    def wrote(self, node: str, now: float, tokens: int, is_child: bool) -> None:
+    def wrote(self, node: str, now: float, tokens: int, step: int, is_child: bool) -> None:
         clock = self.clocks[node]
-        clock.depth += tokens
+        clock.chain = Chain(clock.chain.tokens + tokens, clock.chain.steps + (step != clock.step))
+        clock.step = step
         if self.ttft_s is None:
             self.ttft_s = now - self.started_at
         if is_child and self.time_to_first_child_s is None:
@@ -51,7 +67,7 @@ class Meter:
     def resume(self, node: str, now: float, after: Iterable[str]) -> None:
         """The node goes on after its own last token and those of the nodes it waited for."""
         clock = self.clocks[node]
-        clock.depth = max([clock.depth, *(self.clocks[n].depth for n in after if n in self.clocks)])
+        clock.chain = Chain.longest([clock.chain, *(self.clocks[n].chain for n in after if n in self.clocks)])
         clock.resumed_at = now
         self._set_decoding(node, True, now)
 

@@ -6,12 +6,13 @@ from rrm_engine.graph.paths import NodePath
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.parser import EventParser
 from rrm_engine.solver.backend import NodeHandle, Place
+from rrm_engine.solver.metering import Chain
 
 
 @dataclass(slots=True)
 class NodeRun:
     """A node that was opened. ``turn`` counts its resumes. ``forks`` says for each child where a fork of this node's
-    context ends, and the length of the chain of tokens up to there.
+    context ends, and the chain up to there.
     """
 
     path: NodePath
@@ -21,7 +22,7 @@ class NodeRun:
     running: bool = True
     turn: int = 0
     events: list[tuple[int, int]] = field(default_factory=list)  # where they stand in the phase's text
-    forks: dict[str, tuple[Place | None, int]] = field(default_factory=dict)
+    forks: dict[str, tuple[Place | None, Chain]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)  # why it stopped decoding, each time
     phases: list[Phase] = field(default_factory=list)  # in which it did
 

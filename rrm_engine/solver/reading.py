@@ -38,7 +38,8 @@ class Reading:
             raise written.error
         node, commands = self._commands.nodes[written.node], self._commands
         self.tokens += written.tokens
-        self._meter.wrote(node.path, monotonic(), written.tokens, is_child=node.path.parent is not None)
+        now, step, is_child = monotonic(), self._backend.steps, node.path.parent is not None
+        self._meter.wrote(node.path, now, written.tokens, step, is_child)
         if node.running and written.waited is not None:
             self._tell_waited(node, written.waited)
         if self._texts and written.text:

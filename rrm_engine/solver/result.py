@@ -41,7 +41,8 @@ class JobResult:
     ``forward_prefilled`` counts tokens run through the model that were not sampled there (prompts, conclusions,
     recomputation after preemption), ``forward_decoded`` the sampled tokens run or emitted, ``reused`` prompt tokens
     whose KV was already in the pool (prefix cache or fork). ``critical_path_tokens`` is the longest chain of
-    decoded tokens: a child starts where its event closed, a parent resumes after its slowest child.
+    decoded tokens: a child starts where its event closed, a parent resumes after its slowest child;
+    ``critical_path_steps`` is that chain in steps, of which one may give several tokens that were drafted.
     """
 
     job: Job
@@ -54,7 +55,10 @@ class JobResult:
     forward_prefilled: int = 0
     forward_decoded: int = 0
     reused: int = 0
+    drafted: int = 0  # tokens guessed and run with the token before
+    accepted: int = 0  # of these, those that the nodes came to have
     critical_path_tokens: int = 0
+    critical_path_steps: int = 0
     total_tokens: int = 0  # decoded by all nodes
     nodes: int = 1
     max_depth: int = 0

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from rrm_engine.engine.draft import MOST, SIZES, Drafting, Guess
-from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.sequence import Sequence
 
 RIGHT = (MOST, 0, 1, 3)  # of the drafts of a sequence by turns: so many tokens, and then a wrong one
@@ -26,9 +25,3 @@ class Foretold(Drafting):
         guess = [token if i != right else 2 + token % 7 for i, token in enumerate(known)]
         matcher = sequence.matcher.copy() if sequence.matcher is not None else None
         return [(token, SIZES[0]) for token in self._allowed(matcher, guess)]
-
-
-def draft(engine: Engine, drafting: Drafting) -> Drafting:
-    """Let an engine draft from now on."""
-    engine.drafting = engine.scheduler.drafting = drafting
-    return drafting

@@ -52,6 +52,7 @@ TASKS = ["Add 2 and 3.", "How many days?", "x", "Find the remainder of 7 by 4, t
 JOBS = [Job(f"t{i}", task) for i, task in enumerate(TASKS)]
 SETTINGS: dict[str, Any] = {
     "constrain": "on",
+    "draft": "off",
     "temperature": 1.0,
     "top_k": 0,
     "seed": 2,

@@ -204,8 +204,9 @@ class Life:
             host_blocks=host_blocks,
             stages=stages,
             lookahead=lookahead,
-            drafting=drafting,
         )
+        if drafting is not None:
+            self.engine.draft(drafting)
         self.engine.scheduler.costs = costs
         self.scheduler = self.engine.scheduler
         self.longest = longest
