@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
+from rrm_engine.graph.paths import NodePath
 from rrm_engine.legible import legible_key
 from rrm_engine.replay.graph import Append, Await, Child, Decode, Graph, Node, Step
 from rrm_engine.replay.reader import GraphError, contains
@@ -65,7 +66,7 @@ def _graph(trace: JobTrace, forks: bool) -> Graph | None:
     starts = _child_places(trace, phases)
     shared: dict[str, int] = {}  # child -> tokens of its parent that it starts with
     for child in starts if forks else ():
-        parent = child.rpartition(".")[0]
+        parent = NodePath(child).parent or ""
         # Where an event ended inside a token, the fork ends before that token: the child starts there.
         place = _common(contexts[child][:-1], tokens[parent][: starts[child]])
         if any(phase.start < place <= phase.stop for phase in phases[parent]):
@@ -74,7 +75,7 @@ def _graph(trace: JobTrace, forks: bool) -> Graph | None:
     prefix = reduce(lambda a, b: a[: _common(a, b[:-1])], fresh, fresh[0][:-1]) if len(fresh) > 1 else ()
     nodes = {}
     for name, found in phases.items():
-        own = {child: place for child, place in starts.items() if child.rpartition(".")[0] == name}
+        own = {child: place for child, place in starts.items() if (NodePath(child).parent or "") == name}
         after = [other for other in trace.real(name)[0].after if other in phases]
         after += [ROOT] if name == FALLBACK and ROOT in phases else []
         prompt = contexts[name][shared.get(name, len(prefix)) :]

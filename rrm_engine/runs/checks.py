@@ -7,6 +7,7 @@ The events are counted, every node goes through its life in order (see timeline.
 from collections.abc import Sequence
 from itertools import pairwise
 
+from rrm_engine.graph.paths import NodePath
 from rrm_engine.runs.events import Began, Event, Finished, JobBegan, WroteChild
 from rrm_engine.runs.timeline import FALLBACK, NO_ROOM, ROOT, Incomplete, JobTrace
 
@@ -52,12 +53,12 @@ def check_causes(trace: JobTrace) -> None:
     """A node starts for its parent or a sibling, and goes on for its children or itself."""
     made = {event.child for event in trace.events if isinstance(event, WroteChild)}
     for path, stretches in trace.nodes.items():
-        parent = path.rpartition(".")[0]
+        parent = NodePath(path).parent or ""
         if parent and path not in made:
             raise Incomplete(f"{path} starts and no event declares it")
         for stretch in stretches:
             by = trace.events[trace.cause(stretch.begin)].node
-            family = by in (path, parent) or by.rpartition(".")[0] in (path, parent)
+            family = by in (path, parent) or (NodePath(by).parent or "") in (path, parent)
             if not family and path not in (ROOT, FALLBACK):
                 raise Incomplete(f"what made {path} go at step {trace.events[stretch.begin].step} is missing")
             late = [p for p in stretch.after if p in trace.nodes and trace.over[p] > stretch.begin]

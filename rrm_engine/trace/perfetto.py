@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.graph.paths import NodePath
 from rrm_engine.legible import legible
 from rrm_engine.runs.events import Event, Started, Wrote, WroteChild
 from rrm_engine.runs.timeline import NAMES, NO_ROOM, JobTrace, Stretch
@@ -144,7 +145,7 @@ class _Job:
     def write(self) -> None:
         self._tie()
         for rank, path in enumerate(self.trace.nodes):
-            parent, _, name = path.rpartition(".")
+            parent, name = NodePath(path).parent or "", NodePath(path).id
             self.tracks[path] = self.packets.track(legible(name), self.tracks[parent], rank)
             waits = dict(self.trace.waits(path))
             for stretch in self.trace.nodes[path]:

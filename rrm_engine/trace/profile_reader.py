@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rrm_engine.errors import RrmError
+from rrm_engine.graph.paths import NodeKey
 
 PROFILE, SUMMARY = "profile.json.gz", "profile.txt"
 ENTRY = "rrm_engine"  # ours at the top level of the Chrome trace
@@ -49,7 +50,7 @@ class Range:
     @property
     def jobs(self) -> set[str]:
         """Keys of the jobs it worked for."""
-        return {key.rpartition(":")[0] for key in self.args["nodes"]}
+        return {NodeKey(key).job for key in self.args["nodes"]}
 
     @property
     def told(self) -> dict[str, Any]:

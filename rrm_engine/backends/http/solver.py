@@ -90,7 +90,16 @@ class HttpSolver(Solving):
         )
         self.backend = HttpBackend(asking, streams)
         limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
-        super().__init__(Runtime(self.backend, style, limits, cast(Any, config.child_context)))
+        super().__init__(
+            Runtime(
+                self.backend,
+                style,
+                limits,
+                cast(Any, config.child_context),
+                config.max_row_tokens,
+                config.max_row_seconds,
+            )
+        )
 
     @classmethod
     def load(
