@@ -24,8 +24,8 @@ class Plan:
 
     def ask(self, prompt: Any, budget: int, grammar: Grammar | None, seed: int) -> Ask:
         text = None if self.grammar is None or grammar is None else self.grammar(*grammar)
-        sampling = self.sampling | ({"seed": seed} if self.seeded else {})
-        return Ask(prompt, budget, sampling, self.extra, text)
+        extra = self.extra | ({"seed": seed} if self.seeded else {})  # the Responses API has no name for it
+        return Ask(prompt, budget, self.sampling, extra, text)
 
     def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
         """The phase's settings, for the trace."""
