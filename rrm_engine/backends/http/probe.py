@@ -22,6 +22,11 @@ class Found:
     models: list[str] = field(default_factory=list)
 
 
+def patient(replica: Replica) -> Any:
+    """Its client, which asks again: a connection that was kept may have been closed meanwhile."""
+    return replica.client.with_options(max_retries=3)
+
+
 async def find_models(replicas: Sequence[Replica]) -> Found:
     """Ask every replica what it serves. Raises RrmError, naming the replica, for one that does not answer."""
     found = Found()
@@ -36,7 +41,7 @@ async def find_models(replicas: Sequence[Replica]) -> Found:
 
 async def _models(replica: Replica) -> list[Any]:
     try:
-        return list((await replica.client.models.list()).data or ())
+        return list((await patient(replica).models.list()).data or ())
     except openai.APIStatusError as error:
         if error.status_code not in (401, 403):  # it lives, and has no list
             return []
@@ -56,7 +61,7 @@ async def returned_ids(replica: Replica, model: str, prompt: list[int]) -> tuple
     """
     extra = {"add_special_tokens": False, "return_token_ids": True}
     try:
-        answer = await replica.client.completions.create(
+        answer = await patient(replica).completions.create(
             model=model, prompt=prompt, max_tokens=LOOK, temperature=0, extra_body=extra
         )
     except openai.APIStatusError as error:

@@ -11,7 +11,7 @@ import openai
 from rrm_engine.backends.http.backend import HttpBackend, Streams
 from rrm_engine.backends.http.context import Contexts, TokenContexts, TurnContexts
 from rrm_engine.backends.http.pool import Pool, Replica
-from rrm_engine.backends.http.probe import find_models, refused, returned_ids, takes
+from rrm_engine.backends.http.probe import find_models, patient, refused, returned_ids, takes
 from rrm_engine.backends.http.session import Asking
 from rrm_engine.backends.http.settings import additions, phase_plans, refuse_ignored, resolve
 from rrm_engine.backends.http.tokenizer import ModelFiles, read_model_files
@@ -156,7 +156,7 @@ class HttpSolver(Solving):
 
 async def _ask(replica: Replica, config: RunConfig, style: Style, chat: ChatFormat | None) -> Servers:
     """Find out what the servers take, from the first of them."""
-    client, model = replica.client, config.model
+    client, model = patient(replica), config.model
     base: dict[str, Any] = {"model": model}
     if chat is not None:
         servers = Servers(TokenApi(), TokenContexts(chat))
