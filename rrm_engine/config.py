@@ -131,13 +131,13 @@ class RunConfig:
     max_concurrency: int = setting(64, "run", "sequences decoding at once")
 
     # graph
-    max_depth: int = setting(2, "graph", "levels of children below the root")
+    max_depth: int | None = setting(None, "graph", "levels of children below the root; default: the style's")
     max_sibling_width: int = setting(8, "graph", "children one node may start")
     max_nodes: int = setting(64, "graph", "nodes of one graph")
-    child_context: str = setting(
-        "task",
+    child_context: str | None = setting(
+        None,
         "graph",
-        "what a child starts from: its task only, or a fork of its parent's whole context",
+        "what a child starts from: its task only, or a fork of its parent's whole context; default: the style's",
         choices=("task", "parent"),
     )
     constrain: str = setting(
@@ -227,7 +227,7 @@ class RunConfig:
             (self.samples >= 1, "--samples must be at least 1"),
             (self.task_concurrency >= 1, "--task-concurrency must be at least 1"),
             (self.max_concurrency >= 1, "--max-concurrency must be at least 1"),
-            (self.max_depth >= 0, "--max-depth must be at least 0"),
+            (self.max_depth is None or self.max_depth >= 0, "--max-depth must be at least 0"),
             (self.max_sibling_width >= 1, "--max-sibling-width must be at least 1"),
             (self.max_nodes >= 1, "--max-nodes must be at least 1"),
             (self.block_size >= 1, "--block-size must be at least 1"),
@@ -249,7 +249,9 @@ class RunConfig:
                 least = 0 if f.name == "boundary_tokens" else 1
                 checks.append((value >= least, f"--{f.name.replace('_', '-')} must be at least {least}"))
             if choices := f.metadata.get("choices"):
-                checks.append((value in choices, f"--{f.name.replace('_', '-')} takes {', '.join(choices)}"))
+                checks.append(
+                    (value is None or value in choices, f"--{f.name.replace('_', '-')} takes {', '.join(choices)}")
+                )
         for ok, message in checks:
             if not ok:
                 raise RrmError(message)

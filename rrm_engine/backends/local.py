@@ -69,6 +69,7 @@ class Solver(Solving):
         self.plan: MemoryPlan | None = None  # where several devices were named
         self.resolved = config = resolve(config, model, style, chat, tasks, self.replicas)
         assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
+        assert config.max_depth is not None
         limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
         engines = [_engine(each, config, chat.eos_ids) for each in self.replicas]
         self.engine: AnyEngine = engines[0] if len(engines) == 1 else Replicas(engines, together=config.join != "text")

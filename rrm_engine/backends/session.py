@@ -53,10 +53,6 @@ class EngineNode(NodeTokens[Sequence]):
     last: tuple[float, int] = (0.0, 0)  # the same of its last token
 
     @property
-    def text(self) -> str:
-        return "".join(self.pieces)
-
-    @property
     def length(self) -> int:
         return len(self.sequence.tokens)
 
@@ -87,16 +83,17 @@ class EngineNode(NodeTokens[Sequence]):
         plan = writing.plans[continuation.phase]
         so_far = {"closed": self._closed(), "turns": self.user_turns, "system": self.system}
         turn, splices = session.joiner.turn(self, continuation, plan.thinking, so_far)
-        tokens = [*self.cut, *turn]
+        opens = "" if plan.thinking else continuation.opens
+        tokens = [*self.cut, *turn, *writing.chat.opens(opens)]
         splices = [(at + len(self.cut), span) for at, span in splices]
         base, matcher = len(sequence.tokens), plan.match(continuation.grammar)
         writing.engine.resume(sequence, tokens, plan.budget, plan.sampling, matcher, splices)
         if splices:
             session.shadows.follow(self.path, sequence)
-        self.enter(Detokenizer(writing.tokenizer))
+        self.enter(Detokenizer(writing.tokenizer), opens)
         self.ready = (monotonic(), writing.engine.launched)
         spliced = [(base + at, base + at + len(span)) for at, span in splices]
-        self.begun = Begun(len(tokens), spliced, plan.recorded(continuation.grammar))
+        self.begun = Begun(len(tokens), opens, spliced, plan.recorded(continuation.grammar))
 
     def finish(self) -> Transcript:
         sequence = self.sequence
@@ -168,6 +165,8 @@ class EngineSession:
             fork, turns = (parent.sequence, keep), turns + 1
         else:
             tokens = writing.chat.opening(opening.system, opening.user, plan.thinking)
+        opens = "" if plan.thinking else opening.opens
+        tokens += writing.chat.opens(opens)
         sequence = writing.engine.submit(
             NodeKey.of(self.job, node),
             tokens,
@@ -178,13 +177,14 @@ class EngineSession:
             matcher=plan.match(opening.grammar),
             fork_of=fork,
         )
-        begun = Begun(len(tokens), settings=plan.recorded(opening.grammar))
+        begun = Begun(len(tokens), opens, settings=plan.recorded(opening.grammar))
         new = EngineNode(
             node,
             sequence,
             Detokenizer(writing.tokenizer),
             len(tokens),
             turns,
+            opens,
             session=self,
             writing=writing,
             begun=begun,

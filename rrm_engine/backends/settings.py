@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rrm_engine.backends.phases import RESTING, budget_of, thinks
+from rrm_engine.backends.phases import RESTING, budget_of, thinks, with_style
 from rrm_engine.backends.plans import MatcherFactory, PhasePlan
 from rrm_engine.config import RunConfig
 from rrm_engine.device.memory import free_memory, in_units, kv_room
@@ -19,6 +19,7 @@ from rrm_engine.kv.cache import bytes_per_block_on_devices
 from rrm_engine.loading.generation import refuse_unusable
 from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.protocol.chat import ChatFormat
+from rrm_engine.protocol.grammar import PHASES as GRAMMARS
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.protocol.style import SAMPLING, Style
 from rrm_engine.protocol.thinking import Marks, Thought
@@ -44,6 +45,7 @@ def resolve(
     """
     values: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), **_where(config, model, replicas)}
     values["prompt_style"] = config.prompt_style if config.prompt_style != "auto" else style.name
+    config = with_style(config, style)
     if config.block_size % (multiple := model.attend.block_multiple):
         raise RrmError(
             f"--block-size {config.block_size}: --attention {config.attention} takes multiples of {multiple}; "
@@ -92,14 +94,13 @@ def longest_prompt(config: RunConfig, style: Style, chat: ChatFormat, tasks: Seq
     A task that no prompt can be made of does not count: its rows will say so.
     """
     values = {"given": (), "max_width": config.max_sibling_width, "depth_left": config.max_depth}
-    root = "graph" if config.max_depth > 0 else "solver"
-    kinds = [("direct", "direct"), (root, "recursive")] if "rrm" in config.modes else [("direct", "direct")]
+    kinds = ["direct", "graph" if config.max_depth else "solver"] if "rrm" in config.modes else ["direct"]
     longest = 0
     for task in sorted(tasks, key=lambda task: len(task.encode(errors="replace")), reverse=True)[:16] or [""]:
-        for kind, mode in kinds:
+        for kind in kinds:
             with suppress(Exception):
-                user = style.user(kind, task=task, **values)
-                longest = max(longest, len(chat.opening(style.system(mode), user)))
+                system, user, opens = style.start(kind, task=task, **values)
+                longest = max(longest, len(chat.opening(system, user)) + len(chat.opens(opens)))
     return longest
 
 
@@ -206,15 +207,16 @@ def phase_plans(
     for phase, flag in BUDGETS.items():
         thinking, budget = bool(getattr(config, f"{phase}_thinking")), getattr(config, flag)
         matcher = thought = None
-        if grammars is not None and phase in (Phase.GRAPH, Phase.CONTINUATION):
+        free = phase is Phase.SOLVER and (thinking or style.solver_events)
+        if grammars is not None and phase in GRAMMARS and not free:
             if thinking:  # what the style gives the events, at most half of all, is kept for them
                 room = budget - min(style.budget(phase), budget // 2)
                 thought = Thought(chat.marks, chat.opens_thinking(True), room)
-            matcher = _matcher(grammars, phase, limits, chat.marks, thought)
+            matcher = _matcher(grammars, phase, limits, chat.marks, thought, style.max_task_chars)
         sampling = sampling_params(config, style, model, thinking)
-        if matcher is not None:
+        if matcher is not None and phase is not Phase.SOLVER:
             sampling = sampling.without(*RESTING)
-        plans[phase] = PhasePlan(budget, thinking, sampling, matcher, thought)
+        plans[phase] = PhasePlan(budget, thinking, sampling, matcher, thought, style.max_task_chars)
     return plans
 
 
@@ -231,13 +233,23 @@ def describe_sampling(config: RunConfig, plans: Mapping[Phase, PhasePlan], model
 
 
 def _matcher(
-    grammars: EventGrammars, phase: Phase, limits: Limits, marks: Marks, thought: Thought | None
+    grammars: EventGrammars,
+    phase: Phase,
+    limits: Limits,
+    marks: Marks,
+    thought: Thought | None,
+    max_task_chars: int,
 ) -> MatcherFactory:
     """Matchers for nodes that have had ``children`` and may or may not split again."""
 
     def make(children: int, may_split: bool) -> Matcher:
         grammar = event_grammar(
-            limits.max_width, may_split=may_split, first=children + 1, phase=phase.value, marks=marks
+            limits.max_width,
+            may_split=may_split,
+            first=children + 1,
+            phase=phase.value,
+            marks=marks,
+            max_task_chars=max_task_chars,
         )
         return grammars.matcher(grammar, thought)
 

@@ -23,7 +23,7 @@ class NodeTokens(Generic[S]):
     """A node's sequence and the text of its current phase.
 
     ``ends[i]`` is the length of that text after the phase's i-th token, so that a place in the text can be found
-    in the tokens.
+    in the tokens. ``opens`` is what the text begins with and the model did not write.
     """
 
     path: NodePath
@@ -31,10 +31,15 @@ class NodeTokens(Generic[S]):
     detokenizer: Detokenizer
     first: int = 0  # index in the sequence of the phase's first sampled token
     user_turns: int = 1  # in its context
+    opens: str = ""
     pieces: list[str] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)  # kept part of a token that an event ended in
     sampled: list[tuple[int, int]] = field(default_factory=list)  # token ranges that the model wrote
+
+    @property
+    def text(self) -> str:
+        return self.opens + "".join(self.pieces)
 
     def wrote(self, token: int | None, last: bool) -> str:
         """Note one more token of the phase, None for an end of sequence; the text that is certain with it.
@@ -45,14 +50,15 @@ class NodeTokens(Generic[S]):
         if last:
             piece += self.detokenizer.end()
         self.pieces.append(piece)
-        self.ends.append((self.ends[-1] if self.ends else 0) + len(piece))
+        self.ends.append((self.ends[-1] if self.ends else len(self.opens)) + len(piece))
         return piece
 
-    def enter(self, detokenizer: Detokenizer) -> None:
-        """Begin another phase after the tokens the sequence has now."""
+    def enter(self, detokenizer: Detokenizer, opens: str = "") -> None:
+        """Begin another phase after the tokens the sequence has now, of which the last ones say ``opens``."""
         self.user_turns += 1
         self.first = len(self.sequence.tokens)
         self.detokenizer, self.pieces, self.ends, self.cut = detokenizer, [], [], []
+        self.opens = opens
 
     def split(self, boundary: int, encode: TextEncoder) -> tuple[int, list[int]]:
         """(tokens, rest): the sequence's tokens up to ``boundary`` in the text, where an event ends, and the kept
@@ -62,9 +68,9 @@ class NodeTokens(Generic[S]):
         came together, as bytes of one character do, are cut as one.
         """
         last = bisect_left(self.ends, boundary)
-        text = "".join(self.pieces)
+        text = self.text
         if not text[boundary : self.ends[last]].strip():
             return self.first + last + 1, []
-        begin = self.ends[last - 1] if last else 0
-        whole = bisect_left(self.ends, begin) + 1 if begin else 0
+        begin = self.ends[last - 1] if last else len(self.opens)
+        whole = bisect_left(self.ends, begin) + 1 if last else 0
         return self.first + whole, encode([Content(text[begin:boundary])], continues=True)

@@ -67,7 +67,7 @@ def new_run(options: Options) -> int:
         tasks = load_tasks(options.tasks or DEFAULT_TASKS)
         with closing_unless_begun(RunDir.create(options.out or _default_directory(config, tasks))) as directory:
             solver = _load(config, tasks, _announce(options))
-            directory.write_manifest(_manifest(config, tasks, solver))
+            directory.write_manifest(manifest_of(config, tasks, solver))
             return _run(solver, tasks, config, directory, options)
     except KeyboardInterrupt:
         say("Interrupted before the first row.")
@@ -264,7 +264,7 @@ def _close(directory: RunDir, config: RunConfig, quiet: bool, broken: BaseExcept
     return FAILED if summary["errors"] or unwritten else OK
 
 
-def _manifest(config: RunConfig, tasks: TaskSet, solver: "AnySolver") -> Manifest:
+def manifest_of(config: RunConfig, tasks: TaskSet, solver: "AnySolver") -> Manifest:
     """run.json: what was asked, what it came out as, and where it ran."""
     used = len(tasks.chosen(config.limit, config.shard))
     return Manifest(

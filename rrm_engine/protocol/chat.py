@@ -92,6 +92,10 @@ class ChatFormat:
             del found[0][0]
         return [part for part in found if part]
 
+    def opens(self, text: str) -> list[int]:
+        """Ids of ``text`` as the beginning of an assistant's turn, to append to those of an opening or a turn."""
+        return self.encode([Content(f" {text}" if self.plain else text)], continues=True) if text else []
+
     def closes_with(self, token: int) -> bool:
         """Whether the template ends an assistant's turn with ``token`` and nothing before it."""
         return self.turn("x")[0] == token

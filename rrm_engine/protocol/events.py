@@ -7,6 +7,9 @@
 """
 
 from dataclasses import dataclass
+from typing import Final
+
+MAX_TASK_CHARS: Final = 1200  # of a child, where a grammar holds and the style does not say otherwise
 
 
 @dataclass(frozen=True, slots=True)

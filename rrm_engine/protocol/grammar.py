@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from rrm_engine.errors import RrmError
 from rrm_engine.protocol.encode import TextEncoder
+from rrm_engine.protocol.escapes import QUOTES
+from rrm_engine.protocol.events import MAX_TASK_CHARS
 from rrm_engine.protocol.thinking import DEFAULT, Marks, Thought
 
-PHASES: Final = ("graph", "continuation")
+PHASES: Final = ("graph", "continuation", "solver")
 
 # Inside a string only \" \\ and \n are possible: LaTeX must then be written as valid JSON, \\frac for \frac.
 _CHAR: Final = r'([^"\\\x00-\x1f\x7f]|\\["\\n])'
@@ -26,8 +28,8 @@ _VISIBLE: Final = r'[^"\\\x00-\x20\x7f]'
 _ANSWER_START: Final = r"([0-9A-Za-z(+\-]|\\\\[A-Za-z])"
 _ANSWER_CHAR: Final = r'([^"\\\x00-\x1f\x7f]|\\["\\])'
 
-# Token sets that llguidance precomputes masks for; each lies inside what the regexes above repeat.
-_SLICES: Final = [r'[^{<"\\\x00-\x1f\x7f]{1,30}', r'[^"\\\x00-\x1f\x7f]{1,30}']
+# Token sets that llguidance precomputes masks for; each lies inside what some of the regexes here repeat.
+_SLICES: Final = [r"[^{]{1,60}", r'[^{<"\\\x00-\x1f\x7f]{1,30}', r'[^"\\\x00-\x1f\x7f]{1,30}']
 
 
 def event_grammar(
@@ -37,17 +39,18 @@ def event_grammar(
     first: int = 1,
     phase: str = "graph",
     marks: Marks = DEFAULT,
-    max_task_chars: int = 1200,
+    max_task_chars: int = MAX_TASK_CHARS,
     max_answer_chars: int = 1200,
     max_work_lines: int = 40,
 ) -> str:
-    """The Lark grammar of what a node may write in ``phase``; a solver phase needs none.
+    """The Lark grammar of what a node may write in ``phase``.
 
     graph         2 to ``max_children`` children with ids c<first>, c<first + 1>, ... that depend only on earlier
                   ones, then an await of all of them; or ``{"type":"atomic"}``, which is all there is if the
                   node may not split or ``max_children`` is below 2
     continuation  up to ``max_work_lines`` lines of working, then ``{"type":"atomic","answer":"... FINAL: ..."}``
                   and perhaps a ``done``; or, if the node may split again, children and an await as above
+    solver        any text without an object: for nodes that have read events and are not to write any
 
     ``first`` keeps the ids of a second round apart from the first's; ``marks`` are what the model's thinking stands
     between. Raises ValueError for another phase and
@@ -57,6 +60,8 @@ def event_grammar(
         raise ValueError(f"there is no grammar for the phase {phase!r}, only for {', '.join(PHASES)}")
     if min(first, max_task_chars, max_answer_chars, max_work_lines) < 1:
         raise ValueError("first and the limits of a grammar must be at least 1")
+    if phase == "solver":
+        return f"start: /{_without_objects()}/\n"
     splits = may_split and max_children >= 2
     rules = []
     if phase == "graph":
@@ -81,6 +86,11 @@ def _work_char(marks: Marks) -> str:
     begin, then = re.escape(marks.open[0]), re.escape(marks.open[1])
     quoted = r"\"'“”„‘’\s"  # noqa: RUF001
     return rf"([^{{{begin}\x00-\x1f\x7f]|\{{[^{{{begin}{quoted}\x00-\x1f]|{begin}[^{{{begin}{then}\x00-\x1f])"
+
+
+def _without_objects() -> str:
+    """Text in which no brace is followed by a quoted key, as the parser of events wants it."""
+    return rf"([^{{]|\{{[\s{{]*[^{{\s{QUOTES}])*"
 
 
 def _children(count: int, first: int) -> list[str]:

@@ -28,20 +28,21 @@ class EventParser:
     """Incremental, lenient parser of JSON-line events.
 
     ``thinking``: the text begins inside a thinking block that the chat template opened; everything up to its end is
-    ignored, as is every later block. ``marks`` are what blocks stand between.
+    ignored, as is every later block. ``marks`` are what blocks stand between. The text follows ``after`` characters
+    that others wrote, which count where events stand.
 
     An object begins where ``{`` is followed by a quoted key and a colon; other braces are prose. An object
     without a ``type`` is ignored; one that meant to be an event and cannot be read becomes a Malformed, and
     parsing goes on after it. ``repairs`` counts, by name, every leniency that was needed for an event.
     """
 
-    def __init__(self, thinking: bool = False, marks: Marks = DEFAULT) -> None:
+    def __init__(self, thinking: bool = False, marks: Marks = DEFAULT, after: int = 0) -> None:
         self.marks = marks
         self._mark = re.compile(f"[{{{re.escape(marks.open[0])}]")
         self.repairs: Counter[str] = Counter()
         self._thinking = thinking
         self._buffer = ""  # text not yet settled
-        self._base = 0  # offset of its first character in everything fed
+        self._base = after  # offset of its first character in the whole text
         self._pos = 0  # how far the buffer has been looked at
         self._object: ObjectScanner | None = None
         self._gap: list[str] = []  # visible text since the last event

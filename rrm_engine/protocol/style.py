@@ -5,6 +5,11 @@ A packaged style lies in ``styles/``; a user's own is loaded by its path and has
     name, description    texts
     base                 another style, by name or by a path from this file on: what is not set here is as there
     trained_on_events    the model writes the events without a grammar
+    max_depth            levels of children below the root unless a flag says so; left out: 1
+    child_context        what a child starts from unless a flag says so, task or parent; left out: task
+    max_task_chars       characters of a child's task that a grammar allows; left out: 1200
+    solver_events        false: a grammar keeps events out of what a node writes that has read of them and now solves
+                         its task; left out: true
     [thinking]           direct, graph, solver, continuation = true | false
     [budgets]            direct, planner, solver, continuation = tokens
     [sampling.thinking]  any of temperature, top_p, top_k, min_p, repetition_penalty; may be left out, as may
@@ -12,12 +17,18 @@ A packaged style lies in ``styles/``; a user's own is loaded by its path and has
     [phrases]            plain texts of any name, which every template may use: {{ name }}; may be left out
     [system]             direct, recursive
     [user]               direct, graph, solver, resume, solve, fork
+    [opens]              any of direct, solver, resume, solve, fork: how the answer to that text begins, written for
+                         the model, which goes on from there; not where it thinks first. May be left out
+
+A child that cannot split starts from the text ``solver``. Without one, and so without a budget or thinking of its own
+there, it gets those of a direct solve: the same system text, words, tokens and sampling.
 
 What a user template may use is what ``VARIABLES`` says for its kind: ``task``, ``given`` (objects with ``id``,
 ``answer`` and ``final``, what `read_answer` reads in it or else the whole answer; none: []), ``conclusions`` (the same,
 with ``ok``), ``notes``, ``rule``, ``id`` (of the child that forks), ``max_width``, ``depth_left`` (levels of
-children the node may still have below it; 0: it must solve its task itself), and the phrases. A system template may
-use phrases alone: every node of a recursive run has the same system text, so that its KV blocks are shared.
+children the node may still have below it; 0: it must solve its task itself), and the phrases. ``{{ task | asked }}``
+is what the task asks for at its end, ``{{ rule | with_results(conclusions) }}`` the rule with results for ids. A system
+template may use phrases alone: every node that plans has the same system text, so that its KV blocks are shared.
 
 A style that builds on another has a name and a description of its own and changes single keys of the other's tables; a
 base may have a base in turn.
@@ -39,6 +50,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rrm_engine.errors import RrmError
 from rrm_engine.protocol.answers import read_answer
+from rrm_engine.protocol.asked import asked, with_results
+from rrm_engine.protocol.events import MAX_TASK_CHARS
 
 PHASES: Final = ("direct", "graph", "solver", "continuation")
 BUDGETS: Final = ("direct", "planner", "solver", "continuation")
@@ -57,6 +70,7 @@ VARIABLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     }
 )
 USER: Final = tuple(VARIABLES)
+CHILD_CONTEXTS: Final = ("task", "parent")
 SAMPLING: Final = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -99,11 +113,19 @@ _BARE: Final[Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Style:
-    """A prompt style. ``thinking`` is keyed by phase, ``budgets`` as in the file (`budget` takes a phase)."""
+    """A prompt style. ``thinking`` is keyed by phase, ``budgets`` as in the file (`budget` takes a phase).
+
+    ``solver_is_direct``: a solver child solves as a direct solve does; both may then lack the solver phase.
+    """
 
     name: str
     description: str
     trained_on_events: bool
+    max_depth: int
+    child_context: str
+    max_task_chars: int
+    solver_events: bool
+    solver_is_direct: bool
     thinking: Mapping[str, bool]
     budgets: Mapping[str, int]
     _sampling: Mapping[str, Mapping[str, float]] = field(repr=False)
@@ -111,7 +133,12 @@ class Style:
 
     def budget(self, phase: str) -> int:
         """Tokens of a phase; the graph phase's are the planner's."""
-        return self.budgets["planner" if phase == "graph" else phase]
+        key = "planner" if phase == "graph" else phase
+        return self.budgets[key if key in self.budgets else "direct"]
+
+    def thinks(self, phase: str) -> bool:
+        """Whether a phase is to think."""
+        return self.thinking[phase if phase in self.thinking else "direct"]
 
     def sampling(self, thinking: bool) -> dict[str, float]:
         """The style's sampling settings; what it leaves open is the model's own."""
@@ -130,13 +157,25 @@ class Style:
         ``values`` are those that ``VARIABLES`` names for it; given and conclusions are iterables of Answered. Raises
         ValueError for another kind and other values, RrmError where the template cannot be rendered with them.
         """
-        names = VARIABLES.get(kind)
-        if names is not None and values.keys() != set(names):
-            raise ValueError(f"a style's user text {kind} takes {', '.join(names)}, not {', '.join(values)}")
-        for name in ("given", "conclusions"):
-            if name in values:
-                values[name] = [_part(one) for one in values[name]]
-        return self._render("user", kind, values)
+        return self._render("user", kind, _as_given(kind, values))
+
+    def opens(self, kind: str, **values: Any) -> str:
+        """How the answer to the user turn of ``kind`` begins; "" if that is the model's own affair.
+
+        Otherwise as ``user``.
+        """
+        values = _as_given(kind, values)
+        return self._render("opens", kind, values) if f"opens.{kind}" in self._templates else ""
+
+    def start(self, kind: str, **values: Any) -> tuple[str, str, str]:
+        """System text, user turn and the answer's opening of a node that starts: ``kind`` is direct, graph or solver.
+
+        Otherwise as ``user``.
+        """
+        if kind == "solver" and self.solver_is_direct:
+            kind = "direct"
+        system = self.system("direct" if kind == "direct" else "recursive")
+        return system, self.user(kind, **values), self.opens(kind, **values)
 
     def _render(self, table: str, key: str, values: Mapping[str, Any]) -> str:
         template = self._templates.get(f"{table}.{key}")
@@ -147,6 +186,15 @@ class Style:
             return template.render(values).strip()
         except Exception as error:  # a template can raise whatever its expressions do
             raise RrmError(f"prompt style {self.name}, {table}.{key}: {error}") from error
+
+
+def _as_given(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``values`` of a text of ``kind`` as its template gets them. Raises ValueError for others than it takes."""
+    names = VARIABLES.get(kind)
+    if names is not None and values.keys() != set(names):
+        raise ValueError(f"a style's user text {kind} takes {', '.join(names)}, not {', '.join(values)}")
+    lists = {name: [_part(one) for one in values[name]] for name in ("given", "conclusions") if name in values}
+    return {**values, **lists}
 
 
 def _part(one: Answered) -> _Part:
@@ -236,36 +284,54 @@ class _Loader:
         self.source = source
         self.data = data
         self.jinja = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        self.jinja.filters |= {"asked": asked, "with_results": with_results}
 
     def style(self) -> Style:
         allowed = (
             "name",
             "description",
             "trained_on_events",
+            "max_depth",
+            "child_context",
+            "max_task_chars",
+            "solver_events",
             "thinking",
             "budgets",
             "sampling",
             "phrases",
             "system",
             "user",
+            "opens",
         )
         self.refuse_unknown("", self.data, allowed)
         sampling = self.data.get("sampling", {})
         self.expect("sampling", sampling, dict)
         self.refuse_unknown("sampling.", sampling, ("thinking", "plain"))
         self.jinja.globals.update(self.phrases())
-        budgets = self.table("budgets", BUDGETS, int)
+        optional = () if "solver" in self.data.get("user", ()) else ("solver",)
+        budgets = self.table("budgets", BUDGETS, int, optional)
         for key, tokens in budgets.items():
             if tokens < 1:
                 raise self.complaint(f"budgets.{key} must be at least 1")
+        templates = self.templates("system", dict.fromkeys(SYSTEM, ()))
+        templates |= self.templates("user", VARIABLES, optional)
+        templates.setdefault("user.solver", templates["user.direct"])
+        if "opens" in self.data:
+            opens = {kind: VARIABLES[kind] for kind in VARIABLES if kind not in ("graph", *optional)}
+            templates |= self.templates("opens", opens, tuple(opens))
         return Style(
             name=self.value("name", str),
             description=self.value("description", str),
             trained_on_events=self.value("trained_on_events", bool),
-            thinking=MappingProxyType(self.table("thinking", PHASES, bool)),
+            max_depth=self.at_least("max_depth", 0, 1),
+            child_context=self.child_context(),
+            max_task_chars=self.at_least("max_task_chars", 1, MAX_TASK_CHARS),
+            solver_events=self.value("solver_events", bool) if "solver_events" in self.data else True,
+            solver_is_direct=bool(optional),
+            thinking=MappingProxyType(self.table("thinking", PHASES, bool, optional)),
             budgets=MappingProxyType(budgets),
             _sampling={key: self.settings(key, sampling.get(key, {})) for key in ("thinking", "plain")},
-            _templates=self.templates("system", dict.fromkeys(SYSTEM, ())) | self.templates("user", VARIABLES),
+            _templates=templates,
         )
 
     def complaint(self, what: str) -> RrmError:
@@ -282,17 +348,32 @@ class _Loader:
         self.expect(key, self.data[key], kind)
         return self.data[key]
 
+    def at_least(self, key: str, least: int, default: int) -> int:
+        """A whole number that may be left out."""
+        number = self.data.get(key, default)
+        self.expect(key, number, int)
+        if number < least:
+            raise self.complaint(f"{key} must be at least {least}")
+        return int(number)
+
+    def child_context(self) -> str:
+        context = self.data.get("child_context", CHILD_CONTEXTS[0])
+        if context not in CHILD_CONTEXTS:
+            raise self.complaint(f"child_context must be {' or '.join(CHILD_CONTEXTS)}")
+        return str(context)
+
     def refuse_unknown(self, prefix: str, table: dict[str, Any], allowed: tuple[str, ...]) -> None:
         for key in table:
             if key not in allowed:
                 raise self.complaint(f"unknown key {prefix}{key}; known are {', '.join(allowed)}")
 
-    def table(self, name: str, keys: tuple[str, ...], kind: type) -> dict[str, Any]:
+    def table(self, name: str, keys: tuple[str, ...], kind: type, optional: tuple[str, ...] = ()) -> dict[str, Any]:
         table = self.value(name, dict)
         self.refuse_unknown(f"{name}.", table, keys)
         for key in keys:
-            if key not in table:
+            if key not in table and key not in optional:
                 raise self.complaint(f"{name}.{key} is missing")
+        for key in table:
             self.expect(f"{name}.{key}", table[key], kind)
         return table
 
@@ -313,10 +394,12 @@ class _Loader:
                 raise self.complaint(f"phrases.{key}: templates are given another {key}; choose another name")
         return phrases
 
-    def templates(self, table: str, variables: Mapping[str, tuple[str, ...]]) -> dict[str, jinja2.Template]:
+    def templates(
+        self, table: str, variables: Mapping[str, tuple[str, ...]], optional: tuple[str, ...] = ()
+    ) -> dict[str, jinja2.Template]:
         """Compiled templates by key, each rendered with what it gets: what is wrong is found here, not in mid-run."""
         compiled = {}
-        for key, source in self.table(table, tuple(variables), str).items():
+        for key, source in self.table(table, tuple(variables), str, optional).items():
             names = variables[key]
             try:
                 used = meta.find_undeclared_variables(self.jinja.parse(source))

@@ -27,6 +27,7 @@ from typing import Any, ClassVar, cast
 
 from rrm_engine.graph.types import Phase, Status
 from rrm_engine.legible import legible
+from rrm_engine.protocol.events import MAX_TASK_CHARS
 from rrm_engine.protocol.thinking import Thought
 from rrm_engine.runs.typed import WrongShape, read_as
 
@@ -84,15 +85,17 @@ class JobBegan(Event):
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What constrained a phase: ``children`` the node had had by then, whether it might split once more, and the
-    ``thought`` in front of its events, if there is any.
+    ``thought`` in front of its events, if there is any; a child's task might have ``max_task_chars``.
     """
 
     children: int
     may_split: bool
     thought: Thought | None = None
+    max_task_chars: int = MAX_TASK_CHARS
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"children": self.children, "may_split": self.may_split}
+        found["max_task_chars"] = self.max_task_chars
         return found | ({"thought": asdict(self.thought)} if self.thought else {})
 
 
@@ -121,8 +124,8 @@ class _Begins(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(_Begins):
-    """``system`` and ``prompt`` are the texts that it was given; ``prompt_tokens`` include those of a parent's context
-    that it was forked from.
+    """``system`` and ``prompt`` are the texts that it was given, ``opens`` is what its own text begins with though it
+    did not write that; ``prompt_tokens`` include those of ``opens`` and of a parent's context that it was forked from.
     """
 
     EVENT = "start"
@@ -131,12 +134,14 @@ class Started(_Begins):
     task: str
     system: str = ""
     prompt: str = ""
+    opens: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(_Begins):
-    """``appended`` is the text that it was given. ``notes`` are what it is told there beside the conclusions;
-    ``spliced`` are the ranges of what was appended whose KV is to be attached, unless memory runs out before that.
+    """``appended`` is the text that it was given, ``opens`` as in `Started`. ``notes`` are what it is told there beside
+    the conclusions; ``spliced`` are the ranges of what was appended whose KV is to be attached, unless memory runs out
+    before that.
     """
 
     EVENT = "resume"
@@ -145,6 +150,7 @@ class Resumed(_Begins):
     notes: tuple[str, ...]
     spliced: tuple[Range, ...] = ()
     appended: str = ""
+    opens: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,12 +32,14 @@ class Capabilities:
 @dataclass(frozen=True, slots=True)
 class Opening:
     """How a node starts: with a ``system`` text and what the user says, or at a place of its parent (``fork``) with
-    what the user says next. Backends that hold phases to a grammar make it from ``grammar``.
+    what the user says next. Its answer begins with ``opens``, unless it thinks first. Backends that hold phases to a
+    grammar make it from ``grammar``.
     """
 
     phase: Phase
     user: str
     system: str = ""
+    opens: str = ""
     depth: int = 0
     grammar: Grammar | None = None
     fork: Place | None = None
@@ -45,24 +47,27 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """How a node goes on: with what the user says next. It hands over ``conclusions`` of children; ``render`` writes
-    the same text with others in their places.
+    """How a node goes on: with what the user says next, and an answer that begins with ``opens`` unless it thinks
+    first. It hands over ``conclusions`` of children; ``render`` writes the same text with others in their places.
     """
 
     phase: Phase
     user: str
     conclusions: tuple[Conclusion, ...]
     render: Callable[[Sequence[Conclusion]], str]
+    opens: str = ""
     grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What a phase began with: the number of ``tokens`` that the prompt or turn took; which ranges of the node's
+    """What a phase began with: the number of ``tokens`` that the prompt or turn took, those of ``opens``, with which
+    the node's text begins, included; which ranges of the node's
     tokens are ``spliced``; ``settings`` are those it decodes with, for the trace.
     """
 
     tokens: int = 0
+    opens: str = ""
     spliced: list[tuple[int, int]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -123,7 +128,7 @@ class NodeHandle(Protocol):
 
     @property
     def text(self) -> str:
-        """What it wrote in its phase, as far as that is certain."""
+        """What it wrote in its phase, as far as that is certain, behind what its answer was made to begin with."""
 
     @property
     def length(self) -> int:

@@ -120,10 +120,10 @@ class Commands:
         except RrmError as error:
             self._refused(command.node, error)
             return
-        parser = None if command.phase is Phase.DIRECT else self._parser(command.phase)
+        begun = handle.begun
+        parser = None if command.phase is Phase.DIRECT else self._parser(command.phase, begun.opens)
         self.nodes[command.node] = NodeRun(command.node, handle, command.phase, parser)
         self._meter.start(command.node, monotonic(), after)
-        begun = handle.begun
         self.tell(
             Started(
                 **self.now(command.node),
@@ -134,6 +134,7 @@ class Commands:
                 task=command.task,
                 system=opening.system,
                 prompt=opening.user,
+                opens=begun.opens,
             )
         )
 
@@ -144,33 +145,39 @@ class Commands:
             "given": command.given,
             "depth_left": limits.max_depth - command.depth,
         }
+        system = ""
         if command.fork:
-            system, user = "", style.user("fork", id=command.node.id, **values)
+            values["id"] = command.node.id
+            user, opens = style.user("fork", **values), style.opens("fork", **values)
         else:
-            system = style.system("direct" if phase is Phase.DIRECT else "recursive")
-            user = style.user(phase.value, max_width=limits.max_width, **values)
-        return Opening(phase, user, system, command.depth, self._grammar(command.node), place)
+            system, user, opens = style.start(phase.value, max_width=limits.max_width, **values)
+        if phase is Phase.GRAPH:
+            opens = ""
+        held = phase is Phase.GRAPH or command.fork  # the others have read of no events
+        grammar = self._grammar(command.node) if held else None
+        return Opening(phase, user, system, opens, command.depth, grammar, place)
 
     def _resume(self, command: Resume) -> None:
         style, node = self._runtime.style, self.nodes[command.node]
         kind = "solve" if command.phase is Phase.SOLVER else "resume"
-        values: dict[str, Any] = {"notes": command.notes, "rule": command.rule}
         task = self._machine.nodes[node.path].task
+        values: dict[str, Any] = {"task": task, "notes": command.notes, "rule": command.rule}
 
         def render(conclusions: Sequence[Conclusion]) -> str:
-            return style.user(kind, task=task, conclusions=conclusions, **values)
+            return style.user(kind, conclusions=conclusions, **values)
 
         given, grammar = command.conclusions, self._grammar(node.path)
-        continuation = Continuation(command.phase, render(given), given, render, grammar)
+        opens = style.opens(kind, conclusions=given, **values)
+        continuation = Continuation(command.phase, render(given), given, render, opens, grammar)
         try:
             node.handle.resume(continuation)
         except RrmError as error:
             self._refused(node.path, error)
             return
-        node.enter(command.phase, self._parser(command.phase))
+        begun = node.handle.begun
+        node.enter(command.phase, self._parser(command.phase, begun.opens))
         after = list(dict.fromkeys(c.node for c in given if c.node is not None))
         self._meter.resume(node.path, monotonic(), after)
-        begun = node.handle.begun
         self.tell(
             Resumed(
                 **self.now(node.path),
@@ -179,6 +186,7 @@ class Commands:
                 after=tuple(after),
                 appended_tokens=begun.tokens,
                 appended=continuation.user,
+                opens=begun.opens,
                 notes=command.notes,
                 spliced=tuple(begun.spliced),
             )
@@ -231,9 +239,9 @@ class Commands:
         found = dict.fromkeys(d.path for d in self._machine.nodes[path].dependencies.values() if d is not None)
         return [p for p in found if p in self._meter.clocks]
 
-    def _parser(self, phase: Phase) -> EventParser:
+    def _parser(self, phase: Phase, opens: str) -> EventParser:
         backend = self._runtime.backend
-        return EventParser(backend.opens_thinking(phase), backend.marks)
+        return EventParser(backend.opens_thinking(phase), backend.marks, len(opens))
 
     def _count_thinking(self, node: NodeRun, reason: str) -> None:
         """Note in the row where thinking was ended for it, or took all the tokens there were."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible_key
+from rrm_engine.protocol.events import MAX_TASK_CHARS
 from rrm_engine.protocol.thinking import Thought
 from rrm_engine.runs.errors import RunError
 from rrm_engine.runs.events import Began
@@ -24,7 +25,8 @@ class Segment:
     """Tokens ``start`` to ``stop`` of a transcript, written by the model in one phase, and how they were drawn.
 
     ``grammar`` is (children the node had, whether it might split) where the phase was constrained, ``thought`` the
-    thinking in front of that; ``budget`` are the tokens that the phase was allowed.
+    thinking in front of that and ``max_task_chars`` the longest task it allowed; ``budget`` are the tokens that the
+    phase was allowed.
     """
 
     start: int
@@ -34,6 +36,7 @@ class Segment:
     grammar: tuple[int, bool] | None
     budget: int
     thought: Thought | None = None
+    max_task_chars: int = MAX_TASK_CHARS
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,8 @@ def _segment(event: Began, start: int, stop: int) -> Segment:
         )
     grammar = event.grammar
     constrained = (grammar.children, grammar.may_split) if grammar else None
+    chars = grammar.max_task_chars if grammar else MAX_TASK_CHARS
     thought = grammar.thought if grammar else None
     budget = stop - start if event.budget is None else event.budget  # older runs had no setting that asks for it
-    return Segment(start, stop, event.phase, SamplingParams.of(event.sampling), constrained, budget, thought)
+    sampling = SamplingParams.of(event.sampling)
+    return Segment(start, stop, event.phase, sampling, constrained, budget, thought, chars)

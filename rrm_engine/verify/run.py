@@ -106,7 +106,12 @@ def _matchers(recording: Recording, loaded: LoadedModel) -> MatcherOf:
             return None
         children, may_split = segment.grammar
         grammar = event_grammar(
-            recording.max_width, may_split=may_split, first=children + 1, phase=segment.phase, marks=marks
+            recording.max_width,
+            may_split=may_split,
+            first=children + 1,
+            phase=segment.phase,
+            marks=marks,
+            max_task_chars=segment.max_task_chars,
         )
         return grammars.matcher(grammar, segment.thought)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from rrm_engine.backends.http.plans import Plan
-from rrm_engine.backends.phases import RESTING, budget_of, thinks
+from rrm_engine.backends.phases import RESTING, budget_of, thinks, with_style
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Limits, Phase
@@ -30,12 +30,13 @@ def resolve(config: RunConfig, style: Style, chat: ChatFormat | None, longest: i
     }
     if config.constrain == "auto":
         values["constrain"] = "off" if style.trained_on_events else "on"
+    config = with_style(config, style)
     for phase, flag in BUDGETS.items():
         asked = getattr(config, f"{phase}_thinking")
         if chat is not None:
             thinking = thinks(asked, phase, style, chat, config.model)
         else:
-            thinking = style.thinking[phase] if asked is None else asked
+            thinking = style.thinks(phase) if asked is None else asked
         values[f"{phase}_thinking"] = thinking
         values[flag] = budget_of(getattr(config, flag), phase, style, thinking)
     if config.max_sequence_tokens and longest and config.max_sequence_tokens > longest:
@@ -83,6 +84,7 @@ def phase_plans(
 
     A phase that thinks goes without a grammar: it would have to begin where the thinking ends.
     """
+    assert config.max_depth is not None
     limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
     plans = {}
     for phase, flag in BUDGETS.items():

@@ -89,6 +89,7 @@ class HttpSolver(Solving):
             self._secret,
         )
         self.backend = HttpBackend(asking, streams)
+        assert config.max_depth is not None
         limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
         super().__init__(
             Runtime(

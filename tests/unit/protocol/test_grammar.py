@@ -252,8 +252,8 @@ def test_fill_mask(grammars: EventGrammars) -> None:
 
 
 def test_misuse_is_refused(grammars: EventGrammars) -> None:
-    with pytest.raises(ValueError, match="no grammar for the phase 'solver'"):
-        event_grammar(2, may_split=True, phase="solver")
+    with pytest.raises(ValueError, match="no grammar for the phase 'direct'"):
+        event_grammar(2, may_split=True, phase="direct")
     with pytest.raises(ValueError, match="at least 1"):
         event_grammar(2, may_split=True, first=0)
     with pytest.raises(ValueError, match="cannot be compiled"):

@@ -225,11 +225,11 @@ def test_unusable_template_is_refused(template: str, why: str) -> None:
 # ---- styles
 
 
-@pytest.mark.parametrize("name", ["qwen3", "instruct"])
+@pytest.mark.parametrize("name", ["qwen3", "instruct", "by-reference"])
 def test_packaged_style(name: str) -> None:
     style = load_style(name)
     assert style.name == name and not style.trained_on_events
-    assert all(style.budget(phase) >= 256 and phase in style.thinking for phase in Phase)
+    assert all(style.budget(phase) >= 256 and not style.thinks(Phase.GRAPH) for phase in Phase)
     assert style.budget(Phase.GRAPH) == style.budgets["planner"]
     conclusions = [Conclusion("c1", "long talk FINAL: 12"), Conclusion("c2", "", ok=False)]
     values: dict[str, Any] = {
@@ -249,19 +249,30 @@ def test_packaged_style(name: str) -> None:
     texts = {kind: user(kind) for kind in USER}
     for kind in ("direct", "graph", "solver", "fork"):
         assert "TASK" in texts[kind]
-    for kind in ("graph", "solver", "fork"):
+    for kind in ("direct", "graph", "solver", "fork"):
         assert "- c1: 12" in texts[kind]
     for kind in ("direct", "solver", "solve"):
         assert "FINAL:" in texts[kind]
-    assert "2 to 5" in texts["graph"] and "c7" in texts["fork"]
-    assert re.search(r"- c1: 12\n- c2: no usable result\n\n.*RULE\n\nNote: NOTE\n\n", texts["resume"])
+    assert "2 to 5" in texts["graph"]
+    assert re.search(r"\nc1 = 12\nc2 = no usable result\n\nNote: NOTE\n\n.*: TASK\n.*: RULE\n", texts["resume"])
+    assert texts["solver"] == texts["direct"]
     assert "Results that are known" not in user("solver", given=())
     assert "\n\n\n" not in "".join(texts.values())
     leaf = user("fork", depth_left=0)
     assert "FINAL:" in leaf and "atomic" not in leaf
 
 
-@pytest.mark.parametrize("name", ["qwen3", "instruct"])
+PIECE = re.compile(r"[^\r\n\w]?[^\W\d]+|\d| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "instruct", "by-reference"])
+def test_instructions_for_planning_are_short(name: str) -> None:
+    """At most 500 tokens of Qwen's, chat markup included: these are 1.07 times the pieces its tokenizer cuts first."""
+    system, user, _ = load_style(name).start("graph", task="", given=(), max_width=8, depth_left=1)
+    assert 300 < len(PIECE.findall(f"{system}\n{user}")) <= 455
+
+
+@pytest.mark.parametrize("name", ["qwen3", "instruct", "by-reference"])
 def test_examples_in_the_system_text_are_events(name: str) -> None:
     """A model copies what it is shown: every example must be read without a repair."""
     lines = [line for line in load_style(name).system("recursive").splitlines() if line.startswith("{")]
@@ -303,10 +314,18 @@ def test_own_style_by_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("solver = 2048", "", "budgets.solver is missing"),
-        ("solver = 2048", "solver = 0", "budgets.solver must be at least 1"),
-        ("solver = 2048", "solver = 'many'", "budgets.solver must be a whole number"),
-        ("solver = 2048", "solver = 2048\nleaf = 3", "unknown key budgets.leaf"),
+        ("planner = 1024", "", "budgets.planner is missing"),
+        ("planner = 1024", "planner = 1024\nsolver = 0", "budgets.solver must be at least 1"),
+        ("planner = 1024", "planner = 'many'", "budgets.planner must be a whole number"),
+        ("planner = 1024", "planner = 1024\nleaf = 3", "unknown key budgets.leaf"),
+        ("[user]", "[user]\nsolver = 'x'", "budgets.solver is missing"),
+        ("max_depth = 1", "max_depth = -1", "max_depth must be at least 0"),
+        ("max_depth = 1", "max_depth = true", "max_depth must be a whole number"),
+        ("max_depth = 1", "max_task_chars = 0", "max_task_chars must be at least 1"),
+        ("max_depth = 1", "child_context = 'both'", "child_context must be task or parent"),
+        ("[opens]", "[opens]\ngraph = 'x'", "unknown key opens.graph; known are direct, resume, solve, fork"),
+        ("[opens]", "[opens]\nsolver = 'x'", "unknown key opens.solver"),
+        ("[opens]", "[opens]\ndirect = '{{ rule }}'", "opens.direct uses rule; it may use task, given"),
         ("trained_on_events = false", "", "trained_on_events is missing"),
         ("[user]", "[user]\nextra = 'x'", "unknown key user.extra"),
         ("[budgets]", "[sampling.plain]\ntemperature = 'hot'\n[budgets]", "sampling.plain.temperature"),
@@ -314,12 +333,12 @@ def test_own_style_by_path(tmp_path: Path) -> None:
         ("{{ task }}", "{{ tusk }}", "user.direct uses tusk; it may use task, given"),
         ("{{ task }}", "{{ task ", "user.direct: "),
         ("{{ task }}", "{% if depth_left > 99 %}{{ tusk }}{% endif %}", "user.direct uses tusk"),
-        ("{{ part.final", "{{ part.finale", "user.graph: "),
+        ("{{ part.final", "{{ part.finale", "user.direct: "),
         ("{{ task }}", "{{ 1 // depth_left }}", "user.direct: integer division or modulo by zero"),
         ("{{ task }}", "{{ given[0].final }}", "user.direct: list object has no element 0"),
         ("{{ task }}", "{% for i in range(999999999) %}x{% endfor %}", "user.direct: Range too big"),
         ("{{ task }}", "{% include 'x' %}", "user.direct: "),
-        ("You reason recursively.", "{{ task }}", "system.recursive uses task; it may use finish, example_of_order"),
+        ("You write events", "{{ task }}", "system.recursive uses task; it may use finish"),
         ("finish =", "finished =", "user.direct uses finish; it may use task, given, max_width, depth_left, finished"),
         ("finish =", "rule = 'x'\nfinish =", "phrases.rule: templates are given another rule"),
         ("finish =", "extra = 3\nfinish =", "phrases.extra must be a text"),
@@ -369,7 +388,10 @@ def test_bases_are_found_from_the_file_that_names_them(tmp_path: Path) -> None:
             r"a\.toml builds on itself: \S*a.toml -> b.toml -> ./a.toml",
         ),
         ({"a": 'base = "a.toml"'}, "a.toml -> a.toml"),
-        ({"a": 'base = "nonesuch"'}, r"no prompt style 'nonesuch' \(the base of \S*a\.toml\); there are embedded, "),
+        (
+            {"a": 'base = "nonesuch"'},
+            r"no prompt style 'nonesuch' \(the base of \S*a\.toml\); there are by-reference, ",
+        ),
         ({"a": 'base = "b.toml"', "b": 'base = ""'}, r"no prompt style '' \(the base of b\.toml\)"),
         ({"a": 'base = "b.toml"'}, r"prompt style b\.toml \(the base of \S*a\.toml\) cannot be read: "),
         ({"a": 'base = "b.toml"', "b": "["}, r"prompt style b\.toml \(the base of \S*a\.toml\) is not valid TOML"),
@@ -387,7 +409,7 @@ def test_a_base_that_cannot_be_used_is_refused_in_one_sentence(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", USER)
+@pytest.mark.parametrize("kind", [kind for kind in USER if kind != "solver"])
 def test_a_template_may_use_what_its_kind_gets_and_nothing_else(tmp_path: Path, kind: str) -> None:
     everything = sorted({name for names in VARIABLES.values() for name in names})
     for name in everything:

@@ -78,7 +78,7 @@ def test_siblings_with_one_task_are_one_node_that_is_told_under_both_ids() -> No
     nodes = backend.sessions[0].nodes
     assert "- b: 1\n- a: 1" in nodes["root.late"].said[1][1], "in the order named"
     told = nodes["root"].said[3][1]
-    assert "- a: 1\n- late: 2\n- b: 1" in told and "Child b has the task of a" in told
+    assert "a = 1\nlate = 2\nb = 1" in told and "Child b has the task of a" in told
 
 
 @pytest.mark.parametrize("style", ["instruct", "qwen3", "embedded"])
@@ -123,7 +123,7 @@ def test_a_child_that_fails_is_told_to_its_parent(name: str, task: list[Text]) -
     results, events = solve(backend, [JOB])
     assert results["t"].status == "graph"
     (end,) = [e for e in events if e["event"] == "concluded" and e["node"] == "root.a"]
-    assert not end["ok"] and "a: no usable result" in backend.sessions[0].nodes["root"].said[-1][1]
+    assert not end["ok"] and "a = no usable result" in backend.sessions[0].nodes["root"].said[-1][1]
 
 
 def test_a_child_without_room_fails_alone() -> None:

@@ -1,0 +1,42 @@
+"""What a node that combines results has to look at: what was asked, and the rule with the results in it."""
+
+import re
+from collections.abc import Iterable
+from typing import Final, Protocol
+
+MOST_CHARS: Final = 200
+SHORT: Final = 40  # characters of a result that can stand in a formula
+_SENTENCE: Final = re.compile(r"(?<=[.?!])\s+(?=\S)")
+
+
+def asked(task: str) -> str:
+    """The last line of ``task`` or, where that is longer than ``MOST_CHARS``, as many of its last sentences as fit.
+
+    The last sentence is there at any length.
+    """
+    lines = [line.strip() for line in task.splitlines() if line.strip()]
+    if not lines or len(lines[-1]) <= MOST_CHARS:
+        return lines[-1] if lines else ""
+    *others, kept = _SENTENCE.split(lines[-1])
+    for sentence in reversed(others):
+        if len(sentence) + 1 + len(kept) > MOST_CHARS:
+            break
+        kept = f"{sentence} {kept}"
+    return kept
+
+
+class Result(Protocol):
+    """A conclusion, as far as a rule is concerned."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def final(self) -> str: ...
+    @property
+    def ok(self) -> bool: ...
+
+
+def with_results(rule: str, results: Iterable[Result]) -> str:
+    """``rule`` with a short result in the place of each id that has one: ``c1 + c2`` becomes ``50 + 3``."""
+    known = {one.id: one.final for one in results if one.ok and 0 < len(one.final) <= SHORT}
+    return re.sub(r"\w+", lambda word: known.get(word[0], word[0]), rule)
