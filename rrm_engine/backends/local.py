@@ -20,7 +20,6 @@ from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.replicas import AnyEngine, Replicas
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.errors import RrmError
-from rrm_engine.graph.types import Limits
 from rrm_engine.kv.cache import KVCache, bytes_per_block
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.loading.load import load_skeleton, too_large
@@ -31,7 +30,6 @@ from rrm_engine.loading.row_costs import measure_row_costs
 from rrm_engine.loading.swap_costs import measure_swap_costs
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
-from rrm_engine.solver.runtime import Runtime
 from rrm_engine.trace.profile import STEPS, Profile
 
 ONE_THREAD_PARAMETERS = 20_000_000
@@ -69,28 +67,17 @@ class Solver(Solving):
         self.plan: MemoryPlan | None = None  # where several devices were named
         self.resolved = config = resolve(config, model, style, chat, tasks, self.replicas)
         assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
-        assert config.max_depth is not None
-        limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
         engines = [_engine(each, config, chat.eos_ids) for each in self.replicas]
         self.engine: AnyEngine = engines[0] if len(engines) == 1 else Replicas(engines, together=config.join != "text")
         writing = Writing(
             self.engine,
             model.tokenizer,
             chat,
-            phase_plans(config, style, chat, model, limits),
+            phase_plans(config, style, chat, model),
             JoinSettings(cast(Any, config.join), config.boundary_tokens, config.splice_report),
         )
         self.backend = EngineBackend(writing, config)
-        super().__init__(
-            Runtime(
-                self.backend,
-                style,
-                limits,
-                cast(Any, config.child_context),
-                config.max_row_tokens,
-                config.max_row_seconds,
-            )
-        )
+        super().__init__(self.backend, style, config)
 
     @classmethod
     def load(

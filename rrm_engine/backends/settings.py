@@ -198,9 +198,7 @@ def sampling_params(config: RunConfig, style: Style, model: LoadedModel, thinkin
     return SamplingParams.of(values)
 
 
-def phase_plans(
-    config: RunConfig, style: Style, chat: ChatFormat, model: LoadedModel, limits: Limits
-) -> Mapping[Phase, PhasePlan]:
+def phase_plans(config: RunConfig, style: Style, chat: ChatFormat, model: LoadedModel) -> Mapping[Phase, PhasePlan]:
     """How each phase decodes under a resolved config."""
     grammars = EventGrammars(model.tokenizer, eos_ids=model.eos_ids) if config.constrain == "on" else None
     plans = {}
@@ -212,7 +210,7 @@ def phase_plans(
             if thinking:  # what the style gives the events, at most half of all, is kept for them
                 room = budget - min(style.budget(phase), budget // 2)
                 thought = Thought(chat.marks, chat.opens_thinking(True), room)
-            matcher = _matcher(grammars, phase, limits, chat.marks, thought, style.max_task_chars)
+            matcher = _matcher(grammars, phase, config.max_sibling_width, chat.marks, thought, style.max_task_chars)
         sampling = sampling_params(config, style, model, thinking)
         if matcher is not None and phase is not Phase.SOLVER:
             sampling = sampling.without(*RESTING)
@@ -235,7 +233,7 @@ def describe_sampling(config: RunConfig, plans: Mapping[Phase, PhasePlan], model
 def _matcher(
     grammars: EventGrammars,
     phase: Phase,
-    limits: Limits,
+    width: int,
     marks: Marks,
     thought: Thought | None,
     max_task_chars: int,
@@ -244,7 +242,7 @@ def _matcher(
 
     def make(children: int, may_split: bool) -> Matcher:
         grammar = event_grammar(
-            limits.max_width,
+            width,
             may_split=may_split,
             first=children + 1,
             phase=phase.value,

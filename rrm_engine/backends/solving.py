@@ -4,9 +4,12 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
+from rrm_engine.graph.types import Limits
+from rrm_engine.protocol.style import Style
 from rrm_engine.solver.backend import Backend
 from rrm_engine.solver.events import Emit, Events
 from rrm_engine.solver.loop import run_jobs
@@ -22,7 +25,7 @@ class ShownBackend(Backend, Protocol):
 
 
 class Solving:
-    """Solves tasks, directly or recursively, over the backend of ``runtime``.
+    """Solves tasks, directly or recursively, over ``backend``; ``config`` is the resolved one.
 
     It does one thing at a time: while a ``run`` or a ``stream`` is not at its end and not closed, another one is
     refused, whichever thread asks for it.
@@ -30,8 +33,16 @@ class Solving:
 
     backend: ShownBackend
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, backend: ShownBackend, style: Style, config: RunConfig) -> None:
+        assert config.max_depth is not None
+        self._runtime = Runtime(
+            backend,
+            style,
+            Limits(config.max_depth, config.max_sibling_width, config.max_nodes),
+            cast(Any, config.child_context),
+            config.max_row_tokens,
+            config.max_row_seconds,
+        )
         self._started = 0
         self._busy = Lock()
         self._closed = False

@@ -8,7 +8,7 @@ from rrm_engine.backends.http.plans import Plan
 from rrm_engine.backends.phases import RESTING, budget_of, thinks, with_style
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
-from rrm_engine.graph.types import Limits, Phase
+from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import PHASES as HELD
 from rrm_engine.protocol.grammar import event_grammar
@@ -84,8 +84,6 @@ def phase_plans(
 
     A phase that thinks goes without a grammar: it would have to begin where the thinking ends.
     """
-    assert config.max_depth is not None
-    limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
     plans = {}
     for phase, flag in BUDGETS.items():
         thinking = bool(getattr(config, f"{phase}_thinking"))
@@ -101,7 +99,7 @@ def phase_plans(
             thinking,
             {name: values[name] for name in STANDARD if name in values},
             {**extra, **more},
-            _grammar(limits.max_width, phase, marks) if held else None,
+            _grammar(config.max_sibling_width, phase, marks) if held else None,
             "seed" in taken,
         )
     return plans

@@ -20,12 +20,10 @@ from rrm_engine.backends.http.wire import Api, ChatApi, ResponsesApi, TokenApi
 from rrm_engine.backends.solving import Solving
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
-from rrm_engine.graph.types import Limits
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import event_grammar
 from rrm_engine.protocol.style import Style, default_style, load_style
 from rrm_engine.solver.outcome import BUDGETS
-from rrm_engine.solver.runtime import Runtime
 
 CONNECT_TIMEOUT_S = 10.0
 ASKED = "Say yes."  # the task of the requests that find out what a server takes
@@ -89,18 +87,7 @@ class HttpSolver(Solving):
             self._secret,
         )
         self.backend = HttpBackend(asking, streams)
-        assert config.max_depth is not None
-        limits = Limits(config.max_depth, config.max_sibling_width, config.max_nodes)
-        super().__init__(
-            Runtime(
-                self.backend,
-                style,
-                limits,
-                cast(Any, config.child_context),
-                config.max_row_tokens,
-                config.max_row_seconds,
-            )
-        )
+        super().__init__(self.backend, style, config)
 
     @classmethod
     def load(
