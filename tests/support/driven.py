@@ -13,10 +13,13 @@ from lab import STYLE
 from oracle import chat_model, chat_tokenizer
 
 from rrm_engine.backends.local import Solver
+from rrm_engine.backends.plans import PhasePlan
 from rrm_engine.config import RunConfig
+from rrm_engine.engine.sequence import Matcher
 from rrm_engine.graph.types import Phase
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
 from rrm_engine.protocol.grammar import EventGrammars
+from rrm_engine.solver.backend import Grammar
 
 TASK = "Add 2 and 3."
 NODES = ["root", *("root.a", "root.a.a", "root.a.b"), *("root.b", "root.b.a", "root.b.b")]
@@ -37,6 +40,13 @@ TOKENS = 3 * PLAN_TOKENS + 7 * ANSWER_TOKENS
 SETTINGS: dict[str, Any] = {"temperature": 0.0, "max_depth": 2, "max_sequence_tokens": 512, "kv_blocks": 1000}
 
 
+class Held(PhasePlan):
+    """A phase that is held to its grammar also where it would write freely, as solvers that are no forks do."""
+
+    def match(self, grammar: Grammar | None) -> Matcher | None:
+        return super().match(grammar or (0, False))
+
+
 class Driven:
     """The model and the style that all runs share; the style is written to ``folder``."""
 
@@ -53,6 +63,9 @@ class Driven:
         grammars = EventGrammars(self.model.tokenizer, eos_ids=self.model.eos_ids)
         plans = dict(solver.backend.writing.plans)
         for phase, grammar in PHASES.items():
-            plans[phase] = replace(plans[phase], matcher=lambda *state, grammar=grammar: grammars.matcher(grammar))
+            plan = plans[phase]
+            plans[phase] = Held(
+                plan.budget, plan.thinking, plan.sampling, lambda *state, grammar=grammar: grammars.matcher(grammar)
+            )
         solver.backend.writing = replace(solver.backend.writing, plans=plans)
         return solver

@@ -78,7 +78,7 @@ def test_rows_and_their_trees(run: Path, said: Callable[..., str]) -> None:
 def test_a_node_is_shown_with_all_that_it_was_told_and_wrote(run: Path, said: Callable[..., str]) -> None:
     root = said(run, "t", "--node", "root")
     assert root.index("-- system") < root.index("-- prompt") < root.index("so so so") < root.index("-- told")
-    assert "- a: 1" in root.split("-- told")[1] and root.rstrip().endswith("-- answer\nFINAL: 3")
+    assert "a = 1" in root.split("-- told")[1] and root.rstrip().endswith("-- answer\nFINAL: 3")
     assert "\\x1b]0;title" in said(run, "t", "--node", "root.b")
 
 
