@@ -1,8 +1,8 @@
-"""Drafts: guesses at the next tokens of a sequence, run in one step behind its last token, every row checked.
+"""Drafts: guesses at the next tokens of a sequence, run in one step after its last token, every row checked.
 
 What a sequence writes is a function of its context alone, noise included. So a guess is right or wrong, at any
 temperature: each row of a step samples the token after it, and as long as that is the one that was guessed, the row
-behind it has run what the sequence has. Whatever else was run is forgotten. Tokens are those without drafts.
+after it has run what the sequence has. Whatever else was run is forgotten. Tokens are those without drafts.
 
 Guesses come from what a grammar forces and from the sequence's own context (prompt look-up, Saxena 2023): where its
 last tokens stood before, it is likely to go on as it did there. How many are run follows from how often they came true
@@ -58,7 +58,7 @@ class Lookup:
     """
 
     def __init__(self) -> None:
-        self._behind: dict[int, dict[tuple[int, ...], int]] = {size: {} for size in SIZES}  # places right behind them
+        self._places: dict[int, dict[tuple[int, ...], int]] = {size: {} for size in SIZES}  # where they end
         self._known = 0
 
     def after(self, tokens: list[int], guessed: list[int], most: int) -> tuple[list[int], int]:
@@ -66,9 +66,9 @@ class Lookup:
         that is too short, and how many stood there; none if that was nowhere.
         """
         self._learn(tokens)
-        for size, behind in self._behind.items():
+        for size, places in self._places.items():
             tail = tuple([*tokens[-size:], *guessed][-size:])
-            at = behind.get(tail, len(tokens))
+            at = places.get(tail, len(tokens))
             if at < len(tokens) and tuple(tokens[at - size : at]) == tail:
                 found = tokens[at : at + most]
                 if len(found) < most:
@@ -78,9 +78,9 @@ class Lookup:
 
     def _learn(self, tokens: list[int]) -> None:
         known = min(self._known, len(tokens))
-        for size, behind in self._behind.items():
+        for size, places in self._places.items():
             for at in range(max(known, size), len(tokens)):
-                behind[tuple(tokens[at - size : at])] = at
+                places[tuple(tokens[at - size : at])] = at
         self._known = len(tokens)
 
 
