@@ -114,7 +114,9 @@ def _grade_whole(candidate: str, answer: str, wanted: str, sure: bool) -> bool:
     if labelled := _LABELLED.fullmatch(candidate):
         return not _NOT.search(candidate) and _digits(labelled[1]) == wanted
     if not sure:
-        numbers = _ANY_NUMBER.findall(to_latex(answer[-MAX_ANSWER:]))
+        text = to_latex(answer[-MAX_ANSWER:])
+        negated = {found.end() for found in _NOT.finditer(text)}  # after the first digit of a number that it is not
+        numbers = [n[0] for n in _ANY_NUMBER.finditer(text) if n.start() + (n[0][0] in "+-") + 1 not in negated]
         return bool(numbers) and _digits(numbers[-1]) == wanted
     return not _contradict(candidate, wanted) and _math_equal(_formula(candidate), wanted)
 

@@ -61,6 +61,8 @@ def test_204(answer: str) -> None:
         r"\boxed{204^2}",
         r"\boxed{\sqrt{204}}",
         "204 apples, of which 3 are bad",  # the last number counts
+        "The answer is not 204.",
+        "It is 5, not 204.",
         "FINAL: unknown, perhaps 204 or 205",
     ],
 )
@@ -83,6 +85,8 @@ def test_ways_to_expect_204(expected: str) -> None:
         ("FINAL: \u22127", "-7", True),
         ("FINAL: 7", "-7", False),
         ("the difference 3-10 is -7", "-7", True),
+        ("It is 5, not 204.", "5", True),
+        ("It isn't -7", "-7", False),
         ("FINAL: 0", "000", True),
         ("FINAL: 33", "033", True),
     ],
