@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 
 import torch
@@ -11,12 +11,13 @@ from rrm_engine.config import WaitPolicy
 from rrm_engine.device.transfer import Readback
 from rrm_engine.engine.draft import Drafting
 from rrm_engine.engine.draw import draw
+from rrm_engine.engine.flight import Flight
 from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.processors import Processed, Processors
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, noise_key
-from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput, Work
+from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
 from rrm_engine.errors import NoRoom, RrmError
 from rrm_engine.kv.host import HostSpace
@@ -36,24 +37,6 @@ class Sampled:
     token: int
     stop: Stop | None
     error: Exception | None = None
-
-
-@dataclass(slots=True)
-class Flight:
-    """A launched step. ``logits`` ``[rows, vocabulary]`` are there until the ``tokens`` of ``order`` are drawn."""
-
-    number: int
-    began: float
-    plan: SchedulerOutput
-    order: list[Work]
-    logits: torch.Tensor | None
-    tokens: Readback | None = None
-    kept: dict[Sequence, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def waits_for_tokens(self) -> bool:
-        """Whether a grammar in it has not been told yet what an earlier step in flight samples."""
-        return any(work.sequence.matcher and self.number in work.sequence.flights[1:] for work in self.order)
 
 
 class Engine:
@@ -413,7 +396,7 @@ class Engine:
         sequences = [work.sequence for work in flight.order]
         positions = [work.start + work.count for work in flight.order]
         with self.ranges("sample", sequences):
-            processed, matchers = self._processed(flight, sequences, positions), _matchers(flight)
+            processed, matchers = self._processed(flight, sequences, positions), flight.matchers()
             tokens = draw(flight.logits, sequences, positions, processed, matchers)
             flight.tokens, flight.logits = Readback(tokens), None
 
@@ -473,23 +456,6 @@ class Engine:
                 f"{key} has token {unknown} and the model's vocabulary has {self.vocabulary}: its tokenizer is another "
                 f"model's, or was added to; use the one that belongs to it"
             )
-
-
-def _matchers(flight: Flight) -> list[Matcher | None]:
-    """Of each row that samples its sequence's grammar, told of what is drafted before the row's token; none of those
-    that do not wait for it any more.
-    """
-    matchers: list[Matcher | None] = []
-    last: dict[Sequence, Matcher | None] = {}
-    for work in flight.order:
-        sequence = work.sequence
-        matcher = last.get(sequence, sequence.matcher if flight.number in sequence.flights else None)
-        if work.drafted is not None and matcher is not None:
-            matcher = matcher.copy()
-            matcher.accept(work.drafted)
-        last[sequence] = matcher
-        matchers.append(matcher)
-    return matchers
 
 
 def _told(sequence: Sequence, token: int) -> Exception | None:

@@ -25,6 +25,7 @@ from rrm_engine.engine import engine as engine_module
 from rrm_engine.engine.draft import FORCED, MOST, Drafting, Lookup, RowCosts
 from rrm_engine.engine.draw import draw
 from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.flight import Flight
 from rrm_engine.engine.processors import Transcripts
 from rrm_engine.engine.replicas import Replicas
 from rrm_engine.engine.sampler import SamplingParams
@@ -415,7 +416,7 @@ def test_noise_or_grammar_of_another_place_is_noticed(lab: Lab, fault: str, monk
 
         monkeypatch.setattr(engine_module, "draw", at_the_first)
     else:
-        monkeypatch.setattr(engine_module, "_matchers", lambda flight: [work.sequence.matcher for work in flight.order])
+        monkeypatch.setattr(Flight, "matchers", lambda flight: [work.sequence.matcher for work in flight.order])
     run.run(JOBS[:1], 1)
     assert run.rows() != alone.rows() or wrong_tokens(lab.plain, run) != {}
 

@@ -17,7 +17,8 @@ from rrm_engine.backends.local import Solver
 from rrm_engine.backends.settings import _lookahead
 from rrm_engine.config import RunConfig, WaitPolicy
 from rrm_engine.engine.draw import draw
-from rrm_engine.engine.engine import Engine, Flight
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.flight import Flight
 from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.replicas import Replicas
 from rrm_engine.engine.scheduler import Scheduler
