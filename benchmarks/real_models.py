@@ -320,8 +320,8 @@ def _time_row(own: Figures, direct: Figures | None) -> list[str]:
 
 def majority(args: argparse.Namespace, arm: str) -> str:
     """A sentence on direct samples that cost as much as those of ``arm``, of which the majority counts."""
-    from rrm_engine.analyze.arms import Arm, read_runs
     from rrm_engine.analyze.controls import controls
+    from rrm_engine.runs.arms import Arm, read_runs
 
     found = controls(Arm(read_runs([args.out / "accuracy" / name for name in ("direct", arm)])))
     if found is None:

@@ -7,9 +7,9 @@ from math import isfinite
 from typing import Any
 
 from rrm_engine.analyze import batch, contrast, controls, figures
-from rrm_engine.analyze.arms import Arm, Run, Sample
 from rrm_engine.bench.summary import kv_figures
-from rrm_engine.bench.trust import RECURSIVE, Trust
+from rrm_engine.runs.arms import Arm, Run, Sample
+from rrm_engine.runs.trust import RECURSIVE, Trust
 
 FORMAT = 1
 OF_ROWS = (  # what rows.csv says of a row besides its names and its label

@@ -7,13 +7,13 @@ from itertools import groupby, pairwise
 from math import fsum
 from typing import Any
 
-from rrm_engine.analyze.arms import Arm
 from rrm_engine.analyze.statistics import mean, median
-from rrm_engine.bench.trust import RECURSIVE
+from rrm_engine.runs.arms import Arm
 from rrm_engine.runs.errors import RunError
 from rrm_engine.runs.events import Cancelled, WroteMalformed
 from rrm_engine.runs.reader import read_run
 from rrm_engine.runs.timeline import FALLBACK, ROOT, Interval, JobTrace
+from rrm_engine.runs.trust import RECURSIVE
 
 POINTS = 240  # of the batch over time
 FORMULAS = {

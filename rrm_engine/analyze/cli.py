@@ -48,8 +48,8 @@ def _analyse(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from rrm_engine.analyze.analysis import analyse
-    from rrm_engine.analyze.arms import arms, read_runs
     from rrm_engine.analyze.report import print_report
+    from rrm_engine.runs.arms import arms, read_runs
 
     document = analyse(arms(read_runs(options.runs)))
     print_report(Console(), document, rows=options.rows)

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from math import fsum
 from typing import Any
 
-from rrm_engine.analyze.arms import Arm, Sample
 from rrm_engine.analyze.statistics import (
     geometric_mean_of_samples,
     interval,
@@ -18,9 +17,10 @@ from rrm_engine.analyze.statistics import (
     ratio_of_sums,
     table,
 )
-from rrm_engine.bench.trust import has_time, is_headline
 from rrm_engine.legible import plural
+from rrm_engine.runs.arms import Arm, Sample
 from rrm_engine.runs.rows import Row
+from rrm_engine.runs.trust import has_time, is_headline
 
 Pair = tuple[Sample, Sample]
 

@@ -12,10 +12,10 @@ from itertools import combinations
 from math import comb
 from typing import Any
 
-from rrm_engine.analyze.arms import Arm, Problem, Sample
 from rrm_engine.analyze.statistics import median, share, share_interval
 from rrm_engine.bench.grading import stated
-from rrm_engine.bench.trust import DIRECT, RECURSIVE, ran_to_end
+from rrm_engine.runs.arms import Arm, Problem, Sample
+from rrm_engine.runs.trust import DIRECT, RECURSIVE, ran_to_end
 
 MOST_SUBSETS = 1000  # that are all counted; of more, as many are drawn
 FORMULAS = {

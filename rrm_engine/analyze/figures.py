@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from math import fsum
 from typing import Any
 
-from rrm_engine.analyze.arms import Sample
 from rrm_engine.analyze.statistics import mean, median, pass_at_k, share, share_interval, wilson
-from rrm_engine.bench.trust import has_time, ran_to_end
+from rrm_engine.runs.arms import Sample
+from rrm_engine.runs.trust import has_time, ran_to_end
 
 FORMULAS = {
     "accuracy": "rows right / rows graded; Wilson interval, as if all rows were independent",

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rrm_engine.bench.trust import DIRECT, RECURSIVE, Label
 from rrm_engine.errors import RrmError
+from rrm_engine.runs.trust import DIRECT, RECURSIVE, Label
 
 Figures = dict[str, Any]
 # Bright scheme, Paul Tol: told apart by all.

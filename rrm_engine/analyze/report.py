@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from rrm_engine.analyze.contrast import QUANTITIES, sentence
 from rrm_engine.bench.table import count, interval_percent, percent, seconds
-from rrm_engine.bench.trust import DIRECT, RECURSIVE
 from rrm_engine.legible import legible, legible_key, plural
+from rrm_engine.runs.trust import DIRECT, RECURSIVE
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,8 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rrm_engine.bench.trust import DIRECT, RECURSIVE, has_time, is_headline, ran_to_end
 from rrm_engine.runs.rows import Row
+from rrm_engine.runs.trust import DIRECT, RECURSIVE, has_time, is_headline, ran_to_end
 
 Z95 = 1.959964
 RESAMPLES = 2000

@@ -52,11 +52,11 @@ def build_parser() -> Parser:
 
 
 def _render(options: argparse.Namespace) -> int:
-    from rrm_engine.analyze.arms import arms, read_runs
     from rrm_engine.analyze.statistics import scipy_stats
     from rrm_engine.errors import RrmError
     from rrm_engine.render.document import document
     from rrm_engine.render.page import page
+    from rrm_engine.runs.arms import arms, read_runs
 
     scipy_stats()  # before anything is read
     found = document(arms(read_runs(options.runs)), options.longest_text, options.decode)

@@ -8,15 +8,15 @@ from typing import Any
 
 import rrm_engine
 from rrm_engine.analyze.analysis import analyse
-from rrm_engine.analyze.arms import Arm, Run, Sample
-from rrm_engine.bench.trust import DIRECT, RECURSIVE, has_time, trust
 from rrm_engine.render.jobs import Decode, drawn
 from rrm_engine.render.strings import Strings
+from rrm_engine.runs.arms import Arm, Run, Sample
 from rrm_engine.runs.errors import RunError
 from rrm_engine.runs.events import Paused
 from rrm_engine.runs.reader import RecordedJob, believed, read_jobs
 from rrm_engine.runs.rows import row_key
 from rrm_engine.runs.timeline import Incomplete, JobTrace
+from rrm_engine.runs.trust import DIRECT, RECURSIVE, has_time, trust
 
 VERDICTS = "verify.json"  # in a run's directory: what `verify --json` wrote
 Figures = dict[str, Any]

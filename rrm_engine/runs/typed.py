@@ -85,6 +85,11 @@ def _wrong(what: str, found: Any, wanted: str) -> WrongShape:
     return WrongShape(f"{what} is {legible(ascii(found), SHOWN)}, not {wanted}")
 
 
+def types_of(cls: Any) -> dict[str, frozenset[type]]:
+    """By field of a dataclass or TypedDict the types that JSON gives for it."""
+    return {name: kind.types for name, kind in _kinds(cls).items()}
+
+
 @cache
 def _kinds(cls: Any) -> dict[str, Kind]:
     hints = get_type_hints(cls)

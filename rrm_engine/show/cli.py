@@ -88,7 +88,7 @@ def _print_trees(console: "Console", jobs: Sequence[RecordedJob]) -> None:
 
 
 def _print_node(console: "Console", jobs: Sequence[RecordedJob], path: str) -> None:
-    from rrm_engine.show.nodes import nodes_of
+    from rrm_engine.runs.nodes import nodes_of
     from rrm_engine.show.tree import details, title
 
     if len(jobs) > 1:

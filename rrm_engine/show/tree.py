@@ -8,9 +8,9 @@ from rrm_engine.bench.progress import describe_row
 from rrm_engine.legible import legible, legible_key, plural, spelled
 from rrm_engine.protocol.thinking import KNOWN
 from rrm_engine.runs.events import Cancelled, Concluded, JobBegan, Paused, Resumed, Started
+from rrm_engine.runs.nodes import Node, Phase, nodes_of, tops
 from rrm_engine.runs.reader import RecordedJob
 from rrm_engine.runs.timeline import NAMES
-from rrm_engine.show.nodes import Node, Phase, nodes_of, tops
 
 if TYPE_CHECKING:
     from rich.text import Text

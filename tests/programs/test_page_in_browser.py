@@ -14,9 +14,9 @@ from traced import known_direct, known_graph
 pytest.importorskip("scipy")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
-from rrm_engine.analyze.arms import arms, read_runs  # noqa: E402
 from rrm_engine.render.document import document  # noqa: E402
 from rrm_engine.render.page import page  # noqa: E402
+from rrm_engine.runs.arms import arms, read_runs  # noqa: E402
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -14,7 +14,6 @@ from recorded_runs import both, row, save
 pytest.importorskip("scipy")
 
 from rrm_engine.analyze.analysis import analyse
-from rrm_engine.analyze.arms import Arm, Run, Sample, arms, read_runs
 from rrm_engine.analyze.cli import main
 from rrm_engine.analyze.contrast import contrast, matched
 from rrm_engine.analyze.controls import controls, majority
@@ -22,6 +21,7 @@ from rrm_engine.analyze.figures import accuracy, servers, shape
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Status
 from rrm_engine.render.cli import main as main_of_render
+from rrm_engine.runs.arms import Arm, Run, Sample, arms, read_runs
 from rrm_engine.runs.rows import Row
 
 RUN = Run(Path("run"), manifest())

@@ -9,7 +9,6 @@ from traced import known_graph
 
 pytest.importorskip("scipy")
 
-from rrm_engine.analyze.arms import arms, read_runs
 from rrm_engine.analyze.batch import (
     POINTS,
     _figures,
@@ -19,6 +18,7 @@ from rrm_engine.analyze.batch import (
     tokens_of,
     useful,
 )
+from rrm_engine.runs.arms import arms, read_runs
 from rrm_engine.runs.timeline import JobTrace
 
 

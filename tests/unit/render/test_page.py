@@ -12,12 +12,12 @@ from traced import known_graph
 
 pytest.importorskip("scipy")
 
-from rrm_engine.analyze.arms import arms, read_runs
 from rrm_engine.render.cli import main
 from rrm_engine.render.document import document
 from rrm_engine.render.jobs import drawn, parts
 from rrm_engine.render.page import as_json, page
 from rrm_engine.render.strings import Strings
+from rrm_engine.runs.arms import arms, read_runs
 from rrm_engine.runs.events import Paused, Resumed, Started
 
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>]]>\u2028\u202e\x00{{data}} \ud83d end"

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rrm_engine.bench.trust import DIRECT, RECURSIVE, Trust, trust
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible
 from rrm_engine.runs.manifest import Manifest, read_manifest
 from rrm_engine.runs.reader import read_rows
 from rrm_engine.runs.rows import Row
+from rrm_engine.runs.trust import DIRECT, RECURSIVE, Trust, trust
 
 MAY_DIFFER = ("seed", "limit", "shard", "modes")  # within an arm
 NAMED = 3  # settings in an arm's name
@@ -131,15 +131,18 @@ class Arm:
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """The runs in the directories, each once. Raises RrmError for one that holds none."""
-    return [_read(path) for path in {path.resolve(): path for path in paths}.values()]
+    """As `runs_in`. Raises RrmError for a run without a row."""
+    runs = runs_in(paths)
+    for run in runs:
+        if not run.rows:
+            raise RrmError(f"{run.path} has no finished row to analyse yet")
+    return runs
 
 
-def _read(path: Path) -> Run:
-    run = Run(path, read_manifest(path), tuple(read_rows(path)))
-    if not run.rows:
-        raise RrmError(f"{path} has no finished row to analyse yet")
-    return run
+def runs_in(paths: Iterable[Path]) -> list[Run]:
+    """The runs in the directories, each once; also those that have no row yet. Raises RunError where there is none."""
+    once = {path.resolve(): path for path in paths}
+    return [Run(path, read_manifest(path), tuple(read_rows(path))) for path in once.values()]
 
 
 def arms(runs: Sequence[Run]) -> list[Arm]:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from recorded_runs import both, row
 
-from rrm_engine.bench.trust import Label, Mark, is_headline, trust
 from rrm_engine.graph.types import Status
+from rrm_engine.runs.trust import Label, Mark, is_headline, trust
 
 RECURSIVE: list[tuple[dict[str, Any], Label]] = [
     ({}, Label.HEADLINE),
