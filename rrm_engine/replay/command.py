@@ -22,17 +22,19 @@ from rrm_engine.kv.cache import bytes_per_block
 from rrm_engine.legible import legible, plural
 from rrm_engine.loading.geometry import PREFIX
 from rrm_engine.loading.prepare import LoadedModel, load_model
-from rrm_engine.replay.driver import Contender, Memory, Ours, blocks_needed
+from rrm_engine.replay.contender import Contender
+from rrm_engine.replay.driver import Memory, Ours, blocks_needed
 from rrm_engine.replay.flags import PEERS
 from rrm_engine.replay.generate import SHAPES, generate
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.measure import as_json, check, describe, limit_pools, measure, summarise
-from rrm_engine.replay.peers import Vllm, VllmEngine
+from rrm_engine.replay.peers import Peer
 from rrm_engine.replay.reader import read_graphs, write_graphs
 from rrm_engine.replay.recorded import recorded_graphs
 from rrm_engine.replay.report import rich_table
 from rrm_engine.replay.split import recorded_pairs, sentence, split
 from rrm_engine.replay.variant import Variant, parse_variant
+from rrm_engine.replay.vllm import VllmEngine
 from rrm_engine.runs.environment import environment
 
 
@@ -89,7 +91,7 @@ def peers(names: Sequence[str], memory: Memory, graphs: Sequence[Graph], args: a
         block_size=args.vllm_block_size,
         kv_bytes=token_bytes * max(sum(map(graph.length, graph.nodes)) for graph in variants),
     )
-    return [Vllm(name, engine, fork=name.endswith("+fork")) for name in names]
+    return [Peer(name, engine, fork=name.endswith("+fork")) for name in names]
 
 
 @contextlib.contextmanager

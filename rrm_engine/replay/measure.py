@@ -9,7 +9,8 @@ from time import perf_counter
 from typing import Any
 
 from rrm_engine.replay.check import Places, check_logits, check_transcripts, exact_places
-from rrm_engine.replay.driver import Contender, Memory, Ours, Replayed
+from rrm_engine.replay.contender import Contender, Replayed
+from rrm_engine.replay.driver import Memory, Ours
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.variant import Variant
 

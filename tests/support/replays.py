@@ -5,7 +5,8 @@ from typing import Any
 from oracle import VOCABULARY
 
 from rrm_engine.loading.prepare import LoadedModel
-from rrm_engine.replay.driver import Memory, Ours, Replayed, blocks_needed
+from rrm_engine.replay.contender import Replayed
+from rrm_engine.replay.driver import Memory, Ours, blocks_needed
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.reader import parse_graph
 from rrm_engine.replay.variant import parse_variant

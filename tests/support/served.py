@@ -32,7 +32,7 @@ def _loaded() -> tuple[Any, Any]:
 _computing = threading.Lock()
 
 
-def greedy(prompt: list[int], most: int) -> Iterator[int]:
+def greedy(prompt: list[int], most: int, ignore_eos: bool = False) -> Iterator[int]:
     """The likeliest tokens after ``prompt``, up to the end of sequence."""
     model, tokenizer = _loaded()
     cache, ids = DynamicCache(), prompt
@@ -41,7 +41,7 @@ def greedy(prompt: list[int], most: int) -> Iterator[int]:
             logits = model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         ids = [int(logits[0, -1].argmax())]
         yield ids[0]
-        if ids[0] == tokenizer.eos_token_id:
+        if ids[0] == tokenizer.eos_token_id and not ignore_eos:
             return
 
 
@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             self._event(event)
         ids: list[int] = []
         held: list[int] = []
-        for token in greedy(prompt, most):
+        for token in greedy(prompt, most, bool(body.get("ignore_eos"))):
             held.append(token)
             ids.append(token)
             if fault is not None and len(ids) > fault[1]:

@@ -12,7 +12,8 @@ from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.table import BlockTable
 from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.replay.check import check_transcripts
-from rrm_engine.replay.driver import Memory, Ours, Replayed
+from rrm_engine.replay.contender import Replayed
+from rrm_engine.replay.driver import Memory, Ours
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.measure import limit_pools, measure, summarise
 from rrm_engine.replay.report import markdown_table
@@ -100,7 +101,7 @@ def test_attached_tokens_are_not_prefilled(model: LoadedModel) -> None:
     memory = memory_for(model, graph.transcribed())
     pin, splice, transcript = (run(name, memory, graph) for name in ("pin", "splice", "transcript"))
     assert (splice.attached, pin.attached) == (4 + 3, 0)
-    assert splice.prefilled == pin.prefilled - 7
+    assert pin.prefilled and splice.prefilled == pin.prefilled - 7
     assert splice.reused == pin.reused
     assert transcript.attached == 10 + 7
     assert transcript.prefilled == pin.prefilled - (5 + 4) + (1 + 1)

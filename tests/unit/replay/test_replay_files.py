@@ -12,7 +12,8 @@ from rrm_engine import RunConfig, Solver
 from rrm_engine.bench.grader import Verdict
 from rrm_engine.bench.rows import make_row
 from rrm_engine.loading.prepare import load_model
-from rrm_engine.replay.driver import Memory, Ours, Replayed, blocks_needed
+from rrm_engine.replay.contender import Replayed
+from rrm_engine.replay.driver import Memory, Ours, blocks_needed
 from rrm_engine.replay.generate import SHAPES, generate
 from rrm_engine.replay.graph import Append, Await, Decode, Graph, Node
 from rrm_engine.replay.reader import GraphError, as_json, parse_graph, read_graphs, write_graphs

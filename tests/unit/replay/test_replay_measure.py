@@ -9,7 +9,7 @@ import pytest
 from replays import FLAT, drawn
 
 from rrm_engine.replay.cli import main
-from rrm_engine.replay.driver import Contender, Replayed
+from rrm_engine.replay.contender import Contender, Replayed
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.measure import COUNTERS, measure, summarise
 from rrm_engine.replay.report import HEADER, markdown_table, rich_table

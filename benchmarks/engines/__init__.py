@@ -1,0 +1,1 @@
+"""The other engines that benchmarks/peers.py measures."""
