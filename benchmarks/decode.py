@@ -53,11 +53,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.pool import BlockPool
+from rrm_engine.engine.settings import EngineSettings
+from rrm_engine.loading.engines import build_engine, build_runner
 from rrm_engine.loading.load import load_pretrained, resolve_device
 from rrm_engine.loading.prepare import LoadedModel, load_model
 from rrm_engine.runs.environment import environment
@@ -92,21 +90,18 @@ def ours_on_one_thread(model_name: str, dtype: str, device: str, longest: int, m
 
 def ours_run(model: LoadedModel, longest: int, most: int) -> Run:
     """Our engine, with KV for ``most`` sequences of ``longest`` tokens."""
-    blocks = most * -(-longest // 16) + 1
-    cache = KVCache(blocks, 16, model.shapes)
-    runner = ModelRunner(model.forward, cache, model.device, model.attend)
+    settings = EngineSettings(
+        blocks=most * -(-longest // 16) + 1,
+        prefix_cache=False,
+        max_sequences=most,
+        step_tokens=4096,
+        max_sequence_tokens=longest,
+        lookahead=model.device.type == "cuda",
+    )
+    runner = build_runner(model, settings)
 
     def run(prompts: list[list[int]], count: int) -> None:
-        pool = BlockPool(blocks, 16, prefix_cache=False)
-        engine = Engine(
-            runner,
-            pool,
-            max_sequences=len(prompts),
-            step_tokens=4096,
-            max_sequence_tokens=longest,
-            eos_ids=frozenset(),
-            lookahead=model.device.type == "cuda",
-        )
+        engine = build_engine(model, settings, runner)
         sequences = [engine.submit(f"s{i}", list(p), count, SamplingParams(), root=i) for i, p in enumerate(prompts)]
         while engine.has_work:
             engine.step()

@@ -35,7 +35,7 @@ import torch
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
-from rrm_engine.kv.pool import BlockPool
+from rrm_engine.engine.settings import EngineSettings
 from rrm_engine.runs.environment import environment
 
 LENGTHS = (512, 2048, 8192, 32768)
@@ -54,11 +54,7 @@ def measure(length: int, repeats: int) -> dict[str, Any]:
     blocks = 2 * length // BLOCK_SIZE
     engine = Engine(
         Bookkeeping(),  # type: ignore[arg-type]
-        BlockPool(blocks, BLOCK_SIZE),
-        max_sequences=64,
-        step_tokens=length,
-        max_sequence_tokens=length + 64,
-        eos_ids=frozenset(),
+        EngineSettings(blocks=blocks, block_size=BLOCK_SIZE, step_tokens=length, max_sequence_tokens=length + 64),
     )
     parent = engine.submit("root", list(range(length - 5)), 1, SamplingParams())
     engine.step()

@@ -69,7 +69,7 @@ def ablate(name: str, args: argparse.Namespace, console: Console) -> Result:
     is_small = model.parameters < SMALL
     args = argparse.Namespace(**vars(args))
     args.graphs, args.count = args.graphs or ("small" if is_small else "short"), args.count or 3
-    graphs = [graph.drawn(model.model.config.get_text_config().vocab_size) for graph in load_graphs(args.graphs, args)]
+    graphs = [graph.drawn(model.vocabulary) for graph in load_graphs(args.graphs, args)]
     memory = memory_for(model, graphs, variants, args)
     result: Result = {
         **about(memory),

@@ -39,11 +39,9 @@ if __name__ == "__main__":
 
 import torch
 
-from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.pool import BlockPool
+from rrm_engine.engine.settings import EngineSettings
+from rrm_engine.loading.engines import build_engine, build_runner
 from rrm_engine.loading.prepare import LoadedModel, load_model
 from rrm_engine.runs.environment import environment
 
@@ -55,22 +53,21 @@ class Arm:
 
     def __init__(self, model: LoadedModel, stages: int, batch: int, prompt: int, tokens: int) -> None:
         self.stages, self.count, self.prompt, self.tokens = stages, stages * batch, prompt, tokens
-        self.blocks = self.count * -(-(prompt + tokens) // BLOCK)
-        self.runner = ModelRunner(model.forward, KVCache(self.blocks, BLOCK, model.shapes), model.device, model.attend)
+        self.model = model
+        self.settings = EngineSettings(
+            blocks=self.count * -(-(prompt + tokens) // BLOCK),
+            block_size=BLOCK,
+            prefix_cache=False,
+            max_sequences=self.count,
+            step_tokens=4096,
+            max_sequence_tokens=prompt + tokens,
+            stages=stages,
+        )
+        self.runner = build_runner(model, self.settings)
 
     def run(self) -> tuple[float, float, int]:
         """CPU and wall seconds of one decoded token, and how many of them a step had at most."""
-        pool = BlockPool(self.blocks, BLOCK, prefix_cache=False)
-        longest = self.prompt + self.tokens
-        engine = Engine(
-            self.runner,
-            pool,
-            max_sequences=self.count,
-            step_tokens=4096,
-            max_sequence_tokens=longest,
-            eos_ids=frozenset(),
-            stages=self.stages,
-        )
+        engine = build_engine(self.model, self.settings, self.runner)
         prompts = torch.randint(100, (self.count, self.prompt), generator=torch.Generator().manual_seed(1)).tolist()
         for i, prompt in enumerate(prompts):
             engine.submit(f"s{i}", prompt, self.tokens, SamplingParams(), root=i)

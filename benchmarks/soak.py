@@ -50,12 +50,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.replicas import AnyEngine, Replicas
-from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence, State
-from rrm_engine.kv.cache import KVCache
+from rrm_engine.engine.settings import EngineSettings
 from rrm_engine.kv.host import SwapCosts
-from rrm_engine.kv.pool import BlockPool
+from rrm_engine.loading.engines import build_engine
 from rrm_engine.loading.load import load_pretrained, resolve_device
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
 from rrm_engine.runs.environment import environment
@@ -84,7 +83,7 @@ class Settings:
     prefix_cache: bool
     wait_policy: WaitPolicy
     host_blocks: int
-    costs: SwapCosts | None
+    costs: SwapCosts
     stops: float  # share of the vocabulary that ends a sequence
     stages: int
     lookahead: bool
@@ -107,7 +106,7 @@ class Settings:
             draw.random() < 0.6,
             draw.choice(get_args(WaitPolicy)),
             draw.choice([0, 3, blocks, 1000]),
-            draw.choice([None, SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)]),
+            draw.choice([SwapCosts(0.5, 0.5), SwapCosts(1.0, 0.1), SwapCosts(0.1, 1.0)]),
             draw.choice([0.0, 0.05]),
             draw.choice([1, 1, 1, 2, 4]),
             draw.random() < 0.5,
@@ -116,9 +115,10 @@ class Settings:
 
     def engine(self, model: LoadedModel, eos_ids: frozenset[int]) -> Engine:
         """One of the replicas."""
-        engine = Engine(
-            ModelRunner(model.forward, KVCache(self.blocks, self.block_size, model.shapes), model.device, model.attend),
-            BlockPool(self.blocks, self.block_size, self.prefix_cache),
+        settings = EngineSettings(
+            blocks=self.blocks,
+            block_size=self.block_size,
+            prefix_cache=self.prefix_cache,
             max_sequences=self.max_sequences,
             step_tokens=self.step_tokens,
             max_sequence_tokens=self.longest,
@@ -128,8 +128,7 @@ class Settings:
             stages=self.stages,
             lookahead=self.lookahead,
         )
-        engine.scheduler.costs = self.costs
-        return engine
+        return build_engine(model, settings, costs=self.costs)
 
 
 @dataclass(slots=True, eq=False)

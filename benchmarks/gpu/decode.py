@@ -8,10 +8,10 @@ import torch
 from gpu.lab import BLOCK_SIZE, Lab, Row, random_tokens
 from rrm_engine.device.memory import free_memory
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.kv.cache import KVCache, bytes_per_block
-from rrm_engine.kv.pool import BlockPool
+from rrm_engine.engine.settings import EngineSettings
+from rrm_engine.kv.cache import bytes_per_block
+from rrm_engine.loading.engines import build_engine, build_runner
 from rrm_engine.loading.prepare import LoadedModel
 
 # What becomes of the host's work: hidden behind the device's, in its way with few launches, or with all of them.
@@ -37,17 +37,33 @@ def run(lab: Lab, rows: list[Row]) -> None:
     room = int(free_memory(lab.device) * MEMORY_SHARE / bytes_per_block(model.shapes, BLOCK_SIZE))
     wanted = [(context, batch) for context in contexts for batch in batches]
     points = [point for point in wanted if _blocks(*point) <= room]
-    cache = KVCache(max(_blocks(*point) for point in points), BLOCK_SIZE, model.shapes)
-    for index, shape in cache.shapes.items():
-        for pool in cache.pools(index, shape):
-            pool.normal_()
     left_out = [f"{batch} x {context}" for context, batch in wanted if (context, batch) not in points]
     if left_out:
         rows.append({"left_out": left_out, "reason": f"KV of more than {room} blocks"})
-    for host_work, (eager, _) in HOST_WORK.items():
-        runner = ModelRunner(model.forward, cache, model.device, model.attend, eager)
-        for context, batch in points:
-            rows.append(_point(lab, model, runner, context, batch, host_work))
+    for host_work in HOST_WORK:
+        _measure(lab, model, points, host_work, rows)
+        lab.tidy()  # the next one's KV takes the place of this one's
+
+
+def _measure(lab: Lab, model: LoadedModel, points: list[tuple[int, int]], host_work: str, rows: list[Row]) -> None:
+    eager, lookahead = HOST_WORK[host_work]
+    settings = EngineSettings(
+        blocks=max(_blocks(*point) for point in points),
+        block_size=BLOCK_SIZE,
+        prefix_cache=False,
+        max_sequences=max(batch for _, batch in points),
+        step_tokens=4096,
+        max_sequence_tokens=max(context for context, _ in points) + WARM + TIMED + 2,
+        eager=eager,
+        lookahead=lookahead,
+    )
+    runner = build_runner(model, settings)
+    for index, shape in runner.cache.shapes.items():
+        for pool in runner.cache.pools(index, shape):
+            pool.normal_()
+    for context, batch in points:
+        row = _point(lab, model, build_engine(model, settings, runner), context, batch)
+        rows.append({**row, "host_work": host_work})
 
 
 def _blocks(context: int, batch: int) -> int:
@@ -55,22 +71,11 @@ def _blocks(context: int, batch: int) -> int:
     return batch * (-(-(context + WARM + TIMED + 2) // BLOCK_SIZE) + 1)
 
 
-def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batch: int, host_work: str) -> Row:
+def _point(lab: Lab, model: LoadedModel, engine: Engine, context: int, batch: int) -> Row:
     """Sequences whose KV is there already decode greedily; whole steps of the engine are timed."""
-    steps = WARM + TIMED
-    engine = Engine(
-        runner,
-        BlockPool(_blocks(context, batch), BLOCK_SIZE, prefix_cache=False),
-        max_sequences=batch,
-        step_tokens=4096,
-        max_sequence_tokens=context + steps + 2,
-        eos_ids=frozenset(),
-        lookahead=HOST_WORK[host_work][1],
-    )
-    vocabulary = model.model.config.vocab_size
     for i in range(batch):
-        tokens = random_tokens(context + 1, vocabulary, i)
-        engine.submit(f"s{i}", tokens, steps, SamplingParams(), root=i).table.append(context)
+        tokens = random_tokens(context + 1, model.vocabulary, i)
+        engine.submit(f"s{i}", tokens, WARM + TIMED, SamplingParams(), root=i).table.append(context)
     times = []
     while engine.has_work:
         began = perf_counter()
@@ -82,8 +87,7 @@ def _point(lab: Lab, model: LoadedModel, runner: ModelRunner, context: int, batc
     return {
         "context": context,
         "batch": batch,
-        "graphs": bool(runner.static.shares[0].replays),
-        "host_work": host_work,
+        "graphs": bool(engine.runner.static.shares[0].replays),
         "ms_per_step": 1e3 * step_s,
         "ms_spread": [1e3 * min(times[WARM:]), 1e3 * max(times[WARM:])],
         "tokens_per_s": batch / step_s,

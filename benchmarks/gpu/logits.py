@@ -8,11 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpu.lab import BLOCK_SIZE, Lab, Row, random_tokens
-from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.pool import BlockPool
+from rrm_engine.engine.settings import EngineSettings
+from rrm_engine.loading.engines import build_engine
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
 
 COMMON: dict[str, Any] = {
@@ -66,10 +64,10 @@ def _family(lab: Lab, family: str, dtype: torch.dtype) -> list[Row]:
 
 def _compare(lab: Lab, plain: Any, model: LoadedModel, family: str, eager: bool) -> Row:
     tokens = 8 if lab.tiny else 48
-    cache = KVCache(200, BLOCK_SIZE, model.shapes)
-    runner = ModelRunner(model.forward, cache, model.device, model.attend, eager)
-    pool = BlockPool(200, BLOCK_SIZE)
-    engine = Engine(runner, pool, max_sequences=8, step_tokens=64, max_sequence_tokens=600, eos_ids=frozenset())
+    settings = EngineSettings(
+        blocks=200, block_size=BLOCK_SIZE, max_sequence_tokens=600, max_sequences=8, step_tokens=64, eager=eager
+    )
+    engine = build_engine(model, settings)
     sequences = [
         engine.submit(f"s{i}", random_tokens(length, 500, i), tokens, SamplingParams(), root=i)
         for i, length in enumerate(LENGTHS)
@@ -89,5 +87,5 @@ def _compare(lab: Lab, plain: Any, model: LoadedModel, family: str, eager: bool)
         "eager": eager,
         "load_check_error": model.load_check_error,
         "agreement": same / (tokens * len(LENGTHS)),
-        "graphs": sum(len(share.graphs) for share in runner.static.shares),
+        "graphs": sum(len(share.graphs) for share in engine.runner.static.shares),
     }

@@ -2,18 +2,20 @@
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from time import perf_counter
 
 from gpu.lab import BLOCK_SIZE, Lab, Row, random_tokens
+from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
-from rrm_engine.kv.cache import KVCache, bytes_per_block
+from rrm_engine.engine.settings import EngineSettings
+from rrm_engine.kv.cache import bytes_per_block
 from rrm_engine.kv.host import HostCopy
-from rrm_engine.kv.pool import BlockPool
+from rrm_engine.loading.engines import build_engine, build_runner
 from rrm_engine.loading.prepare import LoadedModel
-from rrm_engine.loading.rotary import find_rotary
 
 GREEDY = SamplingParams()
 
@@ -22,12 +24,20 @@ def run(lab: Lab, rows: list[Row]) -> None:
     model = lab.model()
     contexts = (64,) if lab.tiny else (512, 4096, 16384)
     blocks = 3 * -(-max(contexts) // BLOCK_SIZE) + 64
-    cache = KVCache(blocks, BLOCK_SIZE, model.shapes)
-    runner = ModelRunner(model.forward, cache, model.device, model.attend)
-    runner.rotary = find_rotary(model)
+    settings = EngineSettings(
+        blocks=blocks,
+        block_size=BLOCK_SIZE,
+        prefix_cache=False,
+        max_sequences=8,
+        step_tokens=4096,
+        max_sequence_tokens=max(contexts) + 200,
+        host_blocks=blocks,
+        splices=True,
+    )
+    runner = build_runner(model, settings)
     for context in contexts:
         rows += _block_moves(lab, runner, context)
-        rows += _lives(lab, model, runner, blocks, context)
+        rows += _lives(lab, model, runner, settings, context)
 
 
 def _block_moves(lab: Lab, runner: ModelRunner, context: int) -> list[Row]:
@@ -60,22 +70,13 @@ def _block_moves(lab: Lab, runner: ModelRunner, context: int) -> list[Row]:
     return rows
 
 
-def _lives(lab: Lab, model: LoadedModel, runner: ModelRunner, blocks: int, context: int) -> list[Row]:
+def _lives(lab: Lab, model: LoadedModel, runner: ModelRunner, settings: EngineSettings, context: int) -> list[Row]:
     """Steps of the engine: a decode, a fork's first step, and a resume under each of the wait policies."""
     rows = []
-    for policy in ("pin", "offload", "drop"):
-        engine = Engine(
-            runner,
-            BlockPool(blocks, BLOCK_SIZE, prefix_cache=False),
-            max_sequences=8,
-            step_tokens=4096,
-            max_sequence_tokens=context + 200,
-            eos_ids=frozenset(),
-            wait_policy=policy,
-            host_blocks=blocks,
-        )
-        vocabulary = model.model.config.vocab_size
-        tokens = random_tokens(context + 1, vocabulary, context)
+    policies: tuple[WaitPolicy, ...] = ("pin", "offload", "drop")
+    for policy in policies:
+        engine = build_engine(model, replace(settings, wait_policy=policy), runner)
+        tokens = random_tokens(context + 1, model.vocabulary, context)
         root = engine.submit("root", tokens, 8, GREEDY)
         root.table.append(context)
         decode = [_step(lab, engine) for _ in range(8)]

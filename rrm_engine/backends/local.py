@@ -13,21 +13,16 @@ from rrm_engine.backends.session import Writing
 from rrm_engine.backends.settings import describe_sampling, phase_plans, resolve
 from rrm_engine.backends.solving import Solving
 from rrm_engine.config import RunConfig
-from rrm_engine.device.memory import in_units, refuse_out_of_memory
-from rrm_engine.engine.draft import MOST, Drafting
-from rrm_engine.engine.engine import Engine
+from rrm_engine.device.memory import refuse_out_of_memory
+from rrm_engine.engine.draft import MOST
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.replicas import AnyEngine, Replicas
-from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.engine.settings import EngineSettings
 from rrm_engine.errors import RrmError
-from rrm_engine.kv.cache import KVCache, bytes_per_block
-from rrm_engine.kv.pool import BlockPool
+from rrm_engine.loading.engines import build_engine
 from rrm_engine.loading.load import load_skeleton, too_large
 from rrm_engine.loading.placement import MemoryPlan, parse_devices, plan_memory
 from rrm_engine.loading.prepare import LoadedModel, load_model, load_planned
-from rrm_engine.loading.rotary import find_rotary
-from rrm_engine.loading.row_costs import measure_row_costs
-from rrm_engine.loading.swap_costs import measure_swap_costs
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import default_style, load_style
 from rrm_engine.trace.profile import STEPS, Profile
@@ -66,8 +61,7 @@ class Solver(Solving):
         self.replicas = list(replicas) or [model]
         self.plan: MemoryPlan | None = None  # where several devices were named
         self.resolved = config = resolve(config, model, style, chat, tasks, self.replicas)
-        assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
-        engines = [_engine(each, config, chat.eos_ids) for each in self.replicas]
+        engines = [build_engine(each, _engine_settings(config, each, chat.eos_ids)) for each in self.replicas]
         self.engine: AnyEngine = engines[0] if len(engines) == 1 else Replicas(engines, together=config.join != "text")
         writing = Writing(
             self.engine,
@@ -162,19 +156,13 @@ def _load(config: RunConfig, announce: Callable[[str], None]) -> tuple[list[Load
     return load_planned(config.model, config.dtype, plan, config.attention, code), plan
 
 
-def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> Engine:
-    """An engine over a model, or over one of its replicas, under a resolved config."""
+def _engine_settings(config: RunConfig, model: LoadedModel, eos_ids: frozenset[int]) -> EngineSettings:
+    """Of an engine under a resolved config."""
     assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
-    published: Any = model.model.config
-    engine = Engine(
-        ModelRunner(
-            model.forward,
-            _allocate(config.kv_blocks, config.block_size, model),
-            model.device,
-            model.attend,
-            config.eager,
-        ),
-        BlockPool(config.kv_blocks, config.block_size, config.prefix_cache),
+    return EngineSettings(
+        blocks=config.kv_blocks,
+        block_size=config.block_size,
+        prefix_cache=config.prefix_cache,
         max_sequences=config.max_concurrency,
         step_tokens=config.step_tokens,
         max_sequence_tokens=config.max_sequence_tokens,
@@ -184,26 +172,8 @@ def _engine(model: LoadedModel, config: RunConfig, eos_ids: frozenset[int]) -> E
         host_blocks=config.host_kv_blocks or 0,
         stages=model.stages,
         lookahead=config.lookahead == "on",
-        vocabulary=published.get_text_config().vocab_size,
+        eager=config.eager,
+        splices=config.join != "text",
+        drafts=int({"off": 0, "auto": MOST}.get(config.draft, config.draft)),
+        weigh_drafts=config.draft == "auto",
     )
-    if config.join != "text":
-        engine.runner.rotary = find_rotary(model)
-    if config.wait_policy == "auto":
-        engine.scheduler.costs = measure_swap_costs(engine)
-    if config.draft != "off":
-        engine.draft(_drafting(config, engine))
-    return engine
-
-
-def _drafting(config: RunConfig, engine: Engine) -> Drafting:
-    if config.draft == "auto":
-        return Drafting(MOST, engine.eos_ids, measure_row_costs(engine))
-    return Drafting(int(config.draft), engine.eos_ids)
-
-
-def _allocate(blocks: int, block_size: int, model: LoadedModel) -> KVCache:
-    size = in_units(blocks * bytes_per_block(model.shapes, block_size))
-    with refuse_out_of_memory(
-        f"{blocks:,} KV blocks take {size}, more than {model.device} gives: give a smaller number as --kv-blocks"
-    ):
-        return KVCache(blocks, block_size, model.shapes)

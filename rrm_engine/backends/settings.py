@@ -192,9 +192,7 @@ def sampling_params(config: RunConfig, style: Style, model: LoadedModel, thinkin
         values["top_p"] = 1e-9  # the likeliest token, as transformers has it
     if values.get("repetition_penalty") == 1:
         del values["repetition_penalty"]
-    published: Any = model.model.config
-    vocabulary = published.get_text_config().vocab_size
-    refuse_unusable(values, model.eos_ids, vocabulary, f"--model {model.name}, generation_config")
+    refuse_unusable(values, model.eos_ids, model.vocabulary, f"--model {model.name}, generation_config")
     return SamplingParams.of(values)
 
 

@@ -7,7 +7,6 @@ from time import monotonic
 
 import torch
 
-from rrm_engine.config import WaitPolicy
 from rrm_engine.device.transfer import Readback
 from rrm_engine.engine.draft import Drafting
 from rrm_engine.engine.draw import draw
@@ -19,8 +18,9 @@ from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, noise_key
 from rrm_engine.engine.scheduler import Scheduler, SchedulerOutput
 from rrm_engine.engine.sequence import Matcher, Sequence, Stop
+from rrm_engine.engine.settings import EngineSettings
 from rrm_engine.errors import NoRoom, RrmError
-from rrm_engine.kv.host import HostSpace
+from rrm_engine.kv.host import HostSpace, SwapCosts
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.span import Span
 from rrm_engine.kv.table import BlockTable
@@ -59,42 +59,27 @@ class Engine:
     def __init__(
         self,
         runner: ModelRunner,
-        pool: BlockPool,
-        *,
-        max_sequences: int,
-        step_tokens: int,
-        max_sequence_tokens: int,
-        eos_ids: frozenset[int],
-        seed: int = 0,
-        wait_policy: WaitPolicy = "pin",
-        host_blocks: int = 0,
-        stages: int = 1,
-        lookahead: bool = False,
-        vocabulary: int | None = None,
+        settings: EngineSettings,
+        costs: SwapCosts | None = None,
     ) -> None:
-        """``wait_policy`` is what becomes of a waiting sequence's KV, ``host_blocks`` the room for what is offloaded.
-        ``lookahead`` launches steps that run tokens which the host does not know yet. ``vocabulary`` is how many tokens
-        the model knows; None: whatever is submitted.
+        """``costs`` are what the wait policy ``auto`` decides by.
 
         Raises RrmError if the pool cannot hold one sequence of ``max_sequence_tokens``.
         """
-        blocks = -(-max_sequence_tokens // pool.block_size)
-        if blocks > pool.num_blocks:
+        blocks = -(-settings.max_sequence_tokens // settings.block_size)
+        if blocks > settings.blocks:
             raise RrmError(
-                f"one sequence of {max_sequence_tokens} tokens takes {blocks} KV blocks of {pool.block_size}, the pool "
-                f"has {pool.num_blocks}: raise --kv-blocks to at least {blocks}, or lower --max-sequence-tokens or the "
-                f"phases' token budgets"
+                f"one sequence of {settings.max_sequence_tokens} tokens takes {blocks} KV blocks of "
+                f"{settings.block_size}, the pool has {settings.blocks}: raise --kv-blocks to at least {blocks}, or "
+                f"lower --max-sequence-tokens or the phases' token budgets"
             )
         self.runner = runner
-        self.pool = pool
-        self.space = HostSpace(host_blocks)
-        self.scheduler = Scheduler(pool, max_sequences, step_tokens, wait_policy, self.space, stages=stages)
+        self.settings = settings
+        self.pool = BlockPool(settings.blocks, settings.block_size, settings.prefix_cache)
+        self.space = HostSpace(settings.host_blocks)
+        self.scheduler = Scheduler(self.pool, settings, self.space, costs)
         self.drafting: Drafting | None = None
-        self.lookahead = lookahead
-        self.max_sequence_tokens = max_sequence_tokens
-        self.eos_ids = eos_ids
-        self.vocabulary = vocabulary
-        self.seed = seed
+        self.eos_ids = settings.eos_ids
         self.steps = 0  # collected
         self.began = 0.0  # when the last one of them did, on the monotonic clock
         self.ranges = Ranges()
@@ -102,7 +87,7 @@ class Engine:
         self._flights: deque[Flight] = deque()
         self._number = 0  # of the step collected last
         self._given: dict[Sequence, deque[int]] = {}  # its tokens that have not been handed out
-        self._processors = Processors(eos_ids)
+        self._processors = Processors(settings.eos_ids)
         self._arrivals = 0
 
     def announce_to(self, ranges: Ranges) -> None:
@@ -188,9 +173,9 @@ class Engine:
             tokens,
             table,
             sampling,
-            noise_key(self.seed, key),
+            noise_key(self.settings.seed, key),
             budget,
-            self.max_sequence_tokens,
+            self.settings.max_sequence_tokens,
             root,
             depth,
             self._arrivals,
@@ -278,7 +263,7 @@ class Engine:
 
     def launch(self) -> None:
         """Launch steps until as many are in flight as there may be, or every sequence that could run is in one."""
-        most = self.scheduler.stages + self.lookahead
+        most = self.settings.stages + self.settings.lookahead
         while self.has_work and len(self._flights) < most and self._launch():
             pass
 
@@ -339,7 +324,7 @@ class Engine:
             self._draw(earlier)
         self.plan, began, number = None, monotonic(), self.launched + 1
         with self.ranges("schedule", self.scheduler.live):
-            self.plan = plan = self.scheduler.schedule(self._drawn() if self.lookahead else ())
+            self.plan = plan = self.scheduler.schedule(self._drawn() if self.settings.lookahead else ())
         for sequence in plan.admitted:
             sequence.admitted = (began, number)
         logits, order = self.runner.run(plan, self._unread(plan))
@@ -443,17 +428,17 @@ class Engine:
     def _check_room(self, key: str, length: int) -> None:
         if length < 1:
             raise RrmError(f"{key} has no tokens to start from")
-        if length >= self.max_sequence_tokens:
+        if length >= (most := self.settings.max_sequence_tokens):
             raise NoRoom(
-                f"{key} has {length} tokens and a sequence may have {self.max_sequence_tokens}: "
+                f"{key} has {length} tokens and a sequence may have {most}: "
                 f"raise --max-sequence-tokens (and --kv-blocks), or shorten the task or the budgets"
             )
 
     def _check_known(self, key: str, tokens: list[int]) -> None:
-        unknown = None if self.vocabulary is None else next((t for t in tokens if not 0 <= t < self.vocabulary), None)
-        if unknown is not None:
+        vocabulary = self.settings.vocabulary
+        if (unknown := next((t for t in tokens if not 0 <= t < vocabulary), None)) is not None:
             raise RrmError(
-                f"{key} has token {unknown} and the model's vocabulary has {self.vocabulary}: its tokenizer is another "
+                f"{key} has token {unknown} and the model's vocabulary has {vocabulary}: its tokenizer is another "
                 f"model's, or was added to; use the one that belongs to it"
             )
 

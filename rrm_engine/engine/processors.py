@@ -8,9 +8,9 @@ import torch
 
 from rrm_engine.device.transfer import integers, to_device
 from rrm_engine.engine.packing import Drawn
+from rrm_engine.engine.rules import Rules, make_rules, process
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
-from rrm_engine.loading.generation import Rules, make_rules, process
 
 Scores = torch.Tensor  # fp32 [rows, vocabulary]
 

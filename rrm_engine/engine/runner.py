@@ -1,6 +1,6 @@
 """One packed forward for everything a step runs: prefill chunks and decodes of all sequences together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from rrm_kernels.batch import PagedAttention
@@ -12,6 +12,8 @@ from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
 from rrm_engine.engine.static_steps import static_steps
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.models.attention import Forward
+
+Observer = Callable[[torch.Tensor, list[Work]], None]
 
 
 class ModelRunner:
@@ -29,13 +31,23 @@ class ModelRunner:
         device: torch.device,
         attend: PagedAttention = paged_attention,
         eager: bool = False,
+        rotary: Mapping[int, torch.Tensor] | None = None,
+        observe: Observer | None = None,
     ) -> None:
-        """``eager``: launch every step's kernels one by one, where they could be captured and replayed."""
+        """``eager``: launch every step's kernels one by one, where they could be captured and replayed. ``rotary`` is
+        what splices need: see loading/rotary.py. ``observe`` is called with what each step's ``run`` returns.
+        """
         self.static = static_steps(forward, attend, cache, device, eager)
         self.cache = cache
         self.device = device
         self.ranges = Ranges()
-        self.rotary: Mapping[int, torch.Tensor] = {}  # what splices need: see loading/rotary.py
+        self.rotary = rotary or {}
+        self.observe = observe
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where its layers are."""
+        return {shape.device for shape in self.cache.shapes.values()}
 
     @torch.inference_mode()
     def run(self, step: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:
@@ -63,7 +75,10 @@ class ModelRunner:
         with self.ranges("pack", step.work):
             packed = self.static.pack(step.work, drawn)
         with self.ranges.forward(step.work):
-            return self.static.run(packed), packed.order
+            logits = self.static.run(packed)
+        if self.observe is not None:
+            self.observe(logits, packed.order)
+        return logits, packed.order
 
     def _splice(self, splices: tuple[Splice, ...]) -> None:
         sources, destinations, moves = [], [], []

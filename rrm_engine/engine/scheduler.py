@@ -5,9 +5,9 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.draft import Drafting
 from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.engine.settings import EngineSettings
 from rrm_engine.kv.host import HostSpace, SwapCosts, SwapIn, SwapOut
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.span import Span
@@ -91,21 +91,18 @@ class Scheduler:
     def __init__(
         self,
         pool: BlockPool,
-        max_sequences: int,
-        step_tokens: int,
-        wait_policy: WaitPolicy = "pin",
-        space: HostSpace | None = None,
+        settings: EngineSettings,
+        space: HostSpace,
         costs: SwapCosts | None = None,
-        stages: int = 1,
     ) -> None:
         """``costs`` decide what ``auto`` does with a waiting sequence under pressure; without them it is dropped."""
         self.pool = pool
-        self.wait_policy = wait_policy
-        self.space = space or HostSpace()
+        self.space = space
         self.costs = costs
-        self.max_sequences = max_sequences
-        self.step_tokens = step_tokens
-        self.stages = stages
+        self.wait_policy = settings.wait_policy
+        self.max_sequences = settings.max_sequences
+        self.step_tokens = settings.step_tokens
+        self.stages = settings.stages
         self.drafting: Drafting | None = None
         self.live: list[Sequence] = []  # waiting and running, by priority
         self.paused: dict[str, Sequence] = {}

@@ -29,19 +29,16 @@ from rrm_kernels.reference import paged_attention
 from torch import nn
 
 from rrm_engine.device.memory import is_out_of_memory
-from rrm_engine.engine.packing import pack
+from rrm_engine.engine.packing import PackedStep, pack
 from rrm_engine.engine.runner import ModelRunner
-from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Work
-from rrm_engine.engine.sequence import Sequence as Tokens
+from rrm_engine.engine.scratch import Scratch, run_packed
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import KVCache, LayerShape
-from rrm_engine.kv.pool import BlockPool
-from rrm_engine.kv.table import BlockTable
 from rrm_engine.loading.places import PLAIN_ATTENTION, layer_inputs
 from rrm_engine.loading.plain import LOGITS, Past, Place, Plain, run_plain
 from rrm_engine.loading.rounding import deviation, jitter, widened
-from rrm_engine.models.attention import ATTENTION_NAME, Forward, PagedForward
+from rrm_engine.models.attention import ATTENTION_NAME, Exchange, Forward
 from rrm_engine.models.fuse import parameters_read
 from rrm_engine.models.spread import decoder_layers
 
@@ -266,26 +263,28 @@ class Check:
         return LoadCheck(reason, advice, worst, error, dict(self.cache.shapes), self.forward, self.attend)
 
     def _steps(self) -> Iterator[tuple[Work, ...]]:
-        pool = BlockPool(self.cache.num_blocks, self.cache.block_size, prefix_cache=False)
-        sequences = []
-        for i, plain in enumerate(self.plain):
-            tokens = [0] * plain.past_tokens + plain.tokens
-            sequences.append(Tokens(f"probe{i}", tokens, BlockTable(pool), SamplingParams(), 0, 1))
-            sequences[-1].table.append(plain.past_tokens)
+        scratch = Scratch(self.cache)
+        sequences = [
+            scratch.sequence([0] * plain.past_tokens + plain.tokens, plain.past_tokens, key=str(i))
+            for i, plain in enumerate(self.plain)
+        ]
         for piece in range(max(len(plain.stops) for plain in self.plain)):
-            work = []
-            for sequence, plain in zip(sequences, self.plain, strict=True):
-                if piece < len(plain.stops):
-                    start, stop = sequence.table.length, plain.past_tokens + plain.stops[piece]
-                    sequence.table.append(stop - start)
-                    work.append(Work(sequence, start, stop - start, samples=True))
-            yield tuple(work)
+            yield tuple(
+                scratch.next(sequence, plain.past_tokens + plain.stops[piece] - sequence.table.length)
+                for sequence, plain in zip(sequences, self.plain, strict=True)
+                if piece < len(plain.stops)
+            )
+
+    def _forward(self, step: PackedStep, exchange: Exchange) -> torch.Tensor:
+        """The logits of a step whose values are exchanged."""
+        with layer_inputs(self.layers, exchange) if self.layers is not None else nullcontext():
+            return run_packed(step, self.cache, self.forward, self.attend, exchange)
 
     def _rows(self, order: Sequence[Work]) -> list[tuple[int, int, int]]:
         """Of work items, in order: which sequence, and which of its own tokens."""
         found = []
         for item in order:
-            i = int(item.sequence.key.removeprefix("probe"))
+            i = int(item.sequence.key)
             start = item.start - self.plain[i].past_tokens
             found.append((i, start, start + item.count))
         return found
@@ -311,9 +310,7 @@ class Check:
                     self._note(i, (what, layer), range(start, stop), part)
                 return torch.cat([self.plain[i].values[what, layer][a:b] for i, a, b in rows])[None]
 
-            paged = PagedForward(self.cache, step.batch, self.attend, exchange=exchange)
-            with layer_inputs(self.layers, exchange) if self.layers is not None else nullcontext():
-                logits = self.forward(step.token_ids, step.positions, step.sampled, paged)
+            logits = self._forward(step, exchange)
             place = LOGITS, len(self.layers or ())
             for (i, _, stop), row in zip(rows, logits, strict=True):
                 at = list(self.plain[i].stops).index(stop)
@@ -351,9 +348,7 @@ class Check:
             logits, order = runner.run(SchedulerOutput(work, ()))
             logits = widened(logits).clone()
             step = pack(work, self.cache.block_size, self.device)
-            paged = PagedForward(self.cache, step.batch, self.attend, exchange=exchange)
-            with layer_inputs(self.layers, exchange) if self.layers is not None else nullcontext():
-                others = widened(self.forward(step.token_ids, step.positions, step.sampled, paged))
+            others = widened(self._forward(step, exchange))
             again = {item.sequence.key: row for item, row in zip(step.order, others, strict=True)}
             for (i, _, stop), item, row in zip(self._rows(order), order, logits, strict=True):
                 plain = widened(self.plain[i].logits()[list(self.plain[i].stops).index(stop)])

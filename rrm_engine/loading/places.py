@@ -15,17 +15,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from rrm_engine.models.attention import Exchange
+
 AGAIN = 3
 PLAIN_ATTENTION = "rrm_plain"  # transformers' eager attention, with these places in it
-
-
-class Exchange(Protocol):
-    """Is given what was found at a place, ``[copies, tokens, ...]``, and returns what to go on with, of that shape.
-
-    A packed run has one copy, and its tokens in the order of the step.
-    """
-
-    def __call__(self, what: str, layer: int, found: torch.Tensor) -> torch.Tensor: ...
 
 
 class PlainExchange(Exchange, Protocol):

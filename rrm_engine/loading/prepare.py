@@ -59,6 +59,12 @@ class LoadedModel:
     def model_type(self) -> str:
         return self.model.config.model_type
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it knows."""
+        config: Any = self.model.config
+        return int(config.get_text_config().vocab_size)
+
 
 def load_planned(
     name: str, dtype: str, plan: MemoryPlan, attention: str = "auto", trust_remote_code: bool = False

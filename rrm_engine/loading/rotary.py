@@ -1,19 +1,12 @@
 """How the keys of a model's layers can be moved to other positions, found by trying it."""
 
-from typing import Any
-
 import torch
 from rrm_kernels.rope import rerotate
 
 from rrm_engine.engine.packing import pack
-from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.engine.scheduler import Work
-from rrm_engine.engine.sequence import Sequence
+from rrm_engine.engine.scratch import Scratch, run_packed
 from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.pool import BlockPool
-from rrm_engine.kv.table import BlockTable
 from rrm_engine.loading.prepare import LoadedModel, UnsupportedModel
-from rrm_engine.models.attention import PagedForward
 
 TOKENS = 24
 FARTHEST = 4096  # positions: far enough for frequencies that differ in slow dimensions only
@@ -53,20 +46,18 @@ def find_rotary(loaded: LoadedModel) -> dict[int, torch.Tensor]:
 
 def _keys_and_values(loaded: LoadedModel, first: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """By layer the keys and values ``[tokens, kv heads, width]`` of some tokens from position ``first`` on."""
-    config: Any = loaded.model.config
-    vocabulary = config.get_text_config().vocab_size
-    tokens = torch.randint(min(vocabulary, 1000), (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
+    known = min(loaded.vocabulary, 1000)
+    tokens = torch.randint(known, (TOKENS,), generator=torch.Generator().manual_seed(1)).tolist()
     multiple = loaded.attend.block_multiple
     block_size = -(-TOKENS // multiple) * multiple
     cache = KVCache(1, block_size, loaded.shapes)
-    table = BlockTable(BlockPool(1, block_size, prefix_cache=False))
-    table.append(TOKENS)
-    sequence = Sequence("rotary", tokens, table, SamplingParams(), 0, 1)
-    step = pack((Work(sequence, 0, TOKENS, samples=True),), block_size, loaded.device)
+    scratch = Scratch(cache)
+    sequence = scratch.sequence(tokens)
+    step = pack([scratch.next(sequence, TOKENS)], block_size, loaded.device)
     step.batch.longest += first
-    paged = PagedForward(cache, step.batch, loaded.attend)
-    loaded.forward(step.token_ids, step.positions + first, step.sampled, paged)
-    block = table.blocks[0]
+    step.positions += first
+    run_packed(step, cache, loaded.forward, loaded.attend)
+    block = sequence.table.blocks[0]
     pools = {index: cache.pools(index, shape) for index, shape in loaded.shapes.items()}
     return {index: (keys[block, :TOKENS], values[block, :TOKENS]) for index, (keys, values) in pools.items()}
 

@@ -1,15 +1,14 @@
-"""What more rows in a step cost on this machine, measured on the engine itself."""
+"""What more rows in a step cost on this machine, measured on an engine's own runner."""
 
 from math import inf
 from time import perf_counter
 
 from rrm_engine.device.transfer import wait_for
 from rrm_engine.engine.draft import RowCosts
-from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams, choose
-from rrm_engine.engine.scheduler import SchedulerOutput, Work
-from rrm_engine.engine.sequence import Sequence
-from rrm_engine.kv.table import BlockTable
+from rrm_engine.engine.scheduler import SchedulerOutput
+from rrm_engine.engine.scratch import Scratch
 
 ROWS = (1, 4, 8, 16, 32)
 ROUNDS = 8  # at most: the fastest of them counts, for whatever else runs on a machine makes a step slower
@@ -17,14 +16,10 @@ PATIENCE_S = 1.0  # after the first round that is over later none begins, and si
 LONG = 1024  # tokens of the context over which a row's attention is measured
 
 
-def measure_row_costs(engine: Engine) -> RowCosts:
-    """Time steps of decodes, a token drawn from each, on an engine that nothing runs on; it is left as it was.
-
-    What the rows attend to is whatever lies in the pool: only the time counts.
+def measure_row_costs(runner: ModelRunner, most: int) -> RowCosts:
+    """Time steps of decodes, a token drawn from each, over KV that nothing uses, in contexts of ``most`` tokens at
+    most. What the rows attend to is whatever lies in the pool: only the time counts.
     """
-    if engine.sequences:
-        raise ValueError("costs are measured before anything is submitted")
-    peak, most = engine.pool.peak_used, engine.max_sequence_tokens
     shapes = [(rows, rows) for rows in ROWS if rows <= max(most, 4)]
     few = shapes[min(2, len(shapes) - 1)][0]
     shapes.insert(shapes.index((few, few)) + 1, (few, max(few, min(LONG, most))))
@@ -35,8 +30,7 @@ def measure_row_costs(engine: Engine) -> RowCosts:
             break
         for shape in shapes:
             if len(found) < 3 or shape in found or perf_counter() - began < PATIENCE_S:
-                found[shape] = min(found.get(shape, inf), _seconds(engine, *shape))
-    engine.pool.peak_used = peak
+                found[shape] = min(found.get(shape, inf), _seconds(runner, *shape))
     rows = [rows for rows, context in shapes if rows == context and (rows, context) in found]
     # More rows never take less time: a size that seems slower than a larger one was disturbed.
     seconds = [min(found[more, more] for more in rows if more >= count) for count in rows]
@@ -45,16 +39,13 @@ def measure_row_costs(engine: Engine) -> RowCosts:
     return RowCosts(tuple(rows), tuple(seconds), key)
 
 
-def _seconds(engine: Engine, rows: int, context: int) -> float:
+def _seconds(runner: ModelRunner, rows: int, context: int) -> float:
     """The time of a step that runs the last ``rows`` of ``context`` tokens as single decodes."""
-    table = BlockTable(engine.pool)
-    table.append(context)
-    sequence = Sequence("row costs", [0] * context, table, SamplingParams(), 0, rows)
-    work = tuple(Work(sequence, at, 1, True) for at in range(context - rows, context))
+    scratch = Scratch(runner.cache)
+    sequence = scratch.sequence([0] * context, context - rows)
+    work = tuple(scratch.next(sequence, 1) for _ in range(rows))
     began = perf_counter()
-    logits, order = engine.runner.run(SchedulerOutput(work, ()))
-    choose(logits, sequence.sampling, [0] * len(order), [0] * len(order))
-    wait_for({shape.device for shape in engine.runner.cache.shapes.values()})
-    elapsed = perf_counter() - began
-    table.discard()
-    return elapsed
+    logits, order = runner.run(SchedulerOutput(work, ()))
+    choose(logits, SamplingParams(), [0] * len(order), [0] * len(order))
+    wait_for(runner.devices)
+    return perf_counter() - began

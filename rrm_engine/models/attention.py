@@ -16,9 +16,18 @@ from transformers import AttentionInterface
 from rrm_engine.device.transfer import hand_over
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import KVCache
-from rrm_engine.loading.places import Exchange
 
 ATTENTION_NAME = "rrm_paged"
+
+
+class Exchange(Protocol):
+    """Is given what was found at a place of a forward, ``[copies, tokens, ...]``, and returns what to go on with, of
+    that shape. The check at load looks into a model so.
+
+    A packed run has one copy, and its tokens in the order of the step.
+    """
+
+    def __call__(self, what: str, layer: int, found: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(slots=True)

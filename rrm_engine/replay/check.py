@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rrm_engine.engine.packing import Drawn
-from rrm_engine.engine.runner import ModelRunner
-from rrm_engine.engine.scheduler import SchedulerOutput, Work
+from rrm_engine.engine.scheduler import Work
 from rrm_engine.loading.check import LARGEST
 from rrm_engine.replay.graph import Graph
 
@@ -35,22 +33,21 @@ class Best:
 Places = dict[tuple[str, int], Best]  # by node and position in its tokens
 
 
-class RecordingRunner(ModelRunner):
-    """A ModelRunner that notes the best logit of every row while ``places`` is a dict."""
+class Recorder:
+    """Observes a ModelRunner and notes the best logit of every row while ``places`` is a dict."""
 
-    places: Places | None = None
+    def __init__(self) -> None:
+        self.places: Places | None = None
 
-    def run(self, step: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:
-        """See ModelRunner."""
-        logits, order = super().run(step, drawn)
-        if self.places is not None and order:
-            values, tokens = logits.float().topk(2, dim=-1)
-            spreads = logits.float().std(-1)
-            rows = zip(order, tokens[:, 0].tolist(), values.tolist(), spreads.tolist(), strict=True)
-            for work, token, (best, second), spread in rows:
-                place = work.sequence.key, work.start + work.count
-                self.places[place] = Best(token, best, best - second, spread)
-        return logits, order
+    def __call__(self, logits: torch.Tensor, order: list[Work]) -> None:
+        if self.places is None or not order:
+            return
+        values, tokens = logits.float().topk(2, dim=-1)
+        spreads = logits.float().std(-1)
+        rows = zip(order, tokens[:, 0].tolist(), values.tolist(), spreads.tolist(), strict=True)
+        for work, token, (best, second), spread in rows:
+            place = work.sequence.key, work.start + work.count
+            self.places[place] = Best(token, best, best - second, spread)
 
 
 def check_transcripts(name: str, graph: Graph, tokens: dict[str, list[int]]) -> None:

@@ -68,6 +68,7 @@ def memory_for(
         block_size=size,
         step_tokens=args.step_tokens or (4096 if model.device.type == "cuda" else 512),
         max_sequences=args.max_concurrency,
+        splices=any(variant.attach for variant in variants),
     )
 
 
@@ -122,7 +123,7 @@ def about(memory: Memory) -> dict[str, Any]:
         "attention": model.attention,
         "block_size": memory.block_size,
         "block_bytes": bytes_per_block(model.shapes, memory.block_size),
-        "step_tokens": memory.step_tokens,
+        "step_tokens": memory.settings.step_tokens,
         "threads": torch.get_num_threads(),
     }
 
@@ -163,7 +164,7 @@ def replay(args: argparse.Namespace, console: Console) -> None:
     if args.save:
         write_graphs(args.save, graphs)
     model = load(args.model, args)
-    graphs = [graph.drawn(model.model.config.get_text_config().vocab_size) for graph in graphs]
+    graphs = [graph.drawn(model.vocabulary) for graph in graphs]
     memory = memory_for(model, graphs, variants, args, blocks)
     compared = compared_steps(console, memory, variants, graphs) if args.check else None
     if args.split:

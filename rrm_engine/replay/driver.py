@@ -1,6 +1,7 @@
 """One graph on our engine: the graph's tokens take the place of those that are sampled."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -8,15 +9,14 @@ import torch
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
+from rrm_engine.engine.settings import EngineSettings
 from rrm_engine.errors import RrmError
-from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.host import SwapCosts
-from rrm_engine.kv.pool import NULL_BLOCK, BlockPool
+from rrm_engine.kv.pool import NULL_BLOCK
 from rrm_engine.kv.span import Span
+from rrm_engine.loading.engines import build_engine, build_runner
 from rrm_engine.loading.prepare import LoadedModel
-from rrm_engine.loading.rotary import find_rotary
-from rrm_engine.loading.swap_costs import measure_swap_costs
-from rrm_engine.replay.check import RecordingRunner
+from rrm_engine.replay.check import Recorder
 from rrm_engine.replay.contender import Clock, Replayed
 from rrm_engine.replay.graph import Graph
 from rrm_engine.replay.variant import Variant
@@ -140,20 +140,26 @@ class Memory:
         max_sequences: int = 64,
         host_blocks: int | None = None,
         lookahead: bool | None = None,
+        splices: bool = False,
     ) -> None:
         """``blocks`` is the size of the pool, ``host_blocks`` the room for what is offloaded (None: as many).
 
-        ``lookahead`` is the engine's (None: on CUDA).
+        ``lookahead`` is the engine's (None: on CUDA). ``splices``: some variants attach KV.
         """
         self.model = model
-        self.blocks = blocks
         self.block_size = block_size
-        self.step_tokens = step_tokens
-        self.max_sequences = max_sequences
-        self.host_blocks = blocks if host_blocks is None else host_blocks
-        self.lookahead = model.device.type == "cuda" if lookahead is None else lookahead
-        cache = KVCache(blocks, block_size, model.shapes)
-        self.runner = RecordingRunner(model.forward, cache, model.device, model.attend)
+        self.settings = EngineSettings(
+            blocks=blocks,
+            block_size=block_size,
+            max_sequences=max_sequences,
+            step_tokens=step_tokens,
+            max_sequence_tokens=blocks * block_size,
+            host_blocks=blocks if host_blocks is None else host_blocks,
+            lookahead=model.device.type == "cuda" if lookahead is None else lookahead,
+            splices=splices,
+        )
+        self.recorder = Recorder()
+        self.runner = build_runner(model, self.settings, self.recorder)
         self.limits: dict[str, int] = {}  # smaller pools, by graph id
         self._costs: SwapCosts | None = None
 
@@ -167,33 +173,29 @@ class Memory:
 
     def pool_blocks(self, graph: Graph) -> int:
         """Blocks that a replay of ``graph`` may use. A limit never cuts off what the longest node takes."""
-        limit = self.limits.get(graph.id, self.blocks)
-        return min(max(limit, -(-_longest(graph) // self.block_size)), self.blocks)
+        blocks = self.settings.blocks
+        return min(max(self.limits.get(graph.id, blocks), -(-_longest(graph) // self.block_size)), blocks)
 
     def engine(self, variant: Variant, graph: Graph) -> Engine:
         """An engine with an empty pool, for sequences as long as the graph's longest."""
+        if variant.attach and not self.settings.splices:
+            raise ValueError(f"{variant.name} attaches KV: make its Memory with splices")
         longest = _longest(graph)
         if longest > self.model.max_position:
             raise RrmError(
                 f"graph {graph.id} has a node of {longest - 1} tokens and {self.model.name} knows "
                 f"{self.model.max_position} positions: choose other --graphs or a --model with a longer context"
             )
-        engine = Engine(
-            self.runner,
-            BlockPool(self.pool_blocks(graph), self.block_size, variant.prefix_cache),
-            max_sequences=self.max_sequences,
-            step_tokens=self.step_tokens,
+        settings = replace(
+            self.settings,
+            blocks=self.pool_blocks(graph),
+            prefix_cache=variant.prefix_cache,
             max_sequence_tokens=longest,
-            eos_ids=frozenset(),
             wait_policy=variant.wait_policy,
-            host_blocks=self.host_blocks if variant.wait_policy in ("offload", "auto") else 0,
-            lookahead=self.lookahead,
+            host_blocks=self.settings.host_blocks if variant.wait_policy in ("offload", "auto") else 0,
         )
-        if variant.attach and not self.runner.rotary:
-            self.runner.rotary = find_rotary(self.model)
-        if variant.wait_policy == "auto":
-            self._costs = self._costs or measure_swap_costs(engine)
-            engine.scheduler.costs = self._costs
+        engine = build_engine(self.model, settings, self.runner, self._costs)
+        self._costs = engine.scheduler.costs or self._costs
         return engine
 
 

@@ -106,12 +106,12 @@ def _replay(contender: Contender, graph: Graph, done: Callable[[], None]) -> Rep
 def best_logits(memory: Memory, variant: Variant, graph: Graph) -> Places:
     """The best logit of every decode step of ``variant`` on the drawn ``graph``. Raises ReplayMismatch on tokens."""
     memory.spoil()
-    memory.runner.places = {}
+    memory.recorder.places = {}
     try:
         replayed = Ours(variant, memory).replay(graph)
-        places = memory.runner.places
+        places = memory.recorder.places
     finally:
-        memory.runner.places = None
+        memory.recorder.places = None
     check_transcripts(variant.name, variant.graph(graph), replayed.tokens)
     return {place: best for place, best in places.items() if place[0] in graph.nodes}
 

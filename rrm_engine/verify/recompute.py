@@ -6,15 +6,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.engine.packing import pack
-from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.engine.scheduler import Work
-from rrm_engine.engine.sequence import Sequence
+from rrm_engine.engine.scratch import Scratch, run_packed
 from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.pool import BlockPool
-from rrm_engine.kv.table import BlockTable
 from rrm_engine.loading.load import load_pretrained
 from rrm_engine.loading.prepare import LoadedModel
-from rrm_engine.models.attention import PagedForward
 from rrm_engine.verify.recording import NodeRecord
 
 
@@ -58,7 +53,7 @@ def _attention(model: Any) -> str:
 
 
 class Paged:
-    """The engine's path: fused layers and paged attention, a transcript in prefill chunks.
+    """The engine's path: its forward pass and paged attention, a transcript in prefill chunks.
 
     Chunks end where segments end, and after ``step_tokens`` tokens. The engine itself ran the tokens of a segment
     one by one, in whatever batch they met.
@@ -75,22 +70,15 @@ class Paged:
         loaded, length = self.loaded, len(record.tokens) - 1
         blocks = -(-length // self.block_size)
         cache = KVCache(blocks, self.block_size, loaded.shapes)
-        table = BlockTable(BlockPool(blocks, self.block_size, prefix_cache=False))
-        sequence = Sequence(record.key, record.tokens, table, SamplingParams(), 0, 1)
+        scratch = Scratch(cache)
+        sequence = scratch.sequence(record.tokens)
         wanted = [i - 1 for i in record.positions]
         found = []
         for start, stop in self._chunks(record, length):
             rows = [i - start for i in wanted if start <= i < stop]
-            table.append(stop - start)
-            step = pack((Work(sequence, start, stop - start, samples=False),), self.block_size, loaded.device)
-            out = loaded.model(
-                input_ids=step.token_ids[None],
-                position_ids=step.positions[None],
-                use_cache=False,
-                logits_to_keep=torch.tensor(rows, dtype=torch.int64, device=loaded.device),
-                rrm_forward=PagedForward(cache, step.batch, loaded.attend),
-            )
-            found.append(out.logits[0])
+            step = pack([scratch.next(sequence, stop - start)], self.block_size, loaded.device)
+            step.sampled = torch.tensor(rows, dtype=torch.int64, device=loaded.device)
+            found.append(run_packed(step, cache, loaded.forward, loaded.attend))
         return torch.cat(found)
 
     def _chunks(self, record: NodeRecord, length: int) -> list[tuple[int, int]]:

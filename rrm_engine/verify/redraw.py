@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from rrm_engine.engine.rules import Rules, make_rules
 from rrm_engine.engine.sampler import SamplingParams, keyed_gumbel
 from rrm_engine.engine.sequence import Matcher
-from rrm_engine.loading.generation import Rules, make_rules
 
 NEVER = -math.inf
 BISECTIONS = 12

@@ -121,7 +121,7 @@ def _matchers(recording: Recording, loaded: LoadedModel) -> MatcherOf:
 def _settings(recording: Recording, loaded: LoadedModel) -> SettingsOf:
     """How the engine drew a segment's tokens, processors made anew."""
     eos_ids = ChatFormat(loaded.tokenizer, loaded.eos_ids).eos_ids
-    vocabulary = int(loaded.model.config.get_text_config().vocab_size)
+    vocabulary = loaded.vocabulary
 
     def settings_of(record: NodeRecord, segment: Segment) -> Settings:
         tokens = torch.tensor([record.tokens], device=loaded.device)

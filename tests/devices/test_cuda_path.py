@@ -25,8 +25,6 @@ from rrm_engine.backends.local import Solver
 from rrm_engine.config import RunConfig
 from rrm_engine.engine import static_steps
 from rrm_engine.engine.cuda_graphs import CudaGraphs, Share
-from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.static_steps import StaticSteps
 from rrm_engine.kv.pool import NULL_BLOCK
@@ -79,12 +77,6 @@ def on_two_devices() -> tuple[Any, LoadedModel]:
     return plain, model
 
 
-def with_runner(engine: Engine, model: LoadedModel, eager: bool) -> StaticSteps:
-    """Give the engine a runner of the wanted kind, on the same cache."""
-    engine.runner = ModelRunner(model.forward, engine.runner.cache, model.device, model.attend, eager)
-    return engine.runner.static
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_lean_forward_on_triton_equals_plain_transformers(family: str) -> None:
     model = loaded(plain_model(family, num_hidden_layers=1))
@@ -111,8 +103,8 @@ def test_padded_and_eager_steps_equal_plain_transformers(
     on_torch: tuple[Any, LoadedModel], eager: bool, lookahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, model = on_torch
-    engine = engine_for(model, lookahead=lookahead)
-    steps = with_runner(engine, model, eager)
+    engine = engine_for(model, lookahead=lookahead, eager=eager)
+    steps = engine.runner.static
     keys = watch(steps, monkeypatch)
     assert mistakes(plain, live_graph(engine)) == {}
     assert all((key is None) == eager for key in keys)
@@ -126,8 +118,8 @@ def test_padded_and_eager_steps_equal_plain_transformers(
 def test_every_device_replays_its_share(on_two_devices: tuple[Any, LoadedModel], eager: bool) -> None:
     """Two steps in flight, each device with graphs of its own on a mirror of the buffers."""
     plain, model = on_two_devices
-    engine = engine_for(model, stages=2)
-    steps = with_runner(engine, model, eager)
+    engine = engine_for(model, stages=2, eager=eager)
+    steps = engine.runner.static
     assert mistakes(plain, live_graph(engine)) == {}
     assert len(steps.shares) == 2
     assert all((share.captures > 0) != eager and (share.replays > share.captures) != eager for share in steps.shares)
@@ -157,7 +149,6 @@ def test_a_share_that_runs_on_what_another_step_left_is_noticed(
 
         monkeypatch.setattr(Share, "_bring", left)
     engine = engine_for(model, stages=2)
-    with_runner(engine, model, eager=False)
     assert mistakes(plain, live_graph(engine)) != {}
 
 
@@ -178,9 +169,8 @@ class Pair:
     """The same sequences in two engines on the same model, one with padded steps and one with eager ones."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self.engines = [engine_for(model, blocks=60) for _ in range(2)]
-        self.padded = with_runner(self.engines[0], model, eager=False)
-        with_runner(self.engines[1], model, eager=True)
+        self.engines = [engine_for(model, blocks=60, eager=eager) for eager in (False, True)]
+        self.padded = self.engines[0].runner.static
         self.logits: list[torch.Tensor] = []
         self.steps = 0
 
@@ -272,7 +262,7 @@ def test_what_an_earlier_step_left_in_a_buffer_is_noticed(
 
 def test_one_upload_a_step_of_what_is_live(on_torch: tuple[Any, LoadedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_for(on_torch[1])
-    steps = with_runner(engine, on_torch[1], eager=False)
+    steps = engine.runner.static
     uploads: list[int] = []
     upload = Staging.upload
 
@@ -292,7 +282,7 @@ def test_one_upload_a_step_of_what_is_live(on_torch: tuple[Any, LoadedModel], mo
 
 def test_tables_are_rewritten_only_where_they_changed(on_torch: tuple[Any, LoadedModel]) -> None:
     """The host's block tables are those of the step, whatever the one before was."""
-    steps = with_runner(engine_for(on_torch[1]), on_torch[1], eager=False)
+    steps = engine_for(on_torch[1]).runner.static
     batch = steps._buffer(4, 4, 16).batch
     for tables in ([[1, 2, 3], [4, 5]], [[1, 2, 3, 6], [4, 7]], [[4, 5, 6]], [[4], [9, 8]], [[4, 5, 6], [9, 8, 1]]):
         host = batch.write_tables(tables)
@@ -306,7 +296,7 @@ def test_steps_that_are_too_large_are_not_padded(
     plain, model = on_torch
     monkeypatch.setattr(static_steps, "SIZES", (1, 2, 4))
     engine = engine_for(model)
-    steps = with_runner(engine, model, eager=False)
+    steps = engine.runner.static
     keys = watch(steps, monkeypatch)
     assert mistakes(plain, short_graph(engine)) == {}
     assert {key is None for key in keys} == {True, False}
@@ -370,8 +360,8 @@ def test_graphs_are_given_up_where_they_hold_too_much(on_torch: tuple[Any, Loade
 @pytest.mark.skipif(not ON_CUDA, reason="only CUDA has anything to wait for")
 @pytest.mark.parametrize("eager", [True, False])
 def test_nothing_waits_for_the_device_before_sampling(on_torch: tuple[Any, LoadedModel], eager: bool) -> None:
-    engine = engine_for(on_torch[1])
-    steps = with_runner(engine, on_torch[1], eager)
+    engine = engine_for(on_torch[1], eager=eager)
+    steps = engine.runner.static
     for i in range(3):
         engine.submit(f"s{i}", prompt(i, 6), 9, SamplingParams(), root=i)
     for _ in range(4):

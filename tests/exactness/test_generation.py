@@ -15,16 +15,17 @@ from traced import save_model
 from transformers import GenerationConfig
 
 from rrm_engine.bench.cli import main as bench
+from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.draw import draw
 from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.processors import Processors, Transcripts
 from rrm_engine.engine.replicas import Replicas
+from rrm_engine.engine.rules import WARPERS
 from rrm_engine.engine.sampler import SamplingParams, noise_key
-from rrm_engine.engine.scheduler import WaitPolicy
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
-from rrm_engine.loading.generation import HONOURED, WARPERS, WITHOUT_EFFECT, read_generation
+from rrm_engine.loading.generation import HONOURED, WITHOUT_EFFECT, read_generation
 from rrm_engine.loading.prepare import LoadedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length constraints")

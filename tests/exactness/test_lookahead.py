@@ -131,7 +131,7 @@ def test_replicas() -> None:
 def test_whole_runs_under_a_grammar_with_noise(changes: dict[str, Any], lab: Lab) -> None:
     """Grammars are asked in time, noise falls where it did, counters count the same; and plain transformers agrees."""
     ahead, alone = recorded(lab, lookahead="on", **changes), recorded(lab, lookahead="off", **changes)
-    assert engine_of(ahead).lookahead and not engine_of(alone).lookahead
+    assert engine_of(ahead).settings.lookahead and not engine_of(alone).settings.lookahead
     assert ahead.rows() == alone.rows()
     assert wrong_tokens(lab.plain, ahead) == {}
     if not changes:  # with room for everything
@@ -144,7 +144,7 @@ def test_whole_runs_in_a_pipeline(changes: dict[str, Any], stages: int, lab: Lab
     """What a grammar has to be told first is sampled later, whatever else is launched until then."""
     stages_of = replace(lab, model=replace(lab.model, stages=stages))
     ahead = recorded(stages_of, lookahead="on", **changes)
-    assert engine_of(ahead).lookahead and engine_of(ahead).scheduler.stages == stages
+    assert engine_of(ahead).settings.lookahead and engine_of(ahead).scheduler.stages == stages
     assert ahead.rows() == recorded(lab, lookahead="off", **changes).rows()
     assert wrong_tokens(lab.plain, ahead) == {}
 

@@ -31,9 +31,7 @@ PARENT, CHILD, TAIL = tokens(1, 21), tokens(2, 30), tokens(3, 3)
 
 
 def splice_engine(model: LoadedModel, blocks: int = 200, **changes: Any) -> Engine:
-    engine = engine_for(model, blocks, **changes)
-    engine.runner.rotary = find_rotary(model)
-    return engine
+    return engine_for(model, blocks, splices=True, **changes)
 
 
 def run(engine: Engine) -> None:

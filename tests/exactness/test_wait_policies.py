@@ -7,7 +7,6 @@ import torch
 from graph_scripts import (
     CHEAP_COPIES,
     DEAR_COPIES,
-    GREEDY,
     Script,
     assert_tokens_equal,
     mistakes,
@@ -15,7 +14,7 @@ from graph_scripts import (
     waiting_graph,
 )
 from lives import Life, prompt, submitted, two_waiting_parents
-from oracle import plain_model, prepared
+from oracle import engine_for, plain_model, prepared
 from oracle import prompt as tokens
 from random_lives import live_through
 
@@ -28,7 +27,6 @@ from rrm_engine.kv.host import HostCopy, HostSpace, SwapCosts
 from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.table import BlockTable
 from rrm_engine.loading.prepare import LoadedModel
-from rrm_engine.loading.swap_costs import measure_swap_costs
 
 POLICIES = get_args(WaitPolicy)
 
@@ -216,16 +214,13 @@ def test_blocks_that_are_read_too_late_are_noticed(monkeypatch: pytest.MonkeyPat
 
 
 def test_costs_are_measured_and_leave_no_trace() -> None:
-    engine = policy_engine(prepared(plain_model("qwen3")), "auto")
-    costs = measure_swap_costs(engine)
-    assert costs.copy_block_s > 0
-    assert costs.prefill_token_s > 0
+    engine = engine_for(prepared(plain_model("qwen3")), wait_policy="auto", drafts=3, weigh_drafts=True)
+    costs, drafting = engine.scheduler.costs, engine.drafting
+    assert costs is not None and costs.copy_block_s > 0 and costs.prefill_token_s > 0
+    assert drafting is not None and drafting.costs is not None and min(drafting.costs.seconds) > 0
     assert (engine.steps, engine.pool.peak_used, engine.pool.num_used) == (0, 0, 0)
     assert engine.pool.match([0] * 50) == []
     engine.check()
-    engine.submit("root", tokens(1, 5), 2, GREEDY)
-    with pytest.raises(ValueError, match="before anything"):
-        measure_swap_costs(engine)
 
 
 def test_a_block_that_was_copied_from_may_be_swapped_into_in_the_same_step() -> None:

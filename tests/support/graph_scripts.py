@@ -129,10 +129,7 @@ def waiting_graph(engine: Engine) -> Script:
 
 
 def policy_engine(model: Any, policy: WaitPolicy, blocks: int = 200, **changes: Any) -> Engine:
-    engine = engine_for(model, blocks, wait_policy=policy, host_blocks=blocks, **changes)
-    if policy == "auto":
-        engine.scheduler.costs = CHEAP_COPIES
-    return engine
+    return engine_for(model, blocks, wait_policy=policy, host_blocks=blocks, costs=CHEAP_COPIES, **changes)
 
 
 def assert_tokens_equal(plain: Any, policy: WaitPolicy, **changes: Any) -> None:

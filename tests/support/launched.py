@@ -17,7 +17,6 @@ from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged
 from rrm_kernels.triton_attention import TritonAttention
 
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
 from rrm_engine.models import attention, lean
 
@@ -59,6 +58,4 @@ def on_cuda(plain: Any, devices: int = 1, first: int = 0) -> LoadedModel:
 
 
 def engine_on(model: LoadedModel, eager: bool = False, **changes: Any) -> Engine:
-    engine = engine_for(model, **changes)
-    engine.runner = ModelRunner(model.forward, engine.runner.cache, model.device, model.attend, eager)
-    return engine
+    return engine_for(model, eager=eager, **changes)

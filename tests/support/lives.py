@@ -20,8 +20,8 @@ from rrm_engine.engine.packing import Drawn, pack
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
 from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.engine.settings import EngineSettings
 from rrm_engine.kv.host import SwapCosts
-from rrm_engine.kv.pool import BlockPool
 from rrm_engine.kv.span import Span
 
 GREEDY = SamplingParams()
@@ -193,9 +193,10 @@ class Life:
         self.memory = Memory(blocks, size)
         look_up = Drafting(MOST, {EOS} if eos else set())
         self.right, drafting = right, None if right is None else Guesses(right, eos) if right else look_up
-        self.engine = Engine(
-            self.memory,  # type: ignore[arg-type]
-            BlockPool(blocks, size, prefix_cache),
+        settings = EngineSettings(
+            blocks=blocks,
+            block_size=size,
+            prefix_cache=prefix_cache,
             max_sequences=max_sequences,
             step_tokens=step_tokens,
             max_sequence_tokens=longest,
@@ -205,9 +206,9 @@ class Life:
             stages=stages,
             lookahead=lookahead,
         )
+        self.engine = Engine(self.memory, settings, costs)  # type: ignore[arg-type]
         if drafting is not None:
             self.engine.draft(drafting)
-        self.engine.scheduler.costs = costs
         self.scheduler = self.engine.scheduler
         self.longest = longest
         self.sequences: list[Sequence] = []
@@ -225,7 +226,7 @@ class Life:
             f"Life({pool.num_blocks}, {pool.block_size}, {self.longest}, max_sequences={scheduler.max_sequences}, "
             f"step_tokens={scheduler.step_tokens}, prefix_cache={pool.prefix_cache}, eos={bool(self.engine.eos_ids)}, "
             f"wait_policy={scheduler.wait_policy!r}, host_blocks={scheduler.space.num_blocks}, "
-            f"costs={scheduler.costs}, stages={scheduler.stages}, lookahead={self.engine.lookahead}, "
+            f"costs={scheduler.costs}, stages={scheduler.stages}, lookahead={self.engine.settings.lookahead}, "
             f"right={self.right})"
         )
 
@@ -268,7 +269,8 @@ class Life:
             ready = {
                 id(s): s.flights[-1] if s.flights else 0
                 for s in decoding
-                if not s.flights or (engine.lookahead and len(s.flights) == 1 and self.goes_on(s) and not waits(s))
+                if not s.flights
+                or (engine.settings.lookahead and len(s.flights) == 1 and self.goes_on(s) and not waits(s))
             }
             self.reclaimed.clear()
             launched = launch()
@@ -343,7 +345,7 @@ class Life:
         assert self.engine.plan is not None
         samples = [w.sequence for w in self.engine.plan.work if w.samples and w.drafted is None]
         assert {s.sequence.key for s in sampled} <= {s.key for s in samples}
-        if self.scheduler.stages == 1 and not self.engine.lookahead and not left:
+        if self.scheduler.stages == 1 and not self.engine.settings.lookahead and not left:
             assert len(sampled) == len(samples)
         self.check()
 
@@ -445,7 +447,7 @@ class Life:
 
     def drain(self) -> None:
         """Run what is live to its end. While nobody joins, the first sequence only ever gains tokens: a bound."""
-        steps = (self.scheduler.stages + self.engine.lookahead) * sum(
+        steps = (self.scheduler.stages + self.engine.settings.lookahead) * sum(
             len(s.tokens) + s.budget for s in self.scheduler.live
         )
         while self.engine.has_work:

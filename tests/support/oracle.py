@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from rrm_engine.engine.draw import draw
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.runner import ModelRunner
-from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.pool import BlockPool
+from rrm_engine.engine.settings import EngineSettings
+from rrm_engine.kv.host import SwapCosts
+from rrm_engine.loading.engines import build_engine
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
 
 Loaded = TypeVar("Loaded")
@@ -143,21 +143,11 @@ def prepared(plain: Any, attention: str = "auto") -> LoadedModel:
     return prepare_model(copy.deepcopy(plain), tokenizer, plain.config.model_type, attention=attention)
 
 
-def engine_for(model: LoadedModel, blocks: int = 200, block_size: int = 4, **changes: Any) -> Engine:
-    settings: dict[str, Any] = {
-        "max_sequences": 64,
-        "step_tokens": 16,
-        "max_sequence_tokens": min(blocks * block_size, 400),
-        "eos_ids": frozenset(),
-        **changes,
-    }
-    prefix_cache = settings.pop("prefix_cache", True)
-    pool = BlockPool(blocks, block_size, prefix_cache)
-    return Engine(
-        ModelRunner(model.forward, KVCache(blocks, block_size, model.shapes), model.device, model.attend),
-        pool,
-        **settings,
-    )
+def engine_for(
+    model: LoadedModel, blocks: int = 200, block_size: int = 4, costs: SwapCosts | None = None, **changes: Any
+) -> Engine:
+    settings: dict[str, Any] = {"step_tokens": 16, "max_sequence_tokens": min(blocks * block_size, 400), **changes}
+    return build_engine(model, EngineSettings(blocks=blocks, block_size=block_size, **settings), costs=costs)
 
 
 VARIANTS = [name for name in ("native", "avx2", "plain") if name in runnable_variants()]  # those that differ here

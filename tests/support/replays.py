@@ -108,7 +108,7 @@ def drawn(value: dict[str, Any]) -> Graph:
 
 def memory_for(model: LoadedModel, graph: Graph, **settings: Any) -> Memory:
     blocks = max(blocks_needed(graph, BLOCK), blocks_needed(graph.forked(), BLOCK))
-    return Memory(model, blocks, block_size=BLOCK, **{"step_tokens": 32, **settings})
+    return Memory(model, blocks, block_size=BLOCK, **{"step_tokens": 32, "splices": True, **settings})
 
 
 def run(name: str, memory: Memory, graph: Graph) -> Replayed:

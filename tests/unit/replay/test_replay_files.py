@@ -296,7 +296,7 @@ def test_what_a_recorded_run_attached_is_attached_again(tmp_path: Path, join: st
         directory.add(make_row(result, None, Verdict(None), {}, 0))
         rows[result.job.key] = result
     directory.close()
-    memory = Memory(solver.model, 400)
+    memory = Memory(solver.model, 400, splices=True)
     graphs = recorded_graphs(directory.path)
     assert sum(result.spliced_tokens for result in rows.values()) > 0
     for graph in graphs:

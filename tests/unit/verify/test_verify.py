@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from traced import rewrite
 
 from rrm_engine.bench.cli import main as bench
+from rrm_engine.engine.rules import Rules, make_rules
 from rrm_engine.engine.sampler import SamplingParams, noise_key
-from rrm_engine.loading.generation import Rules, make_rules
 from rrm_engine.verify import NodeCheck, VerifyError, verify_run
 from rrm_engine.verify.cli import main
 from rrm_engine.verify.redraw import Draw, draw_all, settings_of
