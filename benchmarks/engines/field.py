@@ -74,7 +74,7 @@ class Field:
         memory = self._memory
         said = (
             f"prefix cache on, blocks of {memory.block_size} tokens, waiting parents pinned, at most "
-            f"{memory.step_tokens} tokens a step, attention {memory.model.attention}; tokens forced"
+            f"{memory.settings.step_tokens} tokens a step, attention {memory.model.attention}; tokens forced"
         )
         return Ours(Variant("ours"), memory), said
 
@@ -126,10 +126,11 @@ class Field:
     def _generate_batch(self) -> tuple[Contender, str]:
         from engines.plain import HF_BLOCK, ContinuousBatching
 
-        requests = ContinuousBatching(self._model(), self._longest, self._most, self._memory.step_tokens)
+        step_tokens = self._memory.settings.step_tokens
+        requests = ContinuousBatching(self._model(), self._longest, self._most, step_tokens)
         said = (
             f"transformers' continuous batching, sdpa, blocks of {HF_BLOCK} tokens shared where whole ones are equal, "
-            f"at most {self._memory.step_tokens} tokens a step, a manager for each replay, started before its clock"
+            f"at most {step_tokens} tokens a step, a manager for each replay, started before its clock"
         )
         return Peer("generate-batch", requests), said
 
