@@ -10,6 +10,7 @@ COMMANDS = {
     "analyze": ("RUN_DIR...", "what recorded runs show, with intervals"),
     "show": ("RUN_DIR [ROW]", "a run's rows and the trees of its nodes, also while it runs"),
     "render": ("RUN_DIR...", "recorded runs as a page to look at, without network"),
+    "export": ("RUN_DIR...", "recorded rows as data to train planners on"),
     "trace": ("RUN_DIR", "where the time of a recorded run went"),
     "verify": ("RUN_DIR", "a recorded run against plain transformers"),
     "replay": ("", "the same graphs under other KV policies, token by token"),

@@ -103,6 +103,15 @@ def try_file(folder: Path) -> None:
         GenerationConfig(**json.loads(path.read_text(encoding="utf-8")))
 
 
+def eos_ids(*sources: Any) -> frozenset[int]:
+    """All that they call an end of sequence: generation config, text config and tokenizer; None has nothing to say."""
+    ids: set[int | None] = set()
+    for source in sources:
+        value = getattr(source, "eos_token_id", None)
+        ids.update(value if isinstance(value, (list, tuple)) else [value])
+    return frozenset(int(i) for i in ids if i is not None and i >= 0)
+
+
 def read_generation(model: Any) -> Generation:
     """The generation settings of a transformers model, defaults of ``generate`` filled in."""
     config = getattr(model, "generation_config", None) or GenerationConfig()

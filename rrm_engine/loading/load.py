@@ -5,11 +5,18 @@ import io
 import os
 import pickle
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -96,6 +103,18 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     """The tokenizer of the model ``name``, without its weights. Raises RrmError."""
     checkpoint = find(EMBEDDED if find_geometry(name) is not None else name)
     return _read_tokenizer(checkpoint, _read_config(checkpoint, trust_remote_code), trust_remote_code)
+
+
+def load_words(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
+    """The tokenizer of the model ``name`` and its end-of-sequence ids, without its weights. Raises RrmError."""
+    checkpoint = find(EMBEDDED if find_geometry(name) is not None else name)
+    config = _read_config(checkpoint, trust_remote_code)
+    tokenizer = _read_tokenizer(checkpoint, config, trust_remote_code)
+    settings = None
+    if checkpoint.gguf is None and (checkpoint.folder / generation.FILE).is_file():
+        with _about(checkpoint, f"transformers cannot use {generation.FILE}"):
+            settings = GenerationConfig.from_pretrained(checkpoint.folder)
+    return cast(PreTrainedTokenizerFast, tokenizer), generation.eos_ids(settings, config.get_text_config(), tokenizer)
 
 
 def load_skeleton(name: str, dtype: str, trust_remote_code: bool = False) -> Any:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.cache import LayerShape
 from rrm_engine.loading.check import UNSUPPORTED, check_model, refuse_known_mismatches
-from rrm_engine.loading.generation import Generation, read_generation
+from rrm_engine.loading.generation import Generation, eos_ids, read_generation
 from rrm_engine.loading.load import UNUSED, load_pretrained, resolve_device
 from rrm_engine.loading.placement import MemoryPlan
 from rrm_engine.loading.places import register_plain_attention
@@ -156,18 +156,9 @@ def prepare_model(
         attention=attention_name,
         attend=result.attend,
         max_position=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
-        eos_ids=_eos_ids(model, tokenizer),
+        eos_ids=eos_ids(getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer),
         generation=read_generation(model),
         load_check_error=result.error,
         slower=result.slower,
         unused=getattr(model, UNUSED, ()),
     )
-
-
-def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """All that the checkpoint calls an end of sequence: its generation_config, its config and its tokenizer."""
-    ids: set[int | None] = set()
-    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        ids.update(value if isinstance(value, (list, tuple)) else [value])
-    return frozenset(int(i) for i in ids if i is not None and i >= 0)

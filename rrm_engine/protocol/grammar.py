@@ -252,6 +252,10 @@ class EventMatcher:
         """Tokens that spell what must come next; [] where there is a choice. Others may spell the same."""
         return list(self._state.compute_ff_tokens())
 
+    def forced_text(self) -> bytes:
+        """All that must come next, whatever tokens spell it."""
+        return bytes(self._state.compute_ff_bytes())
+
     def copy(self) -> "EventMatcher":
         """An independent matcher at the same place, for a fork."""
         return EventMatcher(self._state.deep_copy(), self._vocab_size, self._eos_ids)
@@ -351,6 +355,12 @@ class ThinkingMatcher:
     def forced(self) -> list[int]:
         """As that of `EventMatcher`."""
         return list(self._forced) if self.thinks else self._grammar.forced()
+
+    def forced_text(self) -> bytes:
+        """As that of `EventMatcher`."""
+        return (
+            b"".join(map(self._block.texts.__getitem__, self.forced())) if self.thinks else self._grammar.forced_text()
+        )
 
     def copy(self) -> "ThinkingMatcher":
         """An independent matcher at the same place."""

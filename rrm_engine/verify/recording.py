@@ -6,11 +6,10 @@ from pathlib import Path
 
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.errors import RrmError
+from rrm_engine.graph.types import Phase
 from rrm_engine.legible import legible_key
-from rrm_engine.protocol.events import MAX_TASK_CHARS
-from rrm_engine.protocol.thinking import Thought
 from rrm_engine.runs.errors import RunError
-from rrm_engine.runs.events import Began
+from rrm_engine.runs.events import Began, Grammar
 from rrm_engine.runs.manifest import read_manifest
 from rrm_engine.runs.reader import RecordedJob, chosen_jobs, read_jobs, refuse_unknown, timeline
 from rrm_engine.runs.timeline import Incomplete, JobTrace
@@ -24,19 +23,15 @@ class VerifyError(RrmError):
 class Segment:
     """Tokens ``start`` to ``stop`` of a transcript, written by the model in one phase, and how they were drawn.
 
-    ``grammar`` is (children the node had, whether it might split) where the phase was constrained, ``thought`` the
-    thinking in front of that and ``max_task_chars`` the longest task it allowed; ``budget`` are the tokens that the
-    phase was allowed.
+    ``grammar`` is what constrained the phase, if anything did; ``budget`` are the tokens that it was allowed.
     """
 
     start: int
     stop: int
-    phase: str
+    phase: Phase
     sampling: SamplingParams
-    grammar: tuple[int, bool] | None
+    grammar: Grammar | None
     budget: int
-    thought: Thought | None = None
-    max_task_chars: int = MAX_TASK_CHARS
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +165,5 @@ def _segment(event: Began, start: int, stop: int) -> Segment:
             f"the trace of {legible_key(event.job)} does not say how {event.node} was sampled: another version "
             f"recorded it, or a server decoded it"
         )
-    grammar = event.grammar
-    constrained = (grammar.children, grammar.may_split) if grammar else None
-    chars = grammar.max_task_chars if grammar else MAX_TASK_CHARS
-    thought = grammar.thought if grammar else None
     budget = stop - start if event.budget is None else event.budget  # older runs had no setting that asks for it
-    sampling = SamplingParams.of(event.sampling)
-    return Segment(start, stop, event.phase, sampling, constrained, budget, thought, chars)
+    return Segment(start, stop, event.phase, SamplingParams.of(event.sampling), event.grammar, budget)

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 
-from rrm_engine.engine.sequence import Matcher
 from rrm_engine.legible import legible_key
 from rrm_engine.loading.prepare import LoadedModel, load_model
 from rrm_engine.protocol.chat import ChatFormat
-from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.verify import redraw
-from rrm_engine.verify.check import MatcherOf, NodeCheck, SettingsOf, check_node
+from rrm_engine.verify.check import NodeCheck, SettingsOf, check_node
+from rrm_engine.verify.grammars import RecordedGrammars
 from rrm_engine.verify.recompute import Paged, Plain
 from rrm_engine.verify.recording import NodeRecord, Recording, Segment, VerifyError, read_recording
 from rrm_engine.verify.redraw import Settings
@@ -60,18 +59,19 @@ def check_all(
     name = model or recording.model
     report(f"loading {name} into the engine, {recording.dtype}", 0)
     loaded = load_model(name, recording.dtype, device, recording.attention, trust_remote_code)
-    matcher_of, settings_of = _matchers(recording, loaded), _settings(recording, loaded)
+    grammars = RecordedGrammars(recording.max_width, loaded.tokenizer, loaded.eos_ids)
+    settings_of = _settings(recording, loaded)
     for dtype in passes(recording, dtypes):
         report(f"loading {name} into plain transformers, {dtype}", 0)
         plain = Plain(name, dtype, loaded.device, trust_remote_code)
-        yield from _pass(recording, loaded, plain, matcher_of, settings_of, report)
+        yield from _pass(recording, loaded, plain, grammars, settings_of, report)
 
 
 def _pass(
     recording: Recording,
     loaded: LoadedModel,
     plain: Plain,
-    matcher_of: MatcherOf,
+    grammars: RecordedGrammars,
     settings_of: SettingsOf,
     report: Report,
 ) -> Iterator[NodeCheck]:
@@ -87,35 +87,11 @@ def _pass(
             seed=recording.seed,
             dtype=loaded.dtype,
             reference=plain.dtype,
-            matcher_of=matcher_of,
+            matcher_of=lambda segment: grammars.matcher(segment.phase, segment.grammar),
             settings_of=settings_of,
             decode=plain.text,
         )
         report(legible_key(record.key), len(record.tokens))
-
-
-def _matchers(recording: Recording, loaded: LoadedModel) -> MatcherOf:
-    """Where segments were constrained, their grammars' states as the engine made them."""
-    if not any(segment.grammar for record in recording.nodes for segment in record.segments):
-        return lambda segment: None
-    grammars = EventGrammars(loaded.tokenizer, eos_ids=loaded.eos_ids)
-    marks = ChatFormat(loaded.tokenizer, loaded.eos_ids).marks
-
-    def matcher_of(segment: Segment) -> Matcher | None:
-        if segment.grammar is None:
-            return None
-        children, may_split = segment.grammar
-        grammar = event_grammar(
-            recording.max_width,
-            may_split=may_split,
-            first=children + 1,
-            phase=segment.phase,
-            marks=marks,
-            max_task_chars=segment.max_task_chars,
-        )
-        return grammars.matcher(grammar, segment.thought)
-
-    return matcher_of
 
 
 def _settings(recording: Recording, loaded: LoadedModel) -> SettingsOf:

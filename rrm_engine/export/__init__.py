@@ -1,0 +1,1 @@
+"""Recorded rows as data to train planners on."""

@@ -1,0 +1,42 @@
+"""The grammars that a recorded run was constrained by, made again."""
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from rrm_engine.graph.types import Phase
+from rrm_engine.protocol.chat import ChatFormat
+from rrm_engine.protocol.grammar import EventGrammars, EventMatcher, ThinkingMatcher, event_grammar
+from rrm_engine.runs.events import Grammar
+
+
+class RecordedGrammars:
+    """Of a run whose nodes might have ``max_width`` children, for its model's tokenizer and end-of-sequence ids."""
+
+    def __init__(self, max_width: int, tokenizer: Any, eos_ids: Iterable[int]) -> None:
+        self._max_width = max_width
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset(eos_ids)
+
+    def matcher(self, phase: Phase, grammar: Grammar | None) -> EventMatcher | ThinkingMatcher | None:
+        """The state at the beginning of a phase; None where nothing constrained it."""
+        if grammar is None:
+            return None
+        rules = event_grammar(
+            self._max_width,
+            may_split=grammar.may_split,
+            first=grammar.children + 1,
+            phase=phase,
+            marks=self._marks,
+            max_task_chars=grammar.max_task_chars,
+        )
+        return self.compiled.matcher(rules, grammar.thought)
+
+    @cached_property
+    def compiled(self) -> EventGrammars:
+        """Raises RrmError where no grammar can be written for the tokenizer."""
+        return EventGrammars(self._tokenizer, eos_ids=self._eos_ids)
+
+    @cached_property
+    def _marks(self) -> Any:
+        return ChatFormat(self._tokenizer, self._eos_ids).marks
