@@ -161,7 +161,7 @@ class Lockstep:
         first = Solver.load(RunConfig(), tasks)
         self.solvers = [first, *(Solver(first.model, RunConfig(), tasks) for _ in ARMS[1:])]
         self.classes = {arm: classes_of(arm) for arm in ARMS}
-        self._parts = [[solver.backend, solver.engine, solver.engine.runner] for solver in self.solvers]  # type: ignore[union-attr]
+        self._parts = [[solver.backend, one, one.runner] for solver in self.solvers for one in solver.engine.engines]
         self._owners = [type(part) for part in self._parts[0]]
 
     def cast(self, turn: int) -> dict[str, Solver]:
@@ -197,10 +197,10 @@ class Lockstep:
         """Ranges that each arm opens in a round. Raises RuntimeError if the one without opens some."""
         counting = {arm: Counting() for arm in ARMS}
         for arm, solver in self.cast(0).items():
-            solver.engine.announce_to(counting[arm])
+            solver.engine.engines[0].announce_to(counting[arm])
         self.run(jobs, 0)
         for solver in self.solvers:
-            solver.engine.announce_to(Ranges())
+            solver.engine.engines[0].announce_to(Ranges())
         opened = {arm: count.opened for arm, count in counting.items()}
         if opened[WITHOUT] or not opened[AS_IS] or opened[AS_IS] != opened[AGAIN]:
             raise RuntimeError(f"ranges opened by the arms: {opened}; the one without has to open none")

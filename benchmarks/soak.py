@@ -49,7 +49,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.replicas import AnyEngine, Replicas
+from rrm_engine.engine.replicas import Driven, Replicas
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.engine.settings import EngineSettings
@@ -173,7 +173,7 @@ class Life:
         self.vocabulary = vocabulary
         stops = frozenset(range(2, 2 + int(settings.stops * vocabulary)))
         self.engines = [settings.engine(model, stops) for _ in range(settings.replicas)]
-        self.engine: AnyEngine = self.engines[0] if settings.replicas == 1 else Replicas(self.engines)
+        self.engine: Driven = self.engines[0] if settings.replicas == 1 else Replicas(self.engines)
         self.system = self.tokens(1, max(2, settings.longest // 2))  # what fresh prompts share
         self.nodes: dict[str, Node] = {}
         self.graphs = 0
@@ -189,7 +189,11 @@ class Life:
     def step(self) -> None:
         for one in self.engine.step():
             self.nodes[one.sequence.key].sampled[-1][1] = len(one.sequence.tokens)
-        self.engine.check()
+        self.check()
+
+    def check(self) -> None:
+        for engine in self.engines:
+            engine.check()
 
     def end(self) -> None:
         """What waits goes on with conclusions, a level at a time; then all is over."""
@@ -199,8 +203,8 @@ class Life:
                 self.resume(node)
         self.drain()
         for node in self.nodes.values():
-            self.engine.finish(node.sequence)
-        self.engine.check()
+            self.engine.of(node.sequence).finish(node.sequence)
+        self.check()
         for engine in self.engines:
             used, host = engine.pool.num_used, engine.space.num_used
             if used or host or engine.scheduler.running or engine.scheduler.paused:
@@ -254,11 +258,11 @@ class Life:
 
     def pause(self, node: Node) -> None:
         if not node.paused:
-            self.engine.pause(node.sequence)
+            self.engine.of(node.sequence).pause(node.sequence)
 
     def wait(self, node: Node) -> None:
         self.pause(node)
-        self.engine.wait(node.sequence)
+        self.engine.of(node.sequence).wait(node.sequence)
 
     def resume(self, node: Node) -> None:
         """With conclusions: the last tokens of some children, which end then."""
@@ -271,20 +275,20 @@ class Life:
         if len(node.sequence.tokens) + len(conclusions) >= self.settings.longest:
             self.finish(node)
             return
-        self.engine.resume(node.sequence, conclusions, self.budget())
+        self.engine.of(node.sequence).resume(node.sequence, conclusions, self.budget())
         node.begin()
 
     def truncate(self, node: Node) -> None:
         if node.paused:
             length = self.chance.randint(1, len(node.sequence.tokens))
-            self.engine.truncate(node.sequence, length)
+            self.engine.of(node.sequence).truncate(node.sequence, length)
             node.forget(length)
 
     def finish(self, node: Node) -> None:
         """In whatever state it is, with all its descendants: what is held then is what others hold."""
         for one in node.below():
-            self.engine.finish(one.sequence)
-        self.engine.check()
+            self.engine.of(one.sequence).finish(one.sequence)
+        self.check()
 
     # small things
 

@@ -9,6 +9,7 @@ from typing import Any
 from rrm_engine.backends.session import EngineSession, Writing
 from rrm_engine.config import RunConfig
 from rrm_engine.device.memory import is_out_of_memory
+from rrm_engine.engine.ranges import Ranges
 from rrm_engine.graph.paths import NodeKey
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.thinking import Marks
@@ -38,15 +39,19 @@ class EngineBackend:
 
     @property
     def used_blocks(self) -> int:
-        return self.engine.used_blocks
+        return sum(engine.used_blocks for engine in self.engine.engines)
 
     @property
     def pinned_blocks(self) -> int:
-        return self.engine.pinned_blocks
+        return sum(engine.pinned_blocks for engine in self.engine.engines)
 
     @property
     def offloaded_blocks(self) -> int:
-        return self.engine.offloaded_blocks
+        return sum(engine.offloaded_blocks for engine in self.engine.engines)
+
+    @property
+    def _ranges(self) -> Ranges:
+        return self.engine.engines[0].ranges
 
     def opens_thinking(self, phase: Phase) -> bool:
         return self.writing.chat.opens_thinking(self.writing.plans[phase].thinking)
@@ -56,7 +61,7 @@ class EngineBackend:
         return session
 
     def step(self) -> Generator[Written, None, None]:
-        with self.engine.ranges.step(self.engine.steps + 1):
+        with self._ranges.step(self.engine.steps + 1):
             yield from self._written()
             while self.engine.left:
                 yield from self._written()
@@ -66,10 +71,10 @@ class EngineBackend:
         sampled = self.engine.step()
         self._count(sum(not one.sequence.probe.best_effort for one in sampled))
         # What measures splices is none of a job's own.
-        used = self.engine.used_blocks - sum(s.shadows.blocks for s in self._sessions.values())
+        used = self.used_blocks - sum(s.shadows.blocks for s in self._sessions.values())
         for session in self._sessions.values():
             session.peak_blocks = max(session.peak_blocks, used)
-        with self.engine.ranges("parse", sampled):
+        with self._ranges("parse", sampled):
             for one in sampled:
                 own = self._sessions.get(NodeKey(one.sequence.key).job)
                 if own is not None and (written := own.on_token(one)) is not None:
@@ -91,7 +96,7 @@ class EngineBackend:
         )
 
     def ranges(self, name: str, of: Iterable[str] = ()) -> AbstractContextManager[Any]:
-        return self.engine.ranges(name, of)
+        return self._ranges(name, of)
 
     def progress(self) -> dict[str, Any]:
         """What is going on now: sequences, blocks, tokens per second over the last seconds."""

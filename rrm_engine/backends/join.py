@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rrm_engine.backends.tokens import NodeTokens
-from rrm_engine.engine.replicas import AnyEngine
+from rrm_engine.engine.replicas import Driven
 from rrm_engine.engine.sequence import Sequence as EngineSequence
 from rrm_engine.graph.types import Conclusion
 from rrm_engine.kv.span import Span
@@ -52,7 +52,7 @@ class Kept:
 class Joiner:
     """The joins of one job."""
 
-    engine: AnyEngine
+    engine: Driven
     chat: ChatFormat
     join: JoinSettings
     as_text: int = 0  # conclusions appended as text although ``join`` is not
@@ -63,7 +63,7 @@ class Joiner:
         if self.join.mode == "text" or not conclusion.ok:
             return
         whole = self.join.mode == "transcript"
-        found = _last_phase(child, self.engine.eos_ids) if whole else _locate(child, final_of(conclusion.answer))
+        found = _last_phase(child, self.chat.eos_ids) if whole else _locate(child, final_of(conclusion.answer))
         if found is None:
             return
         first, kept = found
@@ -72,7 +72,7 @@ class Joiner:
         start = first + self.join.boundary
         stop = min(first + len(kept.tokens), child.sequence.table.length)
         if start < stop:
-            span = self.engine.keep(parent.sequence, child.sequence, start, stop)
+            span = self.engine.of(parent.sequence).keep(parent.sequence, child.sequence, start, stop)
             kept = replace(kept, offset=self.join.boundary, span=span)
         if kept.span is not None or whole:  # what is computed again anyway is better tokenised with its surroundings
             self._kept[child.path] = kept

@@ -16,7 +16,7 @@ from rrm_engine.config import RunConfig
 from rrm_engine.device.memory import refuse_out_of_memory
 from rrm_engine.engine.draft import MOST
 from rrm_engine.engine.ranges import Ranges
-from rrm_engine.engine.replicas import AnyEngine, Replicas
+from rrm_engine.engine.replicas import Driven, Replicas
 from rrm_engine.engine.settings import EngineSettings
 from rrm_engine.errors import RrmError
 from rrm_engine.loading.engines import build_engine
@@ -62,7 +62,7 @@ class Solver(Solving):
         self.plan: MemoryPlan | None = None  # where several devices were named
         self.resolved = config = resolve(config, model, style, chat, tasks, self.replicas)
         engines = [build_engine(each, _engine_settings(config, each, chat.eos_ids)) for each in self.replicas]
-        self.engine: AnyEngine = engines[0] if len(engines) == 1 else Replicas(engines, together=config.join != "text")
+        self.engine: Driven = engines[0] if len(engines) == 1 else Replicas(engines, together=config.join != "text")
         writing = Writing(
             self.engine,
             model.tokenizer,
@@ -104,11 +104,11 @@ class Solver(Solving):
         self._refuse_unless_free()
         devices = (shape.device for model in self.replicas for shape in model.shapes.values())
         profile = Profile(self.model.device, steps, devices=devices, about=about)
-        self.engine.announce_to(profile)
+        self._announce_to(profile)
         try:
             yield profile
         finally:
-            self.engine.announce_to(Ranges())
+            self._announce_to(Ranges())
             profile.write(Path(directory))
 
     def describe(self) -> dict[str, Any]:
@@ -134,14 +134,19 @@ class Solver(Solving):
             "prompt_style": config.prompt_style,
             "chat_template": not self.backend.writing.chat.plain,
             **describe_sampling(config, self.backend.writing.plans, model),
-            "eos_token_ids": sorted(self.engine.eos_ids),
+            "eos_token_ids": sorted(self.backend.writing.chat.eos_ids),
             **({"memory_plan": self.plan.describe()} if self.plan else {}),
         }
 
     def close(self) -> None:
         """From now on nothing can be solved; checks that no block was lost. Raises RrmError while something runs."""
         super().close()
-        self.engine.check()
+        for engine in self.engine.engines:
+            engine.check()
+
+    def _announce_to(self, ranges: Ranges) -> None:
+        for engine in self.engine.engines:
+            engine.announce_to(ranges)
 
 
 def _load(config: RunConfig, announce: Callable[[str], None]) -> tuple[list[LoadedModel], MemoryPlan | None]:

@@ -10,8 +10,8 @@ from rrm_engine.backends.join import Joiner, JoinSettings
 from rrm_engine.backends.plans import PhasePlan
 from rrm_engine.backends.shadow import Shadows
 from rrm_engine.backends.tokens import NodeTokens
-from rrm_engine.engine.engine import Sampled
-from rrm_engine.engine.replicas import AnyEngine
+from rrm_engine.engine.engine import Engine, Sampled
+from rrm_engine.engine.replicas import Driven
 from rrm_engine.engine.sequence import Sequence, State, Stop
 from rrm_engine.graph.paths import NodeKey, NodePath
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
@@ -25,7 +25,7 @@ from rrm_engine.solver.backend import Begun, Continuation, Costs, Opening, Waite
 class Writing:
     """What all nodes write with: the engine, how text becomes tokens, and how each phase decodes."""
 
-    engine: AnyEngine
+    engine: Driven
     tokenizer: PreTrainedTokenizerFast
     chat: ChatFormat
     plans: Mapping[Phase, PhasePlan]
@@ -53,6 +53,11 @@ class EngineNode(NodeTokens[Sequence]):
     last: tuple[float, int] = (0.0, 0)  # the same of its last token
 
     @property
+    def engine(self) -> Engine:
+        """The one that its sequence is on."""
+        return self.writing.engine.of(self.sequence)
+
+    @property
     def length(self) -> int:
         return len(self.sequence.tokens)
 
@@ -66,7 +71,7 @@ class EngineNode(NodeTokens[Sequence]):
     def pause(self, at: int) -> None:
         """A token that goes on past the place is replaced by its kept part."""
         self.session.shadows.end(self.path)  # it shares blocks that waiting may move or give up
-        engine = self.writing.engine
+        engine = self.engine
         if self.sequence.state is not State.PAUSED:
             engine.pause(self.sequence)
         keep, self.cut = self.split(at, self.writing.chat.encode)
@@ -87,7 +92,7 @@ class EngineNode(NodeTokens[Sequence]):
         tokens = [*self.cut, *turn, *writing.chat.opens(opens)]
         splices = [(at + len(self.cut), span) for at, span in splices]
         base, matcher = len(sequence.tokens), plan.match(continuation.grammar)
-        writing.engine.resume(sequence, tokens, plan.budget, plan.sampling, matcher, splices)
+        self.engine.resume(sequence, tokens, plan.budget, plan.sampling, matcher, splices)
         if splices:
             session.shadows.follow(self.path, sequence)
         self.enter(Detokenizer(writing.tokenizer), opens)
@@ -97,7 +102,7 @@ class EngineNode(NodeTokens[Sequence]):
 
     def finish(self) -> Transcript:
         sequence = self.sequence
-        self.writing.engine.finish(sequence)
+        self.engine.finish(sequence)
         return Transcript(
             spliced=tuple(sequence.spliced),
             splice_report=tuple(report for report in self.session.shadows.reports if report.node == self.path),
@@ -131,7 +136,7 @@ class EngineNode(NodeTokens[Sequence]):
 
         An end of sequence that the template has no use for, or writes something before, is taken back.
         """
-        engine, sequence = self.writing.engine, self.sequence
+        engine, sequence = self.engine, self.sequence
         if self.cut or sequence.tokens[-1] not in engine.eos_ids:
             return False
         if self.writing.chat.closes_with(sequence.tokens[-1]):
@@ -235,7 +240,8 @@ class EngineSession:
 
     def close(self) -> None:
         """Also ends a sequence that an interrupted call had not noted down yet."""
-        for sequence in self.writing.engine.sequences:
-            if NodeKey(sequence.key).job == self.job:
-                self.writing.engine.finish(sequence)
+        for engine in self.writing.engine.engines:
+            for sequence in engine.sequences:
+                if NodeKey(sequence.key).job == self.job:
+                    engine.finish(sequence)
         self._forget(self.job)

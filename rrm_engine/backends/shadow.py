@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rrm_engine.engine.engine import Sampled
-from rrm_engine.engine.replicas import AnyEngine
+from rrm_engine.engine.replicas import Driven
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.runs.events import SpliceReport
@@ -41,7 +41,7 @@ class Shadows:
     So it costs time, one row of the node's steps, and otherwise nothing but free blocks.
     """
 
-    engine: AnyEngine
+    engine: Driven
     tokens: int
     reports: list[SpliceReport] = field(default_factory=list)
     _live: list[_Shadow] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Shadows:
         """``joined`` was resumed just now, and spans will be attached to it."""
         if not self.tokens:
             return
-        table, size = joined.table, self.engine.block_size
+        table, size = joined.table, joined.table.pool.block_size
         exact = table.length if table.approximate_from is None else min(table.length, table.approximate_from)
         key = f"{joined.key}~{len(self._keys)}"
         fork = (joined, exact // size * size)
@@ -106,10 +106,10 @@ class Shadows:
         if sequence.state is State.PAUSED and ahead <= len(shadow.written) and ahead < shadow.wanted:
             sequence.tokens[-1] = shadow.written[ahead - 1]  # not run yet, so nothing depends on it
             sequence.probe.keep_logits = True
-            self.engine.resume(sequence, [], 1)
+            self.engine.of(sequence).resume(sequence, [], 1)
 
     def _finish(self, shadow: _Shadow) -> None:
-        self.engine.finish(shadow.sequence)
+        self.engine.of(shadow.sequence).finish(shadow.sequence)
         shadow.joined.probe.keep_logits = False
         self._live.remove(shadow)
         if shadow.kl:

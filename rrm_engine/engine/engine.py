@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from time import monotonic
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -37,6 +38,18 @@ class Sampled:
     token: int
     stop: Stop | None
     error: Exception | None = None
+
+
+class Submission(TypedDict, total=False):
+    """What may be said of a sequence as it is submitted: ``root`` and ``depth`` are its priority, 0 if not said.
+
+    ``fork_of`` is (parent, n): its tokens begin with the parent's first n, whose blocks are shared.
+    """
+
+    root: int
+    depth: int
+    matcher: Matcher | None
+    fork_of: tuple[Sequence, int] | None
 
 
 class Engine:
@@ -118,10 +131,6 @@ class Engine:
         return any(self._number in sequence.flights for sequence in self._given)
 
     @property
-    def block_size(self) -> int:
-        return self.pool.block_size
-
-    @property
     def used_blocks(self) -> int:
         return self.pool.num_used
 
@@ -133,6 +142,15 @@ class Engine:
     @property
     def offloaded_blocks(self) -> int:
         return self.space.num_used
+
+    @property
+    def engines(self) -> SequenceOf["Engine"]:
+        """Itself, where there may be several."""
+        return (self,)
+
+    def of(self, sequence: Sequence) -> "Engine":
+        """Itself: every sequence is on it."""
+        return self
 
     def progress(self) -> dict[str, int]:
         """How many sequences and blocks there are now in which state."""
@@ -152,15 +170,10 @@ class Engine:
         tokens: list[int],
         budget: int,
         sampling: SamplingParams,
-        *,
-        root: int = 0,
-        depth: int = 0,
-        matcher: Matcher | None = None,
-        fork_of: tuple[Sequence, int] | None = None,
+        **options: Unpack[Submission],
     ) -> Sequence:
         """Add a sequence that may sample ``budget`` tokens; its first token comes with the next step.
 
-        ``fork_of`` is (parent, n): ``tokens`` starts with the parent's first n tokens, whose blocks are shared.
         Raises NoRoom, with the numbers, if ``tokens`` leaves no room for a single new one, RrmError if it holds one
         that the model does not know.
         """
@@ -176,13 +189,13 @@ class Engine:
             noise_key(self.settings.seed, key),
             budget,
             self.settings.max_sequence_tokens,
-            root,
-            depth,
+            options.get("root", 0),
+            options.get("depth", 0),
             self._arrivals,
-            matcher,
+            options.get("matcher"),
             first=len(tokens),
         )
-        if fork_of is not None:
+        if (fork_of := options.get("fork_of")) is not None:
             parent, length = fork_of
             # The last token is run again even where its KV is there, for its logits are needed.
             sequence.table = parent.table.fork(min(length, parent.table.length, len(tokens) - 1))
@@ -240,8 +253,10 @@ class Engine:
     def keep(self, keeper: Sequence, source: Sequence, start: int, stop: int) -> Span:
         """Hold the KV of the tokens ``start`` to ``stop`` of ``source`` until ``keeper`` ends or memory runs out.
 
-        Raises RrmError where there is no KV of them.
+        Raises RrmError where there is no KV of them, ValueError where the two are on different engines.
         """
+        if not keeper.table.pool is source.table.pool is self.pool:
+            raise ValueError(f"{keeper.key} cannot hold KV of {source.key}, which is on another replica")
         span = Span(source.table, start, stop, source.tokens[start:stop])
         keeper.kept.append(span)
         return span

@@ -127,7 +127,7 @@ def run_copies(solver: Solver, names: list[str], act: Act) -> tuple[list[str], O
                 nothing_left(solver, gone)
         if live := [run for run in runs if run.result is None]:
             loop.step(solver.backend, live)
-            solver.engine.check()
+            engine_of(solver).check()
     nothing_left(solver, "")
     assert runs[-1].result is not None
     return ended, outcome(runs[-1].result, heard)

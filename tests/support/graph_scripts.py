@@ -6,6 +6,7 @@ from oracle import engine_for, prepared, prompt, wrong_tokens
 
 from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.replicas import Driven
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.host import SwapCosts
@@ -17,7 +18,7 @@ CHEAP_COPIES, DEAR_COPIES = SwapCosts(1e-6, 1e-3), SwapCosts(1e-3, 1e-6)
 class Script:
     """Drives an engine through a graph-like life and remembers which tokens were sampled."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Driven) -> None:
         self.engine = engine
         self.ranges: dict[str, list[list[int]]] = {}
         self.done: dict[str, list[int]] = {}
@@ -32,19 +33,20 @@ class Script:
             for sampled in self.engine.step():
                 self.ranges[sampled.sequence.key][-1][1] = len(sampled.sequence.tokens)
                 until -= 1
-            self.engine.check()
+            for engine in self.engine.engines:
+                engine.check()
 
     def resume(self, sequence: Sequence, tokens: list[int], budget: int) -> None:
-        self.engine.resume(sequence, tokens, budget)
+        self.engine.of(sequence).resume(sequence, tokens, budget)
         self.ranges[sequence.key].append([len(sequence.tokens)] * 2)
 
     def finish(self, *sequences: Sequence) -> None:
         for sequence in sequences:
             self.done[sequence.key] = list(sequence.tokens)
-            self.engine.finish(sequence)
+            self.engine.of(sequence).finish(sequence)
 
 
-def live_graph(engine: Engine) -> Script:
+def live_graph(engine: Driven) -> Script:
     """A root that forks mid-block, waits, resumes twice with several chunks, beside other roots and children."""
     script = Script(engine)
     root = script.submit("root", prompt(1, 37), 9)
@@ -63,7 +65,7 @@ def live_graph(engine: Engine) -> Script:
     return script
 
 
-def short_graph(engine: Engine) -> Script:
+def short_graph(engine: Driven) -> Script:
     """Mixed steps and decodes of several sizes: a root that forks in mid-block, waits and resumes, and two children."""
     script = Script(engine)
     root = script.submit("root", prompt(1, 22), 3)

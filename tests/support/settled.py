@@ -6,7 +6,8 @@ import torch
 from graph_scripts import Script
 from transformers import GenerationConfig
 
-from rrm_engine.engine.replicas import AnyEngine
+from rrm_engine.engine.engine import Engine
+from rrm_engine.engine.replicas import Driven
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence
 
@@ -23,9 +24,13 @@ IN_A_GRAPH: list[Settings] = [
 class Settled:
     """Gives an engine's sequences settings in turn, whatever they are submitted with, and notes their phases."""
 
-    def __init__(self, engine: AnyEngine, choices: list[Settings]) -> None:
+    def __init__(self, engine: Driven, choices: list[Settings]) -> None:
         self.settings: dict[str, Settings] = {}
         self.phases: dict[str, list[tuple[int, int]]] = {}  # tokens in front, budget
+        for one in engine.engines:
+            self._watch(one, choices)
+
+    def _watch(self, engine: Engine, choices: list[Settings]) -> None:
         submit, resume = engine.submit, engine.resume
 
         def settled(key: str, tokens: list[int], budget: int, sampling: SamplingParams, **options: Any) -> Sequence:
