@@ -51,6 +51,7 @@ def arm_figures(arm: Arm) -> dict[str, Any]:
         "settings": arm.settings,
         "runs": [about_run(run) for run in arm.runs],
         "cautions": arm.cautions,
+        "drafted": drafted(arm),
         "modes": {mode: figures.mode_figures(arm.of_mode(mode)) for mode in arm.modes},
         "direct_and_recursive": contrast.direct_and_recursive(arm),
         "shape": figures.shape(arm.of_mode(RECURSIVE)),
@@ -61,6 +62,11 @@ def arm_figures(arm: Arm) -> dict[str, Any]:
         "servers": figures.servers(arm.samples),
         "kv": kv_figures([sample.row for sample in arm.samples]),
     }
+
+
+def drafted(arm: Arm) -> bool:
+    """Whether steps gave several tokens; else the critical path in steps is the one in tokens."""
+    return any(row.get("accepted") for row in (sample.row for sample in arm.samples))
 
 
 def about_run(run: Run) -> dict[str, Any]:
@@ -87,6 +93,7 @@ def comparison(one: Arm, other: Arm) -> dict[str, Any]:
     return {
         "first": one.name,
         "second": other.name,
+        "drafted": drafted(one) or drafted(other),
         "modes": {mode: contrast.contrast(found) for mode, found in pairs.items()},
     }
 

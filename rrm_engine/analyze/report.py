@@ -35,7 +35,7 @@ def print_report(console: "Console", document: Figures, rows: bool = False) -> N
 
 def _modes(console: "Console", arms: Sequence[Figures], formulas: Figures) -> None:
     sampled = any(figures["k"] > 1 for arm in arms for figures in arm["modes"].values())
-    stepped = any(figures["critical_path_steps_median"] for arm in arms for figures in arm["modes"].values())
+    stepped = any(arm["drafted"] for arm in arms)
     table = _table("Accuracy, time and tokens", *_of_arm(arms), "mode")
     heads = ["rows", "right", "95 %", *(["avg@k", "95 %", "pass@k"] if sampled else []), "to answer", "path"]
     for head in [*heads, *(["steps"] if stepped else []), "tokens", "tok/s"]:
@@ -68,7 +68,8 @@ def _ratios(console: "Console", arms: Sequence[Figures], formulas: Figures) -> N
     if not chosen:
         return
     table = _table("Direct over recursive, on the same problems", *_of_arm(arms), "pairs", "of")
-    _add_ratios(table, [([*_of_arm(arms, arm), name], figures) for arm, name, figures in chosen])
+    groups = [([*_of_arm(arms, arm), name], figures) for arm, name, figures in chosen]
+    _add_ratios(table, groups, any(arm["drafted"] for arm in arms))
     console.print(table)
     _line(
         console, "first is direct, second is recursive: above 1 the recursive side takes less; in tok/s it makes more."
@@ -87,7 +88,7 @@ def _comparison(console: "Console", found: Figures, formulas: Figures) -> None:
         _line(console, f"{found['first']} and {found['second']} have no problem in common.")
         return
     table = _table(f"{found['first']} over {found['second']}", "pairs", "of")
-    _add_ratios(table, [([NAMES[mode]], figures) for mode, figures in modes.items()])
+    _add_ratios(table, [([NAMES[mode]], figures) for mode, figures in modes.items()], found["drafted"])
     console.print(table)
     _line(
         console,
@@ -98,13 +99,13 @@ def _comparison(console: "Console", found: Figures, formulas: Figures) -> None:
     _formulas(console, formulas, RATIO_FORMULAS)
 
 
-def _add_ratios(table: "Table", groups: Iterable[tuple[list[Any], Figures]]) -> None:
-    """A line for each quantity of a group of pairs, the group's names on the first one."""
+def _add_ratios(table: "Table", groups: Iterable[tuple[list[Any], Figures]], stepped: bool) -> None:
+    """A line for each quantity of a group of pairs, the group's names on the first one; steps only if ``stepped``."""
     for head in ("n", "median", "95 %", "geo. mean", "of sums"):
         table.add_column(head, justify="right", no_wrap=True)
     for names, figures in groups:
         for name, what in QUANTITIES.items():
-            if ratio := figures[name]:
+            if (ratio := figures[name]) and (stepped or name != "critical_path_steps"):
                 cells = [count(ratio["n"]), _times(ratio["median"]), _span(ratio["median_ci95"])]
                 table.add_row(*names, what, *cells, _times(ratio["geometric_mean"]), _times(ratio["of_sums"]))
                 names = [""] * len(names)

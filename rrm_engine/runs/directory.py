@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, BinaryIO, TextIO
 
 from rrm_engine.legible import legible_key
@@ -30,6 +30,7 @@ ESCAPED = "backslashreplace"
 TRACE_BUFFER = 1 << 20
 FLUSH_S = 0.5  # how long an event may stay in the buffer
 TAIL_READ = 1 << 16
+LOOK_S = 0.05  # far longer than a look at the lock takes
 
 
 class RunDirError(RunError):
@@ -175,17 +176,13 @@ class RunDir:
 
     def _lock(self) -> None:
         """Two processes on one directory would double rows. The lock goes with the process."""
-        if sys.platform == "win32":
-            return
-        import fcntl
-
-        try:
-            fcntl.flock(self._rows_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise RunDirError(f"Another process is writing to {self.path}; wait for it or stop it") from None
-        except OSError:
-            pass  # a file system without locks
+        for last in (False, False, False, True):
+            if _locks(self._rows_fd, shared=False) is not False:
+                return
+            if not last:
+                sleep(LOOK_S)  # it may be somebody who looks whether there is a writer
+        self.close()
+        raise RunDirError(f"Another process is writing to {self.path}; wait for it or stop it")
 
     def _load(self) -> None:
         path = self.path / "rows.jsonl"
@@ -209,6 +206,30 @@ class RunDir:
             except OSError:
                 draft.unlink(missing_ok=True)
                 raise
+
+
+def is_written(path: Path) -> bool:
+    """Whether a process has the run open, as far as the file system tells: if it has no locks, one is assumed."""
+    try:
+        with (path / "rows.jsonl").open("rb") as file:
+            return _locks(file.fileno(), shared=True) is not True
+    except OSError:
+        return True
+
+
+def _locks(fd: int, shared: bool) -> bool | None:
+    """Take a lock, which goes with the file: False if another process has it, None where there are none."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True
 
 
 def _is_unused(path: Path) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rrm_engine.command import OK, guarded
+from rrm_engine.command import FAILED, OK, guarded, say
 from rrm_engine.command_line import Parser
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible, legible_key
@@ -28,7 +28,7 @@ examples:
   {PROGRAM} runs/aime aime-2024-i-01/rrm --node root.c1
   {PROGRAM} runs/aime --follow
 
-exit code: 0 done, 2 refused, 130 interrupted"""
+exit code: 0 done, 1 the run that was followed broke off, 2 refused, 130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,14 +52,7 @@ def _show(options: argparse.Namespace) -> int:
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if options.follow:
-        from rrm_engine.show.follow import follow
-
-        if options.node:
-            raise RrmError("--follow tells of whole rows: leave --node out")
-        for line in follow(options.run, options.row):
-            console.print(line)
-            console.file.flush()
-        return OK
+        return _follow(console, options)
     read_manifest(options.run)
     jobs = read_jobs(options.run, [options.row] if options.row else [], tokens=False, flag="ROW")
     if options.node:
@@ -68,6 +61,21 @@ def _show(options: argparse.Namespace) -> int:
         _print_trees(console, jobs)
     else:
         _print_list(console, jobs)
+    return OK
+
+
+def _follow(console: "Console", options: argparse.Namespace) -> int:
+    from rrm_engine.show.follow import BrokenOff, follow
+
+    if options.node:
+        raise RrmError("--follow tells of whole rows: leave --node out")
+    try:
+        for line in follow(options.run, options.row):
+            console.print(line)
+            console.file.flush()
+    except BrokenOff as end:
+        say(str(end))
+        return FAILED
     return OK
 
 

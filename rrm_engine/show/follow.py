@@ -1,11 +1,14 @@
 """A run as it goes on: a line for everything that happens in it."""
 
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rrm_engine.bench.progress import describe_row
-from rrm_engine.legible import legible, legible_key
+from rrm_engine.legible import legible, legible_key, plural
+from rrm_engine.runs.directory import is_written
+from rrm_engine.runs.errors import RunError
 from rrm_engine.runs.events import (
     Cancelled,
     Concluded,
@@ -30,13 +33,21 @@ PAUSE_S = 0.3
 SILENT = ("await", "concluded", "cancelled", "eos")  # ends of a phase that another event tells of
 
 
+class BrokenOff(RunError):
+    """The run that was followed has ended early; the message is one sentence."""
+
+
 def follow(directory: Path, wanted: str | None) -> Iterator[str]:
-    """Lines about the job named, or about all, until every row of the run is there. Raises RunError."""
+    """Lines about the job named, or about all, until every row of the run is there.
+
+    Raises BrokenOff if rows are missing and no process writes any, and RunError.
+    """
     manifest, began = read_manifest(directory), dict[str, float]()
     settings = manifest.settings
     missing = manifest.tasks.used * int(settings.get("samples", 1)) * len(settings.get("modes", ()))
     appended, keys = Appended(directory), [wanted] if wanted else []
     while True:
+        goes_on = is_written(directory)  # before the last look: nothing comes after it
         rows = appended.rows()  # before the events: those of a row are on the disk before it
         for event in appended.events():
             if isinstance(event, JobBegan):
@@ -52,6 +63,11 @@ def follow(directory: Path, wanted: str | None) -> Iterator[str]:
                 yield f"{'':10}  {describe_row(row)}"
         if missing <= 0:
             return
+        if not goes_on:
+            raise BrokenOff(
+                f"{directory}: the run is over without its last {plural(missing, 'row')}: no process writes them any "
+                f"more; python -m rrm_engine.bench --resume {shlex.quote(str(directory))} goes on with it"
+            )
         time.sleep(PAUSE_S)
 
 

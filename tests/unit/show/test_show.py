@@ -15,8 +15,9 @@ from recorded_runs import row, save
 from scripted import Scripted, Text, pieces, solve
 
 from rrm_engine.graph.types import EndReason
-from rrm_engine.runs.directory import FLUSH_S, RunDir
+from rrm_engine.runs.directory import FLUSH_S, RunDir, is_written
 from rrm_engine.show.cli import main
+from rrm_engine.show.follow import PAUSE_S
 from rrm_engine.solver.result import Job
 
 THOUGHT = "<think>" + "so " * 100 + "</think>\n"
@@ -141,6 +142,73 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path, said: Callable[..., str]) 
     assert told.index("begins: Add") < told.index("root declares a: one") < told.index("root.a concludes: FINAL: 1")
     assert told.index("root goes on to continue with root.a, root.b") < told.index("t/rrm/0: graph, correct")
     assert "\x1b" not in told and said(path, "--follow") == told
+
+
+WRITER = """
+import json, sys, time
+from pathlib import Path
+from rrm_engine.runs.directory import RunDir
+import by_hand
+directory = RunDir.create(Path(sys.argv[1]))
+manifest = by_hand.manifest()
+manifest.settings.update(modes=["rrm"], samples=1)
+directory.write_manifest(manifest)
+for event in json.loads(sys.stdin.readline()):
+    directory.event(event)
+directory.flush()
+print("there", flush=True)
+time.sleep(600)
+"""
+
+
+def test_following_ends_when_the_writer_is_killed(tmp_path: Path) -> None:
+    """And not before that, however long nothing comes."""
+    events = events_of(Job("t", "Add one and two."))[:9]
+    support = str(Path(by_hand.__file__).parent)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.append({support!r})\n{WRITER}", str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdin and writer.stdout
+    writer.stdin.write(json.dumps(events) + "\n")
+    writer.stdin.flush()
+    assert writer.stdout.readline() == "there\n"
+    command = [sys.executable, "-m", "rrm_engine.show", str(tmp_path / "run"), "--follow"]
+    following = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert following.stdout and "begins: Add" in following.stdout.readline()
+    time.sleep(5 * PAUSE_S)
+    assert following.poll() is None
+    writer.kill()
+    writer.communicate()
+    out, err = following.communicate(timeout=60)
+    assert following.returncode == 1 and "declares a" in out
+    assert "over without its last 1 row" in err and "--resume" in err and err.count("\n") == 1
+    RunDir.resume(tmp_path / "run").close()
+
+
+def test_looking_for_the_writer_keeps_nobody_from_writing(tmp_path: Path) -> None:
+    RunDir.create(tmp_path / "run").close()
+    (tmp_path / "run" / "run.json").write_text(json.dumps(by_hand.manifest().as_json()))
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            is_written(tmp_path / "run")
+            done.wait(0.002)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(20):
+            directory = RunDir.resume(tmp_path / "run")
+            assert is_written(tmp_path / "run")
+            directory.close()
+    finally:
+        done.set()
+        looking.join()
+    assert not is_written(tmp_path / "run")
 
 
 def test_the_bench_puts_events_on_the_disk_while_no_row_comes(tmp_path: Path) -> None:
