@@ -3,9 +3,8 @@
 No I/O, clock, thread or randomness: equal calls give equal commands.
 
 What the driver owes the machine
-    * Commands are executed one by one, in order. What frees a place (Pause, Stop, Cancel) comes before what
-      takes one (Resume, then Start), so that no prefix of an answer exceeds ``max_concurrency``; Finish is
-      last.
+    * Commands are executed one by one, in order. What ends or pauses a node (Pause, Stop, Cancel) comes before what
+      lets one decode (Resume, then Start); Finish is last.
     * Pause means: stop right after the event just reported. Whatever the node wrote after it is discarded
       and not reported, also when a Resume follows in the same answer.
     * A sequence that ended by itself is kept until its node's Stop or Cancel: the node may be resumed. Each
@@ -31,7 +30,7 @@ Splitting
     * A child whose task is that of its parent, or of a node further up, is refused. If the parent is in GRAPH and
       has no other child, it solves its task itself, as after an ``atomic`` without an answer.
     * ``max_width`` bounds the children of one *round*: from the node's start or resume to its next wait.
-      ``max_nodes`` bounds the nodes of the graph, the root included, the fallback not.
+      ``max_nodes`` bounds the nodes of the graph, the root included, ``root!direct`` not.
     * A refused child takes neither place nor id. Its parent reads a note at its next resume, and a failed
       conclusion if it awaits it; so does a sibling that depends on it.
 
@@ -52,13 +51,12 @@ Concluding
     * A child's conclusion is told in brief (`answers.in_brief`): its answer and at most two sentences.
     * Without any of it the node fails, which is a conclusion too, with ``ok=False``, for the nodes that wait
       for it.
-    * A root that fails is replaced, if ``fallback``, by one DIRECT node at ``root!direct`` (no child id
-      holds a ``!``) whose events are not heeded. Without fallback, or if that fails too, the run is
+    * A root that fails is replaced by one DIRECT node at ``root!direct``, the fallback (no child id holds a
+      ``!``), whose events are not heeded. If that fails too, the run is
       INVALID, or FAILED where either ended in an error.
 
-Turns: resumes go first, then deeper nodes, then older ones. There is no deadlock, whatever
-``max_concurrency``: a node waits only for its children or, acyclically, for siblings, so some node is
-decoding until Finish.
+Turns: resumes go first, then deeper nodes, then older ones. There is no deadlock: a node waits only for its
+children or, acyclically, for siblings, so some node is decoding until Finish.
 """
 
 from collections import Counter
@@ -111,8 +109,6 @@ class GraphMachine:
     ) -> None:
         if child_context not in ("task", "parent"):
             raise ValueError(f"child_context is task or parent, not {child_context!r}")
-        if limits.max_concurrency is not None and limits.max_concurrency < 1:
-            raise ValueError("max_concurrency must be at least 1: with no node decoding nothing ever ends")
         self.limits = limits
         self.repairs: Counter[str] = Counter()
         self.finished: Finish | None = None
@@ -123,7 +119,6 @@ class GraphMachine:
         self._fork = child_context == "parent"
         self._nodes: dict[str, Node] = {}
         self._serial = 0
-        self._running = 0
         self._turns: list[tuple[bool, int, int, Node]] = []
         self._out: list[Command] = []
         self._root = self._register(self._new_node(ROOT, ROOT, task))
@@ -378,7 +373,7 @@ class GraphMachine:
         """The root or the fallback has concluded."""
         if conclusion.ok:
             self._finish(self._status(node), conclusion.answer)
-        elif self.limits.fallback and node is self._root:
+        elif node is self._root:
             direct = self._register(self._new_node(NodePath(f"{node.path}!direct"), f"{node.id}!direct", node.task))
             direct.phase = Phase.DIRECT
             self._enqueue(direct, NodeState.READY)
@@ -421,13 +416,12 @@ class GraphMachine:
         heappush(self._turns, (state is NodeState.READY, -node.depth, node.serial, node))
 
     def _commands(self) -> list[Command]:
-        """Give out turns while there is room, and hand over what has been decided."""
-        room = self.limits.max_concurrency
-        while self._turns and (room is None or self._running < room):
+        """Let go on what is due, and hand over all that has been decided."""
+        while self._turns:
             node = heappop(self._turns)[-1]
             if node.state is NodeState.READY:
                 self._start(node)
-            elif node.state is NodeState.RESUMABLE:  # else it was ready and has been cancelled
+            else:
                 self._resume(node)
         out, self._out = self._out, []
         return out
@@ -461,7 +455,6 @@ class GraphMachine:
 
     def _set_state(self, node: Node, state: NodeState) -> None:
         assert (node.state, state) in TRANSITIONS, f"{node.path}: no way from {node.state} to {state}"
-        self._running += (state is NodeState.RUNNING) - (node.state is NodeState.RUNNING)
         node.state = state
 
     def _note(self, node: Node, repair: str, note: str) -> None:

@@ -10,7 +10,7 @@ class NodeState(StrEnum):
     """Where a node is in its life; RUNNING is the only state in which it decodes."""
 
     BLOCKED = "blocked"  # declared, not started: a dependency has not concluded
-    READY = "ready"  # not started: waits for its turn
+    READY = "ready"  # not started: starts at its turn
     RUNNING = "running"
     AWAITING = "awaiting"  # paused or ended by itself: an awaited child has not concluded
     RESUMABLE = "resumable"  # paused or ended by itself: goes on at its turn
@@ -23,15 +23,13 @@ INITIAL: Final = NodeState.BLOCKED
 ALIVE: Final = frozenset({NodeState.RUNNING, NodeState.AWAITING, NodeState.RESUMABLE})
 OVER: Final = frozenset({NodeState.CONCLUDED, NodeState.CANCELLED, NodeState.REFUSED})
 
-# (from, to) -> why. None leads from RESUMABLE to CANCELLED: what makes a node resumable frees a place, and resumes go
-# first, so that it gets its turn in the same answer.
+# (from, to) -> why. A node that is READY or RESUMABLE gets its turn in the same answer, so none of them is cancelled.
 TRANSITIONS: Final[Mapping[tuple[NodeState, NodeState], str]] = MappingProxyType(
     {
         (NodeState.BLOCKED, NodeState.READY): "its dependencies have concluded",
         (NodeState.BLOCKED, NodeState.REFUSED): "a limit, or it would wait for itself",
         (NodeState.BLOCKED, NodeState.CANCELLED): "an ancestor concluded",
         (NodeState.READY, NodeState.RUNNING): "its turn (Start)",
-        (NodeState.READY, NodeState.CANCELLED): "an ancestor concluded",
         (NodeState.RUNNING, NodeState.AWAITING): "await, or an end with children left",
         (NodeState.RUNNING, NodeState.RESUMABLE): "atomic without an answer, or an await too many",
         (NodeState.RUNNING, NodeState.CONCLUDED): "an answer, or an end without one",

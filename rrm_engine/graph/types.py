@@ -42,8 +42,6 @@ class Limits:
     max_width: int = 8
     max_nodes: int = 64
     max_awaits: int = 4  # per node
-    max_concurrency: int | None = None  # nodes decoding at once; waiting parents do not count
-    fallback: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,6 @@ def random_limits(rng: Random) -> Limits:
         max_width=rng.randrange(7),
         max_nodes=rng.choice([1, 5, 20, 100]),
         max_awaits=rng.randrange(6),
-        max_concurrency=rng.choice([None, 1, 2, 3]),
-        fallback=rng.random() < 0.5,
     )
 
 
@@ -269,10 +267,10 @@ def run_plan(plan: Plan, rng: Random, limits: Limits, new: Machine = GraphMachin
 
 
 @searched(100)
-@given(st.randoms(use_true_random=False), st.sampled_from([None, 1, 2, 5]))
-def test_a_well_formed_graph_comes_to_the_same_in_any_order(rng: Random, room: int | None) -> None:
+@given(st.randoms(use_true_random=False))
+def test_a_well_formed_graph_comes_to_the_same_in_any_order(rng: Random) -> None:
     plan = random_plan(rng, 3, itertools.count())
-    limits = Limits(max_depth=3, max_nodes=1000, max_concurrency=room)
+    limits = Limits(max_depth=3, max_nodes=1000)
     expected = fold(plan, [])
     for _ in range(3):
         assert run_plan(plan, rng, limits) == expected
@@ -299,7 +297,7 @@ def test_equal_calls_give_equal_commands() -> None:
 
 def caught(new: Machine = GraphMachine, seeds: int = 300) -> bool:
     """Whether any run shows that something is wrong with the machine."""
-    limits = Limits(max_depth=3, max_nodes=1000, max_concurrency=2)
+    limits = Limits(max_depth=3, max_nodes=1000)
     for seed in range(seeds):
         plan = random_plan(Random(seed), 3, itertools.count())
         try:
@@ -353,12 +351,3 @@ def test_a_machine_without_one_rule_is_caught(rule: str, broken: object) -> None
 def test_a_machine_that_compares_tasks_word_for_word_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rrm_engine.graph.node.normalised", lambda task: task)
     assert caught()
-
-
-def test_a_machine_without_its_concurrency_limit_is_caught() -> None:
-    class Unlimited(GraphMachine):
-        def _commands(self) -> list[Command]:
-            self._running = 0
-            return super()._commands()
-
-    assert caught(Unlimited)

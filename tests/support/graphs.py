@@ -154,8 +154,6 @@ class Contract:
                     self._move(path, {"decoding", "ended", "paused"}, "over")
                 case Finish():
                     self._finish(command)
-            busy, room = len(self.decoding()), self.limits.max_concurrency
-            require(room is None or busy <= room, f"{busy} nodes decode, {room} may")
         require(self.finish is not None or bool(self.decoding()), "nothing decodes and nothing is finished")
 
     def _move(self, path: str, before: set[str], after: str) -> None:
@@ -171,7 +169,7 @@ class Contract:
         nodes = sum(not path.endswith("!direct") for path in self.state)
         require(nodes <= max(1, self.limits.max_nodes), "too many nodes")
         if start.phase is Phase.DIRECT:
-            require(start.node.endswith("!direct") and self.limits.fallback, "a stray direct solve")
+            require(start.node.endswith("!direct"), "a stray direct solve")
             require(self.decoding() == [start.node], "the fallback is not alone")
         elif start.parent is None:
             require(start.node == "root" and start.depth == 0 and not start.fork, "a strange root")

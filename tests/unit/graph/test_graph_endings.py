@@ -177,13 +177,10 @@ class TestFallback:
     @pytest.mark.parametrize(
         ("reason", "status"), [(EndReason.LENGTH, Status.INVALID), (EndReason.ERROR, Status.FAILED)]
     )
-    @pytest.mark.parametrize("fallback", [True, False])
-    def test_when_nothing_helps(self, reason: EndReason, status: Status, fallback: bool) -> None:
-        m = started(fallback=fallback)
-        commands = m.on_end("root", EndReason.LENGTH if fallback else reason, "")
-        if fallback:
-            commands = m.on_end("root!direct", reason, "")
-        finish = commands[-1]
+    def test_when_nothing_helps(self, reason: EndReason, status: Status) -> None:
+        m = started()
+        m.on_end("root", EndReason.LENGTH, "")
+        finish = m.on_end("root!direct", reason, "")[-1]
         assert isinstance(finish, Finish)
         assert (finish.status, finish.answer) == (status, "")
         assert finish.error

@@ -1,5 +1,7 @@
 """The graph machine by example: what a node writes, and what the machine answers."""
 
+from dataclasses import replace
+
 import pytest
 from graphs import brief, child, concluded, resume_of, started
 
@@ -300,27 +302,17 @@ class TestLimits:
         assert m.repairs["over_width"] == 100
 
 
-class TestTurns:
-    def test_children_wait_for_a_place_which_a_pause_makes(self) -> None:
-        m = started(max_concurrency=1)
-        assert m.on_event("root", child("a")) == m.on_event("root", child("b")) == []
-        assert brief(m.on_event("root", Await())) == ["pause root", "start root.a"]
-        assert brief(m.on_event("root.a", Atomic("A"))) == ["stop root.a", "start root.b"]
-        assert brief(m.on_event("root.b", Atomic("B"))) == ["stop root.b", "resume root"]
-
-    def test_resumes_go_before_starts_and_deeper_nodes_before_older_ones(self) -> None:
-        m = started(max_concurrency=2)
-        m.on_event("root", child("a"))
-        m.on_event("root", child("late"))
-        m.on_event("root.a", child("x"))
-        m.on_event("root.a", child("y"))
-        assert brief(m.on_event("root.a", Await(("x",)))) == ["pause root.a", "start root.a.x"]
-        assert brief(m.on_event("root.a.x", Atomic("X"))) == ["stop root.a.x", "resume root.a"]
-        assert brief(m.on_event("root", Await())) == ["pause root", "start root.a.y"]
-
-    def test_no_concurrency_at_all_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="at least 1"):
-            GraphMachine("t", Limits(max_concurrency=0))
+def test_resumes_go_before_starts_and_deeper_nodes_before_older_ones() -> None:
+    m = started()
+    for name, needs in (("a", ()), ("first", ("a",)), ("second", ("a",))):
+        m.on_event("root", replace(child(name), depends_on=needs))
+    m.on_event("root", Await(("a",)))
+    assert brief(m.on_event("root.a", Atomic("A"))) == [
+        "stop root.a",
+        "resume root",
+        "start root.first",
+        "start root.second",
+    ]
 
 
 def test_cancel_ends_everything_once() -> None:
