@@ -182,8 +182,8 @@ def test_following_ends_when_the_writer_is_killed(tmp_path: Path) -> None:
     assert following.poll() is None
     writer.kill()
     writer.communicate()
-    out, err = following.communicate(timeout=60)
-    assert following.returncode == 1 and "declares a" in out
+    out, err = following.stdout.read(), following.stderr.read() if following.stderr else ""
+    assert following.wait(60) == 1 and "declares a" in out
     assert "over without its last 1 row" in err and "--resume" in err and err.count("\n") == 1
     RunDir.resume(tmp_path / "run").close()
 
