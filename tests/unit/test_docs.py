@@ -111,6 +111,7 @@ def test_the_flags_of_the_bench_are_those_on_their_page() -> None:
         "--rows",
         "--longest-text",
         "--decode",
+        "--tasks",
         "--help",
     }  # of other commands there
     assert named - known <= others
