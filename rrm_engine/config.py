@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from rrm_engine.errors import RrmError
@@ -24,6 +24,8 @@ IN_PROCESS_ONLY = (
     *("draft", "join", "boundary_tokens", "splice_report"),
 )
 WaitPolicy = Literal["pin", "offload", "drop", "lru", "auto"]
+Join = Literal["text", "splice", "transcript"]
+ChildContext = Literal["task", "parent"]
 
 
 def setting(default: Any, group: str, help: str, **extra: Any) -> Any:
@@ -138,7 +140,7 @@ class RunConfig:
         None,
         "graph",
         "what a child starts from: its task only, or a fork of its parent's whole context; default: the style's",
-        choices=("task", "parent"),
+        choices=get_args(ChildContext),
     )
     constrain: str = setting(
         "auto",
@@ -198,7 +200,7 @@ class RunConfig:
         "memory",
         "how conclusions reach their parent: text, prefilled; splice attaches the KV of the conclusion's tokens, "
         "transcript that of the child's whole answer, both an approximation",
-        choices=("text", "splice", "transcript"),
+        choices=get_args(Join),
     )
     boundary_tokens: int = setting(0, "memory", "first tokens of every attached span that are computed again")
     splice_report: int = setting(
@@ -208,8 +210,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _typed(name, getattr(self, name), hint))
+        _check_types(self)
         checks = [
             (
                 self.device == "auto" or self.devices is None,
@@ -280,6 +281,57 @@ class RunConfig:
         yield len(set(self.base_urls)) == len(self.base_urls), "--base-urls names a replica twice"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved(RunConfig):
+    """Settings as a run uses them: what a `RunConfig` may leave open, and is the same whoever decodes, is decided.
+
+    Made from one that was checked, so only types are checked again: None and "auto" are none of them.
+    """
+
+    prompt_style: str
+    max_depth: int
+    child_context: ChildContext
+    constrain: Literal["on", "off"]
+    direct_max_tokens: int
+    planner_max_tokens: int
+    solver_max_tokens: int
+    continuation_max_tokens: int
+    direct_thinking: bool
+    graph_thinking: bool
+    solver_thinking: bool
+    continuation_thinking: bool
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(Resolved):
+    """The same for the engine in this process."""
+
+    dtype: str
+    device: str
+    lookahead: Literal["on", "off"]
+    step_tokens: int
+    max_sequence_tokens: int
+    kv_blocks: int
+    wait_policy: WaitPolicy
+    join: Join
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServersConfig(Resolved):
+    """The same for servers. ``max_sequence_tokens`` is None where they do not say how much they take."""
+
+    continue_by: Literal["tokens", "turn"]
+
+
+def _check_types(config: RunConfig) -> None:
+    """Give every setting the type of its field. Raises RrmError."""
+    for name, hint in get_type_hints(type(config)).items():
+        object.__setattr__(config, name, _typed(name, getattr(config, name), hint))
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -301,6 +353,10 @@ def _is_share(text: str) -> bool:
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     """``value`` as its field's type wants it. Raises RrmError, naming the flag, for one of another type."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise RrmError(f"{_flag(name)} takes {', '.join(get_args(hint))}, not {value!r}")
+        return value
     kinds = get_args(hint) or (hint,)
     if isinstance(value, os.PathLike) and str in kinds:
         value = os.fspath(value)

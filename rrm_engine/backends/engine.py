@@ -7,7 +7,7 @@ from time import monotonic
 from typing import Any
 
 from rrm_engine.backends.session import EngineSession, Writing
-from rrm_engine.config import RunConfig
+from rrm_engine.config import EngineConfig
 from rrm_engine.device.memory import is_out_of_memory
 from rrm_engine.engine.ranges import Ranges
 from rrm_engine.graph.paths import NodeKey
@@ -21,7 +21,7 @@ RATE_WINDOW_S = 2.0  # of the tokens per second shown live
 class EngineBackend:
     """See `solver.backend.Backend`. ``config`` is the resolved one, for what is said about errors."""
 
-    def __init__(self, writing: Writing, config: RunConfig) -> None:
+    def __init__(self, writing: Writing, config: EngineConfig) -> None:
         self.writing = writing
         self.engine = writing.engine
         self.capabilities = Capabilities(forks=True, joins=writing.join.mode != "text")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -12,7 +12,7 @@ from rrm_engine.backends.join import JoinSettings
 from rrm_engine.backends.session import Writing
 from rrm_engine.backends.settings import describe_sampling, phase_plans, resolve
 from rrm_engine.backends.solving import Solving
-from rrm_engine.config import RunConfig
+from rrm_engine.config import EngineConfig, RunConfig
 from rrm_engine.device.memory import refuse_out_of_memory
 from rrm_engine.engine.draft import MOST
 from rrm_engine.engine.ranges import Ranges
@@ -60,18 +60,18 @@ class Solver(Solving):
         self.model = model
         self.replicas = list(replicas) or [model]
         self.plan: MemoryPlan | None = None  # where several devices were named
-        self.resolved = config = resolve(config, model, style, chat, tasks, self.replicas)
-        engines = [build_engine(each, _engine_settings(config, each, chat.eos_ids)) for each in self.replicas]
-        self.engine: Driven = engines[0] if len(engines) == 1 else Replicas(engines, together=config.join != "text")
+        self.resolved = used = resolve(config, model, style, chat, tasks, self.replicas)
+        engines = [build_engine(each, _engine_settings(used, each, chat.eos_ids)) for each in self.replicas]
+        self.engine: Driven = engines[0] if len(engines) == 1 else Replicas(engines, together=used.join != "text")
         writing = Writing(
             self.engine,
             model.tokenizer,
             chat,
-            phase_plans(config, style, chat, model),
-            JoinSettings(cast(Any, config.join), config.boundary_tokens, config.splice_report),
+            phase_plans(used, style, chat, model),
+            JoinSettings(used.join, used.boundary_tokens, used.splice_report),
         )
-        self.backend = EngineBackend(writing, config)
-        super().__init__(self.backend, style, config)
+        self.backend = EngineBackend(writing, used)
+        super().__init__(self.backend, style, used)
 
     @classmethod
     def load(
@@ -161,9 +161,8 @@ def _load(config: RunConfig, announce: Callable[[str], None]) -> tuple[list[Load
     return load_planned(config.model, config.dtype, plan, config.attention, code), plan
 
 
-def _engine_settings(config: RunConfig, model: LoadedModel, eos_ids: frozenset[int]) -> EngineSettings:
+def _engine_settings(config: EngineConfig, model: LoadedModel, eos_ids: frozenset[int]) -> EngineSettings:
     """Of an engine under a resolved config."""
-    assert config.kv_blocks and config.max_sequence_tokens and config.step_tokens
     return EngineSettings(
         blocks=config.kv_blocks,
         block_size=config.block_size,
@@ -173,7 +172,7 @@ def _engine_settings(config: RunConfig, model: LoadedModel, eos_ids: frozenset[i
         max_sequence_tokens=config.max_sequence_tokens,
         eos_ids=eos_ids,
         seed=config.seed,
-        wait_policy=cast(Any, config.wait_policy),
+        wait_policy=config.wait_policy,
         host_blocks=config.host_kv_blocks or 0,
         stages=model.stages,
         lookahead=config.lookahead == "on",

@@ -1,29 +1,49 @@
 """What a phase is given, whoever decodes it: whether it thinks, and how many tokens it may take."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
-from rrm_engine.config import RunConfig
+from rrm_engine.config import Resolved, RunConfig
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.style import Style
+from rrm_engine.solver.outcome import BUDGETS
 
 # Settings that a phase held to a grammar does without: its events repeat keys, quotes and ids, and must.
 RESTING = ("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size")
 
 
-def with_style(config: RunConfig, style: Style) -> RunConfig:
-    """``config`` with what the style says of the graph; what it leaves open of solver phases is as in direct solves."""
+def values_of(config: RunConfig) -> dict[str, Any]:
+    """All settings by name."""
+    return {f.name: getattr(config, f.name) for f in fields(config)}
+
+
+def resolve_phases(
+    config: RunConfig, style: Style, thinking: Callable[[bool | None, Phase], bool], most: int | None = None
+) -> Resolved:
+    """What the style says of the graph and of the phases, where ``config`` leaves it open.
+
+    What it does not say of solver phases is as in direct solves. ``thinking`` is whether a phase thinks, if that is
+    what was asked; no budget that was not asked for is more than ``most`` tokens.
+    """
+    if "solver" not in style.budgets and config.solver_max_tokens is None:
+        config = replace(config, solver_max_tokens=config.direct_max_tokens)
+    if "solver" not in style.thinking and config.solver_thinking is None:
+        config = replace(config, solver_thinking=config.direct_thinking)
     values: dict[str, Any] = {
+        "prompt_style": config.prompt_style if config.prompt_style != "auto" else style.name,
         "max_depth": style.max_depth if config.max_depth is None else config.max_depth,
         "child_context": config.child_context or style.child_context,
     }
-    if "solver" not in style.budgets:
-        values["solver_max_tokens"] = config.solver_max_tokens or config.direct_max_tokens
-    if "solver" not in style.thinking and config.solver_thinking is None:
-        values["solver_thinking"] = config.direct_thinking
-    return replace(config, **values)
+    if config.constrain == "auto":
+        values["constrain"] = "off" if style.trained_on_events else "on"
+    for phase, flag in BUDGETS.items():
+        thinks = values[f"{phase}_thinking"] = thinking(getattr(config, f"{phase}_thinking"), phase)
+        budget = budget_of(style, phase, thinks)
+        values[flag] = getattr(config, flag) or (budget if most is None else min(budget, most))
+    return Resolved(**{**values_of(config), **values})
 
 
 def thinks(asked: bool | None, phase: Phase, style: Style, chat: ChatFormat, model: str) -> bool:
@@ -39,6 +59,6 @@ def thinks(asked: bool | None, phase: Phase, style: Style, chat: ChatFormat, mod
     return always or (asked if asked is not None else style.thinks(phase) and chat.has_thinking)
 
 
-def budget_of(asked: int | None, phase: Phase, style: Style, thinking: bool) -> int:
+def budget_of(style: Style, phase: Phase, thinking: bool) -> int:
     """Tokens of a phase. One that thinks where its style did not expect it gets the tokens to do so."""
-    return asked or style.budget(phase) + (style.budget("solver") if thinking and not style.thinks(phase) else 0)
+    return style.budget(phase) + (style.budget("solver") if thinking and not style.thinks(phase) else 0)

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from rrm_engine.backends.phases import RESTING, budget_of, thinks, with_style
+from rrm_engine.backends.phases import RESTING, resolve_phases, thinks, values_of
 from rrm_engine.backends.plans import MatcherFactory, PhasePlan
-from rrm_engine.config import RunConfig
+from rrm_engine.config import EngineConfig, Resolved, RunConfig
 from rrm_engine.device.memory import free_memory, in_units, kv_room
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Matcher
@@ -36,38 +35,36 @@ def resolve(
     chat: ChatFormat,
     tasks: Sequence[str],
     replicas: Sequence[LoadedModel] = (),
-) -> RunConfig:
-    """``config`` with every None and ``auto`` of a phase, length or memory setting replaced by what is used.
+) -> EngineConfig:
+    """What ``config`` leaves open of phases, lengths and memory, decided.
 
     ``replicas`` are the copies of ``model``, itself among them, if there are several.
 
     Raises RrmError, with the numbers and the flag to change, when the longest sequence cannot fit.
     """
-    values: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), **_where(config, model, replicas)}
-    values["prompt_style"] = config.prompt_style if config.prompt_style != "auto" else style.name
-    config = with_style(config, style)
     if config.block_size % (multiple := model.attend.block_multiple):
         raise RrmError(
             f"--block-size {config.block_size}: --attention {config.attention} takes multiples of {multiple}; "
             f"give --block-size {multiple}"
         )
-    for phase, flag in BUDGETS.items():
-        thinking = thinks(getattr(config, f"{phase}_thinking"), phase, style, chat, model.name)
-        asked = getattr(config, flag)
-        values[f"{phase}_thinking"] = thinking
-        values[flag] = asked or min(budget_of(None, phase, style, thinking), model.max_position)
-    if config.constrain == "auto":
-        values["constrain"] = "off" if style.trained_on_events else "on"
-    values["lookahead"] = _lookahead(config, model)
-    values["step_tokens"] = config.step_tokens or (4096 if model.device.type == "cuda" else 512)
-    config = replace(config, **values)
-    longest = longest_prompt(config, style, chat, tasks)
-    config = replace(config, max_sequence_tokens=_sequence_tokens(config, model, longest))
+    used = resolve_phases(
+        config, style, lambda asked, phase: thinks(asked, phase, style, chat, model.name), model.max_position
+    )
+    longest = _sequence_tokens(used, model, longest_prompt(used, style, chat, tasks))
     sizes = bytes_per_block_on_devices([m.shapes for m in replicas or [model]], config.block_size)
-    config = replace(config, kv_blocks=config.kv_blocks or _blocks(config, sizes))
-    config = replace(config, host_kv_blocks=_host_blocks(config, sum(sizes.values())))
-    _refuse_more_than_memory(config, sizes)
-    return config
+    blocks = config.kv_blocks or _blocks(used, longest, sizes)
+    values: dict[str, Any] = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **_where(config, model, replicas),
+        "lookahead": _lookahead(config, model),
+        "step_tokens": config.step_tokens or (4096 if model.device.type == "cuda" else 512),
+        "max_sequence_tokens": longest,
+        "kv_blocks": blocks,
+        "host_kv_blocks": _host_blocks(config, blocks, sum(sizes.values())),
+    }
+    resolved = EngineConfig(**{**values_of(used), **values})
+    _refuse_more_than_memory(resolved, sizes)
+    return resolved
 
 
 def _where(config: RunConfig, model: LoadedModel, replicas: Sequence[LoadedModel]) -> dict[str, Any]:
@@ -88,7 +85,7 @@ def _lookahead(config: RunConfig, model: LoadedModel) -> str:
     return config.lookahead
 
 
-def longest_prompt(config: RunConfig, style: Style, chat: ChatFormat, tasks: Sequence[str]) -> int:
+def longest_prompt(config: Resolved, style: Style, chat: ChatFormat, tasks: Sequence[str]) -> int:
     """Tokens of the longest root prompt; the longest tasks in bytes are tried.
 
     A task that no prompt can be made of does not count: its rows will say so.
@@ -104,7 +101,7 @@ def longest_prompt(config: RunConfig, style: Style, chat: ChatFormat, tasks: Seq
     return longest
 
 
-def _sequence_tokens(config: RunConfig, model: LoadedModel, prompt: int) -> int:
+def _sequence_tokens(config: Resolved, model: LoadedModel, prompt: int) -> int:
     """The longest sequence a run may need: a direct solve, or a node that plans, solves and continues."""
     if config.max_sequence_tokens is not None:
         if config.max_sequence_tokens > model.max_position:
@@ -126,7 +123,7 @@ def _sequence_tokens(config: RunConfig, model: LoadedModel, prompt: int) -> int:
     return min(needed, model.max_position)
 
 
-def _budgets(config: RunConfig) -> int:
+def _budgets(config: Resolved) -> int:
     """Tokens that may come after a prompt, with those of the conclusions that come back."""
     budget = {phase: getattr(config, flag) for phase, flag in BUDGETS.items()}
     answer = max(budget[Phase.SOLVER], budget[Phase.CONTINUATION])  # a child's whole one
@@ -136,34 +133,32 @@ def _budgets(config: RunConfig) -> int:
     return max(budget[Phase.DIRECT], recursive if "rrm" in config.modes else 0)
 
 
-def _blocks(config: RunConfig, sizes: Mapping[torch.device, int]) -> int:
-    """Blocks that memory allows, but not more than ``--max-concurrency`` longest sequences can use.
+def _blocks(config: Resolved, longest: int, sizes: Mapping[torch.device, int]) -> int:
+    """Blocks that memory allows, but not more than ``--max-concurrency`` sequences of ``longest`` tokens can use.
 
     ``sizes`` are by device the bytes that a block takes there.
     """
-    assert config.max_sequence_tokens is not None
-    one = -(-config.max_sequence_tokens // config.block_size)
+    one = -(-longest // config.block_size)
     fullest = min(sizes, key=lambda device: kv_room(device) // sizes[device])
     room = kv_room(fullest) // sizes[fullest]
     if room < one:
         need, free = one * sizes[fullest], kv_room(fullest)
         raise RrmError(
-            f"one sequence of {config.max_sequence_tokens:,} tokens needs {in_units(need)} of KV and {in_units(free)} "
+            f"one sequence of {longest:,} tokens needs {in_units(need)} of KV and {in_units(free)} "
             f"are free for it on {fullest}: lower the phases' token budgets or "
             f"--max-sequence-tokens, or use a smaller --dtype"
         )
     return min(room, one * (config.max_concurrency + 1))
 
 
-def _host_blocks(config: RunConfig, size: int) -> int | None:
+def _host_blocks(config: RunConfig, blocks: int, size: int) -> int | None:
     """Blocks that may be offloaded: as many as the pool has, if the host's memory allows. None: nothing is."""
-    assert config.kv_blocks is not None
     if config.wait_policy not in ("offload", "auto"):
         return config.host_kv_blocks
-    return config.host_kv_blocks or max(1, min(config.kv_blocks, kv_room(HOST) // size))
+    return config.host_kv_blocks or max(1, min(blocks, kv_room(HOST) // size))
 
 
-def _refuse_more_than_memory(config: RunConfig, sizes: Mapping[torch.device, int]) -> None:
+def _refuse_more_than_memory(config: EngineConfig, sizes: Mapping[torch.device, int]) -> None:
     """The pool may be as large as memory, no larger: on CPU it would be granted now and the process killed later."""
     host = config.host_kv_blocks if config.wait_policy in ("offload", "auto") else None
     asked = [("--kv-blocks", config.kv_blocks, device, size) for device, size in sizes.items()]
@@ -196,7 +191,7 @@ def sampling_params(config: RunConfig, style: Style, model: LoadedModel, thinkin
     return SamplingParams.of(values)
 
 
-def phase_plans(config: RunConfig, style: Style, chat: ChatFormat, model: LoadedModel) -> Mapping[Phase, PhasePlan]:
+def phase_plans(config: Resolved, style: Style, chat: ChatFormat, model: LoadedModel) -> Mapping[Phase, PhasePlan]:
     """How each phase decodes under a resolved config."""
     grammars = EventGrammars(model.tokenizer, eos_ids=model.eos_ids) if config.constrain == "on" else None
     plans = {}

@@ -4,9 +4,9 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from threading import Lock
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from rrm_engine.config import RunConfig
+from rrm_engine.config import Resolved
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Limits
 from rrm_engine.protocol.style import Style
@@ -33,13 +33,12 @@ class Solving:
 
     backend: ShownBackend
 
-    def __init__(self, backend: ShownBackend, style: Style, config: RunConfig) -> None:
-        assert config.max_depth is not None
+    def __init__(self, backend: ShownBackend, style: Style, config: Resolved) -> None:
         self._runtime = Runtime(
             backend,
             style,
             Limits(config.max_depth, config.max_sibling_width, config.max_nodes),
-            cast(Any, config.child_context),
+            config.child_context,
             config.max_row_tokens,
             config.max_row_seconds,
         )

@@ -33,7 +33,7 @@ from rrm_engine.command import (
     traceback_of,
     was_interrupted,
 )
-from rrm_engine.config import RunConfig
+from rrm_engine.config import Resolved, RunConfig
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import plural, spelled
 from rrm_engine.loading.checkpoint import refuse_damaged
@@ -131,7 +131,7 @@ def differences(given: dict[str, Any], tasks: TaskSet, recorded: Manifest) -> li
     return found
 
 
-def _drift(recorded: dict[str, Any], resolved: RunConfig) -> list[str]:
+def _drift(recorded: dict[str, Any], resolved: Resolved) -> list[str]:
     """Where the same settings come out as others here: another device, another default."""
     return [
         f"{flag(f.name)} comes out as {show(value)}, was {show(recorded[f.name])}"

@@ -9,7 +9,7 @@ from rrm_engine.bench.progress import Display
 from rrm_engine.bench.rows import RowWriter
 from rrm_engine.bench.tasks import Task
 from rrm_engine.command import check_interrupt
-from rrm_engine.config import RunConfig
+from rrm_engine.config import Resolved, RunConfig
 from rrm_engine.runs.directory import RunDir
 from rrm_engine.runs.rows import Row, row_key
 from rrm_engine.solver.result import Job, JobResult
@@ -21,7 +21,7 @@ class Solves(Protocol):
     """What the loop needs of a Solver."""
 
     @property
-    def resolved(self) -> RunConfig: ...
+    def resolved(self) -> Resolved: ...
     def progress(self) -> dict[str, Any]: ...
     def run(
         self, jobs: Iterable[Job], on_event: Callable[[dict[str, Any]], None] | None = None, concurrency: int = 1

@@ -1,12 +1,11 @@
 """From what the user left open to what the servers are asked for."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 from rrm_engine.backends.http.plans import Plan
-from rrm_engine.backends.phases import RESTING, budget_of, thinks, with_style
-from rrm_engine.config import RunConfig
+from rrm_engine.backends.phases import RESTING, resolve_phases, thinks, values_of
+from rrm_engine.config import Resolved, RunConfig, ServersConfig
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.chat import ChatFormat
@@ -20,29 +19,22 @@ STANDARD: Final = ("temperature", "top_p")  # settings that every server has; th
 SWITCHES: Final = ("enable_thinking", "thinking")
 
 
-def resolve(config: RunConfig, style: Style, chat: ChatFormat | None, longest: int | None) -> RunConfig:
-    """``config`` with the phases' settings filled in. ``chat`` is the model's format, None where only the servers know
+def resolve(config: RunConfig, style: Style, chat: ChatFormat | None, longest: int | None) -> ServersConfig:
+    """What ``config`` leaves open, decided. ``chat`` is the model's format, None where only the servers know
     it; ``longest`` the longest context that they take.
     """
-    values: dict[str, Any] = {
-        "prompt_style": config.prompt_style if config.prompt_style != "auto" else style.name,
-        "continue_by": "turn" if chat is None else "tokens",
-    }
-    if config.constrain == "auto":
-        values["constrain"] = "off" if style.trained_on_events else "on"
-    config = with_style(config, style)
-    for phase, flag in BUDGETS.items():
-        asked = getattr(config, f"{phase}_thinking")
+
+    def thinking(asked: bool | None, phase: Phase) -> bool:
         if chat is not None:
-            thinking = thinks(asked, phase, style, chat, config.model)
-        else:
-            thinking = style.thinks(phase) if asked is None else asked
-        values[f"{phase}_thinking"] = thinking
-        values[flag] = budget_of(getattr(config, flag), phase, style, thinking)
+            return thinks(asked, phase, style, chat, config.model)
+        return style.thinks(phase) if asked is None else asked
+
     if config.max_sequence_tokens and longest and config.max_sequence_tokens > longest:
         raise RrmError(f"--max-sequence-tokens {config.max_sequence_tokens}: the servers take {longest}")
+    values = values_of(resolve_phases(config, style, thinking))
+    values["continue_by"] = "turn" if chat is None else "tokens"
     values["max_sequence_tokens"] = config.max_sequence_tokens or longest
-    return replace(config, **values)
+    return ServersConfig(**values)
 
 
 def sampling_of(config: RunConfig, style: Style, thinking: bool) -> dict[str, Any]:
@@ -54,7 +46,7 @@ def sampling_of(config: RunConfig, style: Style, thinking: bool) -> dict[str, An
     return values
 
 
-def additions(config: RunConfig, style: Style, *, switch: bool) -> dict[str, Any]:
+def additions(config: Resolved, style: Style, *, switch: bool) -> dict[str, Any]:
     """All settings of requests that not every server has. ``switch``: the thinking switch of its template is one."""
     found: dict[str, Any] = {"seed": 1}
     for phase in BUDGETS:
@@ -77,7 +69,7 @@ def refuse_ignored(config: RunConfig, refused: Mapping[str, str]) -> None:
 
 
 def phase_plans(
-    config: RunConfig, style: Style, marks: Marks, taken: frozenset[str], *, grammar: bool, more: Mapping[str, Any]
+    config: Resolved, style: Style, marks: Marks, taken: frozenset[str], *, grammar: bool, more: Mapping[str, Any]
 ) -> dict[Phase, Plan]:
     """How each phase is asked for under a resolved config. ``taken`` are the additions that the servers take,
     ``grammar`` whether they hold a phase to one, ``more`` what every request has in addition.

@@ -18,7 +18,7 @@ from rrm_engine.backends.http.tokenizer import ModelFiles, read_model_files
 from rrm_engine.backends.http.transport import Transport
 from rrm_engine.backends.http.wire import Api, ChatApi, ResponsesApi, TokenApi
 from rrm_engine.backends.solving import Solving
-from rrm_engine.config import RunConfig
+from rrm_engine.config import Resolved, RunConfig
 from rrm_engine.errors import RrmError
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.grammar import event_grammar
@@ -66,12 +66,11 @@ class HttpSolver(Solving):
         kind = files.model_type if files else _kind(config.model)
         style = load_style(default_style(kind, config.model) if name == "auto" else name)
         chat = ChatFormat(files.tokenizer, files.eos_ids) if files else None
-        asked, config = config, resolve(config, style, chat, found.longest)
-        self.resolved = config
-        self.servers = servers = transport.wait(_ask(replicas[0], config, style, chat))
-        refuse_ignored(asked, servers.refused)
+        self.resolved = used = resolve(config, style, chat, found.longest)
+        self.servers = servers = transport.wait(_ask(replicas[0], used, style, chat))
+        refuse_ignored(config, servers.refused)
         plans = phase_plans(
-            config, style, servers.contexts.marks, servers.taken, grammar=servers.grammar, more=servers.more
+            used, style, servers.contexts.marks, servers.taken, grammar=servers.grammar, more=servers.more
         )
         http = httpx2.AsyncClient(headers=_headers(self._secret))
         pool = Pool(replicas, config.max_concurrency, http)
@@ -81,13 +80,13 @@ class HttpSolver(Solving):
             servers.contexts,
             plans,
             streams,
-            config.seed,
-            config.max_sequence_tokens,
-            config.continue_by,
+            used.seed,
+            used.max_sequence_tokens,
+            used.continue_by,
             self._secret,
         )
         self.backend = HttpBackend(asking, streams)
-        super().__init__(self.backend, style, config)
+        super().__init__(self.backend, style, used)
 
     @classmethod
     def load(
@@ -142,7 +141,7 @@ class HttpSolver(Solving):
         return files
 
 
-async def _ask(replica: Replica, config: RunConfig, style: Style, chat: ChatFormat | None) -> Servers:
+async def _ask(replica: Replica, config: Resolved, style: Style, chat: ChatFormat | None) -> Servers:
     """Find out what the servers take, from the first of them."""
     client, model = patient(replica), config.model
     base: dict[str, Any] = {"model": model}
@@ -176,7 +175,7 @@ async def _ask(replica: Replica, config: RunConfig, style: Style, chat: ChatForm
 
 
 async def _ask_for_grammar(
-    replica: Replica, config: RunConfig, servers: Servers, create: Any, base: dict[str, Any]
+    replica: Replica, config: Resolved, servers: Servers, create: Any, base: dict[str, Any]
 ) -> None:
     """Whether the servers hold a phase to our grammar; if they do not, its text is read leniently, as any is."""
     if config.backend == "responses":
