@@ -3,7 +3,7 @@
 import sys
 from typing import NoReturn
 
-from rrm_engine.command import run
+from rrm_engine.command import guarded, run
 
 COMMANDS = {
     "bench": ("[TASKS]", "solve tasks directly and recursively, and compare"),
@@ -46,8 +46,17 @@ def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if close := difflib.get_close_matches(name, COMMANDS, n=1):
         parser.error(f"there is no command '{legible(name, 40)}'; did you mean {close[0]}?")
-    parser.parse_args()
+    parser.add_argument("--print-completion", metavar="SHELL", help="print what makes bash, zsh or tcsh complete rrm")
+    if shell := parser.parse_args().print_completion:
+        return guarded(lambda: _print_completion(shell))
     parser.print_help()
+    return 0
+
+
+def _print_completion(shell: str) -> int:
+    from rrm_engine.completion import script
+
+    print(script(shell, COMMANDS))
     return 0
 
 

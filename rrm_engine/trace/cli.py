@@ -30,7 +30,7 @@ exit code: 0 done, 1 done but for jobs whose trace is incomplete, 2 refused"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    return guarded(lambda: _trace(_parser().parse_args(argv)))
+    return guarded(lambda: _trace(build_parser().parse_args(argv)))
 
 
 def _trace(options: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def _trace(options: argparse.Namespace) -> int:
     return INCOMPLETE if run.incomplete else OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(PROGRAM, DESCRIPTION, EPILOG)
     parser.add_argument("--perfetto", type=Path, metavar="OUT", help="write a Perfetto trace instead of the table")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="draw recursive rows over time (PNG, SVG, PDF)")

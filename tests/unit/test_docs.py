@@ -112,6 +112,7 @@ def test_the_flags_of_the_bench_are_those_on_their_page() -> None:
         "--longest-text",
         "--decode",
         "--tasks",
+        "--print-completion",
         "--help",
     }  # of other commands there
     assert named - known <= others

@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rrm_engine"
 GROUND = {"data", "errors", "legible", "command", "command_line"}  # what any room may use
-TOP = {"__init__", "__main__"}  # what may use any room
+TOP = {"__init__", "__main__", "completion"}  # what may use any room
 VERSION = "__version__"  # what any room may take from the top
 
 
