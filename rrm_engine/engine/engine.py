@@ -108,7 +108,7 @@ class Engine:
         self.ranges = self.runner.ranges = ranges
 
     def draft(self, drafting: Drafting) -> None:
-        """From now on run what ``drafting`` guesses behind the last tokens of sequences."""
+        """From now on run, with the last tokens of sequences, those that ``drafting`` guesses to follow."""
         self.drafting = self.scheduler.drafting = drafting
 
     @property
@@ -406,8 +406,8 @@ class Engine:
         if not rows:
             return None
         assert flight.logits is not None
-        behind = (sequences[row] for row in rows if sequences[row].flights[0] != flight.number)
-        unread = self._tokens_of({s.flights[s.flights.index(flight.number) - 1] for s in behind}, flight.logits.device)
+        later = (sequences[row] for row in rows if sequences[row].flights[0] != flight.number)
+        unread = self._tokens_of({s.flights[s.flights.index(flight.number) - 1] for s in later}, flight.logits.device)
         drafted = [work.drafted for work in flight.order]
         return self._processors.of(rows, sequences, positions, unread, drafted)
 
@@ -418,7 +418,7 @@ class Engine:
         self.space.check(copy for s in self.sequences for copy in s.table.host)
 
     def _update(self, sequence: Sequence, token: int, more: bool) -> Sampled:
-        """Hand out a token; with ``more`` it was drafted, and the step gave another one behind it."""
+        """Hand out a token; with ``more`` it was drafted, and the step gave another one after it."""
         if more:
             sequence.counters.accepted += 1
         else:

@@ -19,7 +19,7 @@ class HasSequence(Protocol):
 class Ranges:
     """What the engine announces its work to, ``with ranges("sample", order): ...``. This one does nothing with it.
 
-    A range may be long gone before its sequences would be listed, so ``of`` is read as the range opens, if at all.
+    Sequences may pause or end within a range, so ``of`` is read as the range opens; it is not read if nothing listens.
     """
 
     def __call__(self, name: str, of: "Iterable[HasSequence | Sequence | str]" = ()) -> AbstractContextManager[Any]:

@@ -52,9 +52,9 @@ class Splice:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: swap out, copy, swap in, splice, run ``work``; in this order, for each may overwrite what went before
-    reads. A sequence has several work items where spans are attached between them or tokens are drafted behind the last
-    one, in order and side by side.
+    """One step: swap out, copy, swap in, splice, run ``work``; in this order, for each may overwrite what the ones
+    before it read. A sequence has several work items where spans are attached between them, or drafted tokens follow
+    the last one; they stand in order and side by side.
     """
 
     work: tuple[Work, ...]
@@ -170,8 +170,8 @@ class Scheduler:
         """Choose the next step's work: decodes of all running sequences, prefill chunks up to the token budget.
 
         With several stages only their share of the decodes, so that the steps in flight do not collapse into one; a
-        sequence that is left out now is in one of the next ``stages`` steps, for that many shares hold all of them. A
-        step without work means that every sequence that could run is in flight. Those of ``drawn`` may run the token
+        sequence that is left out now is in one of the next ``stages`` steps, which together take all of them. A step
+        without work means that every sequence that could run is in flight. Those of ``drawn`` may run the token
         they wait for, the longest waiting first: the device has last what is sampled last.
 
         Raises EngineStuck if there is live work, none of it can be scheduled, and none is in flight.
@@ -191,10 +191,10 @@ class Scheduler:
             decode = sequence in decodes and not waiting
             if not decode and (sequence.flights or room <= 0 or sequence in left_out):
                 continue
-            behind = order[index + 1 :]
-            if waiting and not self._admit(sequence, behind, alone=not work and not flying):
+            lower = order[index + 1 :]
+            if waiting and not self._admit(sequence, lower, alone=not work and not flying):
                 continue
-            victims = self._victims(sequence, behind, siblings=True)
+            victims = self._victims(sequence, lower, siblings=True)
             runs, new_copies, new_splices = self._run(sequence, 1 if decode else room, victims)
             if not decode:
                 room -= sum(run.count for run in runs)
@@ -217,7 +217,7 @@ class Scheduler:
         if not sequence.flights:
             return True
         waits = self.drafting is not None and self.drafting.expects(sequence)
-        return sequence in drawn and sequence.foreseeable and not waits
+        return sequence in drawn and sequence.can_run_ahead and not waits
 
     def _run(
         self, sequence: Sequence, room: int, victims: Iterator[Sequence]
@@ -246,7 +246,7 @@ class Scheduler:
         return runs, copies, splices
 
     def _with_drafts(self, work: list[Work]) -> list[Work]:
-        """``work`` and behind each decode the tokens that are guessed to follow, as far as there is room for them."""
+        """``work`` and after each decode the tokens that are guessed to follow, as far as there is room for them."""
         decodes = [run for run in work if run.count == 1 and run.samples and not run.ahead]
         if self.drafting is None or not decodes:
             return work
@@ -264,7 +264,7 @@ class Scheduler:
             planned += [Work(run.sequence, run.start + i, 1, True, drafted=token) for i, token in enumerate(draft, 1)]
         return planned
 
-    def _admit(self, sequence: Sequence, behind: list[Sequence], alone: bool) -> bool:
+    def _admit(self, sequence: Sequence, lower: list[Sequence], alone: bool) -> bool:
         """Let a waiting sequence start, if its whole prompt and one more block for each running one fit.
 
         When nothing else runs in this step it is let in on what one chunk takes (and on what it has in host memory):
@@ -273,19 +273,19 @@ class Scheduler:
         Where all places are taken, it gets that of the last running one after it, which then waits and keeps its KV.
         """
         full = self._running >= self.max_sequences
-        last = next((s for s in reversed(behind) if s.state is State.RUNNING), None) if full else None
+        last = next((s for s in reversed(lower) if s.state is State.RUNNING), None) if full else None
         if (full and last is None) or (self._pressed and not alone):
             return False
         table = sequence.table
         reused = table.reuse(sequence.tokens) if not (table.stored or sequence.probe.best_effort) else 0
         if alone:
             moved = table.stored - table.length
-            victims = self._victims(sequence, behind, siblings=True)
+            victims = self._victims(sequence, lower, siblings=True)
             fits = self._make_room(sequence, moved, victims)
             if not fits and not (sequence.give_up_spans() and self._make_room(sequence, moved, victims)):
                 return False
         else:
-            victims = self._victims(sequence, behind, siblings=False)
+            victims = self._victims(sequence, lower, siblings=False)
             if not self._make_room(sequence, sequence.pending, victims, headroom=self._running):
                 if reused:
                     table.release()
@@ -313,14 +313,14 @@ class Scheduler:
             self._reclaim(victim)
         return True
 
-    def _victims(self, sequence: Sequence, behind: list[Sequence], siblings: bool) -> Iterator[Sequence]:
+    def _victims(self, sequence: Sequence, lower: list[Sequence], siblings: bool) -> Iterator[Sequence]:
         """Whose blocks to take, cheapest loss first: younger roots, then paused sequences, then later siblings.
 
-        ``behind`` are the live sequences of lower priority; none of them is scheduled in this step yet.
+        ``lower`` are the live sequences of lower priority; none of them is scheduled in this step yet.
         """
         if sequence.probe.best_effort and sequence is not self.live[0]:
             return
-        holders = [s for s in reversed(behind) if s.holds_blocks]
+        holders = [s for s in reversed(lower) if s.holds_blocks]
         yield from (s for s in holders if s.root > sequence.root)
         yield from sorted((s for s in self.paused.values() if s.holds_blocks), key=lambda s: s.priority, reverse=True)
         if siblings:

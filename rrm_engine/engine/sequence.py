@@ -131,7 +131,7 @@ class Sequence:
         return self.length - self.table.length
 
     @property
-    def foreseeable(self) -> bool:
+    def can_run_ahead(self) -> bool:
         """Whether one more token can be sampled after those in flight, if none of them ends it."""
         return self.budget > len(self.flights) and self.length < self.longest
 

@@ -88,7 +88,7 @@ class BlockPool:
                 self._forget(block)
             self._free.append(block)
 
-    def writable(self, block: int) -> bool:
+    def take_for_writing(self, block: int) -> bool:
         """Whether the holder of ``block`` may write it in place; takes it out of the prefix cache if so."""
         if self._refs[block] != 1:
             return False

@@ -49,7 +49,7 @@ class BlockTable:
         copies: list[BlockCopy] = []
         if count and self.length % size:
             tail = self.blocks[-1]
-            if not pool.writable(tail):
+            if not pool.take_for_writing(tail):
                 own = pool.allocate()
                 copies.append((tail, own))
                 pool.release(tail)

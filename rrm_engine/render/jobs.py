@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from rrm_engine.analyze.batch import tokens_of, useful
+from rrm_engine.graph.paths import NodePath
 from rrm_engine.protocol.thinking import KNOWN
 from rrm_engine.render.strings import Strings
 from rrm_engine.runs.events import Cancelled, Concluded, Paused, Resumed, Started, Wrote, WroteMalformed
@@ -51,7 +52,7 @@ class _Drawing:
         started = trace.events[trace.nodes[path][0].begin]
         return {
             "path": path,
-            "parent": self.index.get(path.rpartition(".")[0], -1),
+            "parent": self.index.get(NodePath(path).parent or "", -1),
             "task": started.task if isinstance(started, Started) else None,
             "how": end.EVENT,
             "why": end.reason if isinstance(end, Cancelled) else None,

@@ -140,13 +140,13 @@ def assert_noticed() -> None:
 
 def test_writing_a_shared_block_in_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: without copy-on-write a fork's tokens turn up in its parent."""
-    monkeypatch.setattr(BlockPool, "writable", lambda self, block: True)
+    monkeypatch.setattr(BlockPool, "take_for_writing", lambda self, block: True)
     assert_noticed()
 
 
 def test_a_stale_cache_entry_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a cached block that is rewritten without leaving the cache is found with other content."""
-    monkeypatch.setattr(BlockPool, "writable", lambda self, block: self.refs(block) == 1)
+    monkeypatch.setattr(BlockPool, "take_for_writing", lambda self, block: self.refs(block) == 1)
     assert_noticed()
 
 
