@@ -127,7 +127,10 @@ def run(args: argparse.Namespace, console: Console) -> None:
     graphs = [graph for kind in kinds.values() for graph in kind]
     args.max_concurrency = max(len(graph.nodes) for graph in graphs)
     memory = memory_for(model, graphs, [Variant("ours")], args)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RrmError(f"--out {args.out}: {error.strerror}") from None
     with ExitStack() as open_ones:
         field = Field(memory, graphs, args, open_ones)
         for name in names:

@@ -98,7 +98,7 @@ def shape(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def servers(samples: Sequence[Sample]) -> dict[str, Any] | None:
-    """How replicas shared the nodes, and what waited or was tried again; None where nothing ran on servers.
+    """How replicas shared the nodes, and what waited or was tried again; None where nothing ran on replicas.
 
     A node that was started again elsewhere counts for each replica that had it.
     """
@@ -117,4 +117,5 @@ def servers(samples: Sequence[Sample]) -> dict[str, Any] | None:
         "attempts": sum(found.get("attempts", 0) for found in told),
         "restarts": sum(found.get("restarts", 0) for found in told),
         "cached_tokens": sum(cached) if cached else None,
+        "cached_untold": sum(found.get("cached_untold", 0) for found in told),
     }

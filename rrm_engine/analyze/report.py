@@ -176,11 +176,14 @@ def _servers(console: "Console", arms: Sequence[Figures], formulas: Figures) -> 
         s = arm["servers"]
         about = f"{arm['name']}: " if len(arms) > 1 else ""
         nodes = ", ".join(f"{legible(name)} {n:,}" for name, n in s["nodes"].items())
-        line = (
-            f"{about}Nodes by replica: {nodes}; imbalance {_decimal(s['imbalance'])}; {seconds(s['queued_s'])} queued"
-        )
-        line += f", {plural(s['attempts'], 'attempt')}, {plural(s['restarts'], 'restart')}"
-        _line(console, line + (f", {s['cached_tokens']:,} tokens cached." if s["cached_tokens"] is not None else "."))
+        line = f"{about}Nodes by replica: {nodes}; imbalance {_decimal(s['imbalance'])}"
+        if s["attempts"]:  # of servers: in this process nothing is asked for twice
+            line += f"; {seconds(s['queued_s'])} queued"
+            line += f", {plural(s['attempts'], 'attempt')}, {plural(s['restarts'], 'restart')}"
+        if s["cached_tokens"] is not None:
+            untold = f", {plural(s['cached_untold'], 'stream')} did not tell" if s["cached_untold"] else ""
+            line += f", {s['cached_tokens']:,} tokens cached{untold}"
+        _line(console, f"{line}.")
     if shown:
         _formulas(console, formulas, ["imbalance"])
 

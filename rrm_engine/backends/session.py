@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from time import monotonic
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -11,7 +12,7 @@ from rrm_engine.backends.plans import PhasePlan
 from rrm_engine.backends.shadow import Shadows
 from rrm_engine.backends.tokens import NodeTokens
 from rrm_engine.engine.engine import Engine, Sampled
-from rrm_engine.engine.replicas import Driven
+from rrm_engine.engine.replicas import Driven, names_of
 from rrm_engine.engine.sequence import Sequence, State, Stop
 from rrm_engine.graph.paths import NodeKey, NodePath
 from rrm_engine.graph.types import Conclusion, EndReason, Phase
@@ -236,7 +237,16 @@ class EngineSession:
             spliced_tokens=total("spliced"),
             splice_report=[asdict(report) for report in self.shadows.reports],
             text_joins=self.joiner.as_text,
+            servers=self._replicas(),
         )
+
+    def _replicas(self) -> dict[str, Any]:
+        """By node the replica that has it; nothing where there is one engine."""
+        driven = self.writing.engine
+        if len(driven.engines) == 1:
+            return {}
+        names = dict(zip(map(id, driven.engines), names_of(driven.engines), strict=True))
+        return {"replicas": {path: [names[id(driven.of(node.sequence))]] for path, node in self.nodes.items()}}
 
     def close(self) -> None:
         """Also ends a sequence that an interrupted call had not noted down yet."""

@@ -9,7 +9,7 @@ from rrm_engine.bench.progress import Display
 from rrm_engine.bench.rows import RowWriter
 from rrm_engine.bench.tasks import Task
 from rrm_engine.command import check_interrupt
-from rrm_engine.config import Resolved, RunConfig
+from rrm_engine.config import IN_PROCESS_ONLY, SERVERS_ONLY, Resolved, RunConfig
 from rrm_engine.runs.directory import RunDir
 from rrm_engine.runs.rows import Row, row_key
 from rrm_engine.solver.result import Job, JobResult
@@ -62,5 +62,7 @@ def execute(solver: Solves, jobs: Sequence[Job], tasks: Sequence[Task], director
 
 
 def settings_of(config: RunConfig, groups: Sequence[str]) -> dict[str, Any]:
-    """The settings of some of the groups."""
-    return {f.name: getattr(config, f.name) for f in fields(RunConfig) if f.metadata["group"] in groups}
+    """The settings of some of the groups, without those that its backend knows nothing of."""
+    foreign = SERVERS_ONLY if config.backend == "local" else IN_PROCESS_ONLY
+    names = [f.name for f in fields(RunConfig) if f.metadata["group"] in groups and f.name not in foreign]
+    return {name: getattr(config, name) for name in names}

@@ -76,6 +76,7 @@ def server_line(about: Figures) -> str:
         f"prompts: {about['prompt_style']}",
         f"nodes go on by {about['continued_by']}",
         f"grammar: {cut(held, 120)}",
+        *([f"answers begin as the model likes ({cut(why, 120)})"] if (why := about.get("without_openings")) else []),
         *([f"refused there: {', '.join(about['refused'])}"] if "refused" in about else []),
     ]
     return ", ".join(parts)

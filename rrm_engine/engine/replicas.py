@@ -129,3 +129,12 @@ class Replicas:
 
 def _load(engine: Engine) -> int:
     return len(engine.scheduler.live)
+
+
+def names_of(engines: SequenceOf[Engine]) -> list[str]:
+    """What replicas are called: by their devices, with numbers where one has several."""
+    devices = [str(engine.runner.device) for engine in engines]
+    return [
+        device if devices.count(device) == 1 else f"{device} #{devices[:i].count(device)}"
+        for i, device in enumerate(devices)
+    ]

@@ -167,6 +167,11 @@ class Style:
         values = _as_given(kind, values)
         return self._render("opens", kind, values) if f"opens.{kind}" in self._templates else ""
 
+    @property
+    def has_openings(self) -> bool:
+        """Whether any answer is made to begin with a text."""
+        return any(key.startswith("opens.") for key in self._templates)
+
     def start(self, kind: str, **values: Any) -> tuple[str, str, str]:
         """System text, user turn and the answer's opening of a node that starts: ``kind`` is direct, graph or solver.
 

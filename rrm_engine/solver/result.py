@@ -76,7 +76,7 @@ class JobResult:
     spliced_tokens: int = 0  # tokens whose KV was attached instead of computed: what follows them is approximate
     splice_report: list[dict[str, Any]] = field(default_factory=list)  # a SpliceReport per resume that was measured
     text_joins: int = 0  # conclusions appended as text although the setting was another
-    servers: dict[str, Any] = field(default_factory=dict)  # which replicas took what, where servers decode
+    servers: dict[str, Any] = field(default_factory=dict)  # which replicas took what: of servers, or several here
     prompt_sha256: str = ""
     prompt_preview: str = ""
     finish_reasons: dict[str, str] = field(default_factory=dict)  # node path -> reason

@@ -16,6 +16,7 @@ from rrm_kernels.reference_layer import ReferenceLayer
 from torch.fx.experimental import _config as fx_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rrm_engine.analyze.cli import main as analyze
 from rrm_engine.backends.local import Solver
 from rrm_engine.bench.cli import main
 from rrm_engine.bench.tasks import load_tasks
@@ -394,7 +395,8 @@ def test_splices_and_forks_on_several_devices(placement: str) -> None:
 
 def test_a_run_of_the_bench_on_two_devices(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     rows = []
-    for name, flags in (("one", []), ("two", ["--devices", "cpu,cpu", "--placement", "pipeline"])):
+    both = ["--devices", "cpu,cpu", "--placement"]
+    for name, flags in (("one", []), ("two", [*both, "pipeline"]), ("copies", [*both, "replicate"])):
         arguments = ["--limit", "1", "--modes", "rrm", "--temperature", "0", "--out", str(tmp_path / name)]
         assert main([*arguments, *flags]) == 0
         rows.append(json.loads((tmp_path / name / "rows.jsonl").read_text()))
@@ -402,6 +404,10 @@ def test_a_run_of_the_bench_on_two_devices(tmp_path: Path, capfd: pytest.Capture
     assert "memory plan, pipeline: cpu: layers 0 to" in shown
     assert shown.index("memory plan") < shown.index("cpu,cpu (pipeline)")
     same = ("answer", "status", "total_tokens", "critical_path_tokens", "finish_reasons")
-    assert [rows[0][k] for k in same] == [rows[1][k] for k in same]
+    assert [rows[0][k] for k in same] == [rows[1][k] for k in same] == [rows[2][k] for k in same]
+    assert rows[0]["servers"] == rows[1]["servers"] == {}
+    assert rows[2]["servers"]["replicas"].keys() == rows[2]["finish_reasons"].keys()  # every node has one
+    assert analyze([str(tmp_path / "copies")]) == 0
+    assert "Nodes by replica: cpu #0 " in " ".join(capfd.readouterr().out.split())
     resolved = json.loads((tmp_path / "two" / "run.json").read_text())["resolved"]
     assert (resolved["devices"], resolved["placement"]) == ("cpu,cpu", "pipeline")

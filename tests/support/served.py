@@ -14,10 +14,12 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from rrm_engine.loading.checkpoint import find
+from rrm_engine.protocol.grammar import EventGrammars
 
 MODEL = "embedded"
 
@@ -32,14 +34,26 @@ def _loaded() -> tuple[Any, Any]:
 _computing = threading.Lock()
 
 
-def greedy(prompt: list[int], most: int, ignore_eos: bool = False) -> Iterator[int]:
-    """The likeliest tokens after ``prompt``, up to the end of sequence."""
+@cache
+def _grammars() -> EventGrammars:
+    return EventGrammars(_loaded()[1])
+
+
+def greedy(prompt: list[int], most: int, ignore_eos: bool = False, grammar: str | None = None) -> Iterator[int]:
+    """The likeliest tokens after ``prompt`` that ``grammar`` (Lark) allows, up to the end of sequence."""
+    matcher = None if grammar is None else _grammars().matcher(grammar)
     model, tokenizer = _loaded()
     cache, ids = DynamicCache(), prompt
     for _ in range(most):
         with _computing, torch.inference_mode():
             logits = model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        ids = [int(logits[0, -1].argmax())]
+        row = logits[0, -1]
+        if matcher is not None:
+            allowed = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[: len(row)]
+            row = row.masked_fill(torch.from_numpy(allowed == 0), -torch.inf)
+        ids = [int(row.argmax())]
+        if matcher is not None:
+            matcher.accept(ids[0])
         yield ids[0]
         if ids[0] == tokenizer.eos_token_id and not ignore_eos:
             return
@@ -64,7 +78,8 @@ class Habits:
 
     faults: deque[Any] = field(default_factory=deque)
     token_ids: bool = True
-    continues: bool = True  # knows continue_final_message
+    continues: bool | None = True  # knows continue_final_message; None: takes it and does nothing about it
+    grammars: bool = False  # knows structured_outputs; False: takes them and does nothing about it
     per_chunk: int = 1
     pace: float = 0.0  # seconds between chunks
     waiting: int | None = None  # what /metrics says; None: there is none
@@ -122,16 +137,17 @@ class Handler(BaseHTTPRequestHandler):
             self.path
         ]
         speaker = speaks(habits, tokenizer)
-        if body.get("continue_final_message") and not habits.continues:
+        if body.get("continue_final_message") and habits.continues is False:
             self._json(400, {"error": {"message": "continue_final_message is unknown"}})
             return
         prompt = speaker.prompt(body)
         most = min(body.get("max_tokens") or body.get("max_output_tokens") or 16, habits.longest - len(prompt))
+        grammar = body.get("structured_outputs", {}).get("grammar") if habits.grammars else None
         if most < 1:
             self._json(400, {"error": {"message": f"the maximum context length is {habits.longest}"}})
             return
         if not body.get("stream"):
-            self._json(200, speaker.whole(prompt, list(greedy(prompt, most))))
+            self._json(200, speaker.whole(prompt, list(greedy(prompt, most, grammar=grammar))))
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -142,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
             self._event(event)
         ids: list[int] = []
         held: list[int] = []
-        for token in greedy(prompt, most, bool(body.get("ignore_eos"))):
+        for token in greedy(prompt, most, bool(body.get("ignore_eos")), grammar):
             held.append(token)
             ids.append(token)
             if fault is not None and len(ids) > fault[1]:
@@ -228,7 +244,7 @@ class Completion(_Speaker):
 
 class Chat(_Speaker):
     def prompt(self, body: dict[str, Any]) -> list[int]:
-        going_on = bool(body.get("continue_final_message"))
+        going_on = bool(body.get("continue_final_message")) and self.habits.continues is not None
         text = self.tokenizer.apply_chat_template(
             body["messages"], tokenize=False, add_generation_prompt=not going_on, continue_final_message=going_on
         )

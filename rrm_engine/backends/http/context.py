@@ -13,7 +13,9 @@ from rrm_engine.protocol.thinking import DEFAULT, Marks
 
 
 class Context(Protocol):
-    """What a node was told and has written. ``text`` is what it wrote in its phase."""
+    """What a node was told and has written. ``text`` is what it wrote in its phase, behind what that was made to begin
+    with.
+    """
 
     @property
     def text(self) -> str: ...
@@ -35,8 +37,10 @@ class Context(Protocol):
     def leave(self) -> None:
         """The phase is over."""
 
-    def say(self, user: str, thinking: bool) -> int:
-        """Begin a phase with what the user says; the number of tokens that takes, 0 if unknown."""
+    def say(self, user: str, thinking: bool, opens: str = "") -> int:
+        """Begin a phase with what the user says, and an answer that begins with ``opens``; the number of tokens that
+        both take, 0 if unknown.
+        """
 
     def fork(self, at: int) -> "Context":
         """One of its own, which ends at the character ``at`` of this one's phase's text."""
@@ -54,7 +58,8 @@ class Contexts(Protocol):
     def opens_thinking(self, thinking: bool) -> bool:
         """Whether what is written begins inside thinking."""
 
-    def open(self, path: NodePath, system: str, user: str, thinking: bool) -> Context: ...
+    def open(self, path: NodePath, system: str, user: str, thinking: bool, opens: str = "") -> Context:
+        """The context of a node whose answer begins with ``opens``."""
 
 
 @dataclass(slots=True)
@@ -77,9 +82,9 @@ class TokenContexts:
     def opens_thinking(self, thinking: bool) -> bool:
         return self.chat.opens_thinking(thinking)
 
-    def open(self, path: NodePath, system: str, user: str, thinking: bool) -> "TokenContext":
-        tokens = self.chat.opening(system, user, thinking)
-        node = NodeTokens(path, Ids(tokens), Detokenizer(self.chat.tokenizer), len(tokens))
+    def open(self, path: NodePath, system: str, user: str, thinking: bool, opens: str = "") -> "TokenContext":
+        tokens = [*self.chat.opening(system, user, thinking), *self.chat.opens(opens)]
+        node = NodeTokens(path, Ids(tokens), Detokenizer(self.chat.tokenizer), len(tokens), opens=opens)
         return TokenContext(self.chat, node, bool(system))
 
 
@@ -93,7 +98,7 @@ class TokenContext:
 
     @property
     def text(self) -> str:
-        return "".join(self.node.pieces)
+        return self.node.text
 
     @property
     def length(self) -> int:
@@ -126,13 +131,13 @@ class TokenContext:
         if not node.sampled or node.sampled[-1][0] != node.first:
             node.sampled.append((node.first, self.length))
 
-    def say(self, user: str, thinking: bool) -> int:
+    def say(self, user: str, thinking: bool, opens: str = "") -> int:
         node = self.node
         closed = self._closed()
         turn = self.chat.turn(user, thinking, closed=closed, turns=node.user_turns, system=self.system)
-        tokens = [*node.cut, *turn]
+        tokens = [*node.cut, *turn, *self.chat.opens(opens)]
         node.sequence.tokens += tokens
-        node.enter(Detokenizer(self.chat.tokenizer))
+        node.enter(Detokenizer(self.chat.tokenizer), opens)
         return len(tokens)
 
     def fork(self, at: int) -> "TokenContext":
@@ -167,18 +172,21 @@ class TurnContexts:
     def opens_thinking(self, thinking: bool) -> bool:
         return False  # what the server takes out of the text comes with its marks, see `TurnContext.take`
 
-    def open(self, path: NodePath, system: str, user: str, thinking: bool) -> "TurnContext":
+    def open(self, path: NodePath, system: str, user: str, thinking: bool, opens: str = "") -> "TurnContext":
         messages = [{"role": "system", "content": system}] if system.strip() else []
-        return TurnContext(self.marks, [*messages, {"role": "user", "content": user}])
+        return TurnContext(self.marks, [*messages, {"role": "user", "content": user}], [opens], opens)
 
 
 @dataclass(slots=True)
 class TurnContext:
-    """See Context. Thinking that a server sends apart from the text stands in it between marks."""
+    """See Context. Thinking that a server sends apart from the text stands in it between marks. An answer that begins
+    with ``opens`` is sent as an assistant's message to go on with.
+    """
 
     marks: Marks
     messages: list[Message]
     pieces: list[str] = field(default_factory=list)
+    opens: str = ""
     thinks: bool = False
     length: int = 0  # chunks of text
     first: int = 0  # of them, where the phase begins
@@ -190,7 +198,8 @@ class TurnContext:
 
     @property
     def prompt(self) -> list[Message]:
-        return list(self.messages)
+        begun = [{"role": "assistant", "content": self.opens}] if self.opens else []
+        return [*self.messages, *begun]
 
     def take(self, delta: Delta) -> tuple[str, int]:
         text = ""
@@ -212,10 +221,10 @@ class TurnContext:
         if not self.sampled or self.sampled[-1][0] != self.first:
             self.sampled.append((self.first, self.length))
 
-    def say(self, user: str, thinking: bool) -> int:
+    def say(self, user: str, thinking: bool, opens: str = "") -> int:
         said = self.marks.visible(self.text).strip()
         self.messages = [*self.messages, {"role": "assistant", "content": said}, {"role": "user", "content": user}]
-        self.pieces, self.thinks, self.first = [], False, self.length
+        self.pieces, self.opens, self.thinks, self.first = [opens], opens, False, self.length
         return 0
 
     def fork(self, at: int) -> "TurnContext":

@@ -11,6 +11,8 @@ from rrm_engine.backends.http.pool import Replica
 from rrm_engine.errors import RrmError
 
 UNSUPPORTED = (400, 404, 405, 415, 422, 501)
+WORD = "zq7kvrx"
+WORD_TOKENS = 16  # enough for it
 LOOK = 8  # tokens asked for, to compare the server's text with our own tokenizer's
 
 
@@ -79,17 +81,44 @@ async def returned_ids(replica: Replica, model: str, prompt: list[int]) -> tuple
 
 async def takes(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> str | None:
     """Whether a request with ``options`` in its body is taken: None, or what the server says against it."""
+    answer = await _answer(replica, create, options, **base)
+    if isinstance(answer, str):
+        return answer
+    if base.get("stream"):
+        await answer.close()
+    return None
+
+
+async def keeps_to(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> bool:
+    """Whether an answer under a grammar of one word, which nobody says by himself, is that word."""
+    base |= {name: WORD_TOKENS for name in ("max_tokens", "max_completion_tokens") if name in base}
+    grammar = {"grammar": f'start: "{WORD}"'}
+    answer = await _answer(replica, create, {**options, "structured_outputs": grammar}, **base)
+    choice = answer.choices[0] if getattr(answer, "choices", None) else None
+    message = getattr(choice, "message", None)
+    text = getattr(choice, "text", None) if message is None else message.content
+    return isinstance(text, str) and text.strip() == WORD
+
+
+async def prompt_tokens(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> int | str | None:
+    """How many tokens the server counts in a prompt, None if it does not say; or what it says against ``options``."""
+    answer = await _answer(replica, create, options, **base)
+    if isinstance(answer, str):
+        return answer
+    count = getattr(getattr(answer, "usage", None), "prompt_tokens", None)
+    return count if type(count) is int else None
+
+
+async def _answer(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> Any:
+    """The answer to a request with ``options`` in its body; what the server says, if it does not take them."""
     try:
-        answer = await create(**base, extra_body=options)
-        if base.get("stream"):
-            await answer.close()
+        return await create(**base, extra_body=options)
     except openai.APIStatusError as error:
         if error.status_code in UNSUPPORTED and not isinstance(fault_of(error), TooLong):
             return str(fault_of(error))
         raise RrmError(f"--base-urls {replica.name}: {fault_of(error)}") from error
     except Exception as error:
         raise RrmError(f"--base-urls {replica.name}: {fault_of(error)}") from error
-    return None
 
 
 async def refused(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> dict[str, str]:

@@ -28,7 +28,7 @@ class Calls(Protocol):
 @dataclass(frozen=True, slots=True)
 class Asking:
     """What all nodes ask with. ``longest`` is the longest context there may be, if that is known; ``secret`` must not
-    be told of; ``continued_by`` is how nodes go on, for the rows.
+    be told of; ``continued_by`` is how nodes go on, for the rows; ``opens``: answers can be made to begin with a text.
     """
 
     contexts: Contexts
@@ -38,6 +38,11 @@ class Asking:
     longest: int | None
     continued_by: str
     secret: str = ""
+    opens: bool = True
+
+    def opening(self, text: str, plan: Plan) -> str:
+        """How an answer begins that is asked for by ``plan``, if it was to begin with ``text``."""
+        return text if self.opens and not plan.thinking else ""
 
     def without_secret(self, text: str) -> str:
         return text.replace(self.secret, "***") if self.secret else text
@@ -78,16 +83,19 @@ class HttpNode:
 
     def resume(self, continuation: Continuation) -> None:
         plan = self.session.asking.plans[continuation.phase]
-        tokens = self.context.say(continuation.user, plan.thinking)
-        self.begin(continuation.phase, tokens, continuation.grammar, self.home)
+        opens = self.session.asking.opening(continuation.opens, plan)
+        tokens = self.context.say(continuation.user, plan.thinking, opens)
+        self.begin(continuation.phase, tokens, opens, continuation.grammar, self.home)
 
     @property
     def home(self) -> Replica | None:
         """The replica that has its KV."""
         return self.calls[-1].replicas[-1] if self.calls and self.calls[-1].replicas else None
 
-    def begin(self, phase: Phase, tokens: int, grammar: Grammar | None, home: Replica | None) -> None:
-        """Ask for a phase whose prompt, or whose turn, has ``tokens``; ``home`` has some of its KV."""
+    def begin(self, phase: Phase, tokens: int, opens: str, grammar: Grammar | None, home: Replica | None) -> None:
+        """Ask for a phase whose prompt, or whose turn, has ``tokens``, those of ``opens`` among them; ``home`` has some
+        of its KV.
+        """
         asking, plan, prompt = self.session.asking, self.session.asking.plans[phase], self.context.prompt
         budget, length = plan.budget, tokens_of(prompt)
         if asking.longest is not None and length >= asking.longest:
@@ -98,7 +106,7 @@ class HttpNode:
         if asking.longest is not None:
             budget = max(1, min(budget, asking.longest - (length or _at_most(prompt))))
         self.cut_short = budget < plan.budget
-        self.begun = Begun(tokens, settings=plan.recorded(grammar))
+        self.begun = Begun(tokens, opens, settings=plan.recorded(grammar))
         seed = _seed(asking.seed, NodeKey.of(self.session.job, self.path), len(self.calls))
         ask = plan.ask(prompt, budget, grammar, seed)
         self.calls.append(asking.calls.begin(self, ask, home, self.session.rank))
@@ -165,14 +173,15 @@ class HttpSession:
 
     def open(self, node: NodePath, opening: Opening) -> HttpNode:
         plan = self.asking.plans[opening.phase]
+        opens = self.asking.opening(opening.opens, plan)
         if opening.fork is not None:
             context: Context = cast(Any, opening.fork)
-            context.say(opening.user, plan.thinking)
+            context.say(opening.user, plan.thinking, opens)
         else:
-            context = self.asking.contexts.open(node, opening.system, opening.user, plan.thinking)
+            context = self.asking.contexts.open(node, opening.system, opening.user, plan.thinking, opens)
         new = HttpNode(node, self, context)
         parent = self.nodes[node.parent].home if opening.fork is not None and node.parent is not None else None
-        new.begin(opening.phase, tokens_of(context.prompt), opening.grammar, parent)
+        new.begin(opening.phase, tokens_of(context.prompt), opens, opening.grammar, parent)
         self.nodes[node] = new
         return new
 
@@ -201,6 +210,7 @@ class HttpSession:
     def _servers(self, attempts: int, restarts: int) -> dict[str, Any]:
         calls = [call for node in self.nodes.values() for call in node.calls]
         told = [call.usage.cached for call in calls if call.usage is not None and call.usage.cached is not None]
+        asked = [call for call in calls if call.attempts]
         return {
             "continued_by": self.asking.continued_by,
             "replicas": {
@@ -211,6 +221,7 @@ class HttpSession:
             "attempts": attempts,
             "restarts": restarts,
             "cached_tokens": sum(told) if told else None,
+            "cached_untold": len(asked) - len(told),
         }
 
 

@@ -79,9 +79,10 @@ def phase_plans(
     plans = {}
     for phase, flag in BUDGETS.items():
         thinking = bool(getattr(config, f"{phase}_thinking"))
-        held = grammar and phase.value in HELD and not thinking
+        free = phase is Phase.SOLVER and style.solver_events
+        held = grammar and phase.value in HELD and not thinking and not free
         values = sampling_of(config, style, thinking)
-        if held:
+        if held and phase is not Phase.SOLVER:
             values = {name: value for name, value in values.items() if name not in RESTING}
         extra = {name: value for name, value in values.items() if name in taken}
         if "chat_template_kwargs" in taken:
@@ -91,14 +92,22 @@ def phase_plans(
             thinking,
             {name: values[name] for name in STANDARD if name in values},
             {**extra, **more},
-            _grammar(config.max_sibling_width, phase, marks) if held else None,
+            _grammar(config.max_sibling_width, phase, marks, style.max_task_chars) if held else None,
             "seed" in taken,
+            style.max_task_chars,
         )
     return plans
 
 
-def _grammar(width: int, phase: Phase, marks: Marks) -> Callable[[int, bool], str]:
+def _grammar(width: int, phase: Phase, marks: Marks, max_task_chars: int) -> Callable[[int, bool], str]:
     def make(children: int, may_split: bool) -> str:
-        return event_grammar(width, may_split=may_split, first=children + 1, phase=phase.value, marks=marks)
+        return event_grammar(
+            width,
+            may_split=may_split,
+            first=children + 1,
+            phase=phase.value,
+            marks=marks,
+            max_task_chars=max_task_chars,
+        )
 
     return make

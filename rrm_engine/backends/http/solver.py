@@ -11,12 +11,20 @@ import openai
 from rrm_engine.backends.http.backend import HttpBackend, Streams
 from rrm_engine.backends.http.context import Contexts, TokenContexts, TurnContexts
 from rrm_engine.backends.http.pool import Pool, Replica
-from rrm_engine.backends.http.probe import find_models, patient, refused, returned_ids, takes
+from rrm_engine.backends.http.probe import (
+    find_models,
+    keeps_to,
+    patient,
+    prompt_tokens,
+    refused,
+    returned_ids,
+    takes,
+)
 from rrm_engine.backends.http.session import Asking
 from rrm_engine.backends.http.settings import additions, phase_plans, refuse_ignored, resolve
 from rrm_engine.backends.http.tokenizer import ModelFiles, read_model_files
 from rrm_engine.backends.http.transport import Transport
-from rrm_engine.backends.http.wire import Api, ChatApi, ResponsesApi, TokenApi
+from rrm_engine.backends.http.wire import GOING_ON, Api, ChatApi, ResponsesApi, TokenApi
 from rrm_engine.backends.solving import Solving
 from rrm_engine.config import Resolved, RunConfig
 from rrm_engine.errors import RrmError
@@ -40,6 +48,8 @@ class Servers:
     more: dict[str, Any] = field(default_factory=dict)
     grammar: bool = False
     without_grammar: str = ""  # why
+    opens: bool = True  # answers can be made to begin with a text
+    without_opens: str = ""  # why
 
 
 class HttpSolver(Solving):
@@ -84,6 +94,7 @@ class HttpSolver(Solving):
             used.max_sequence_tokens,
             used.continue_by,
             self._secret,
+            servers.opens,
         )
         self.backend = HttpBackend(asking, streams)
         super().__init__(self.backend, style, used)
@@ -112,6 +123,7 @@ class HttpSolver(Solving):
             "sampling": {str(phase): {**plans[phase].sampling, **plans[phase].extra} for phase in BUDGETS},
             "grammar": [str(phase) for phase in BUDGETS if plans[phase].grammar is not None],
             **({"without_grammar": servers.without_grammar} if servers.without_grammar else {}),
+            **({"without_openings": servers.without_opens} if servers.without_opens else {}),
             **({"refused": servers.refused} if servers.refused else {}),
         }
 
@@ -150,7 +162,8 @@ async def _ask(replica: Replica, config: Resolved, style: Style, chat: ChatForma
         create = client.completions.create
         base |= {"prompt": chat.opening("", ASKED), "max_tokens": 1}
     elif config.backend == "responses":
-        servers = Servers(ResponsesApi(), TurnContexts())
+        servers = Servers(ResponsesApi(), TurnContexts(), opens=False)
+        servers.without_opens = "the Responses API cannot go on with an answer"
         create = client.responses.create
         base |= {"input": ASKED, "max_output_tokens": 16}
     else:
@@ -169,20 +182,49 @@ async def _ask(replica: Replica, config: Resolved, style: Style, chat: ChatForma
     servers.taken = frozenset(options.keys() - servers.refused.keys())
     if "stream_options" in servers.taken:
         servers.more["stream_options"] = options["stream_options"]
+    if isinstance(servers.api, ChatApi):
+        await _ask_to_go_on(replica, servers, create, base)
+    if not style.has_openings:
+        servers.without_opens = ""
     if config.constrain == "on":
-        await _ask_for_grammar(replica, config, servers, create, base)
+        switch = options.get("chat_template_kwargs") if "chat_template_kwargs" in servers.taken else None
+        await _ask_for_grammar(
+            replica, config, servers, create, base, {"chat_template_kwargs": switch} if switch else {}
+        )
     return servers
 
 
+async def _ask_to_go_on(replica: Replica, servers: Servers, create: Any, base: dict[str, Any]) -> None:
+    """Whether the servers go on with an assistant's last message: the prompt must then be shorter than one in which
+    that message is over and another one begins.
+    """
+    said = [*base["messages"], {"role": "assistant", "content": "Certainly, yes"}]
+    going_on, over = [
+        await prompt_tokens(replica, create, options, **{**base, "messages": said})
+        for options in (GOING_ON, {"add_generation_prompt": True})
+    ]
+    if isinstance(going_on, str):
+        servers.without_opens = going_on
+    elif not isinstance(over, int) or not going_on or going_on >= over:
+        servers.without_opens = "its count of prompt tokens does not show that it goes on with an assistant's message"
+    servers.opens = not servers.without_opens
+    servers.api = ChatApi(continues=servers.opens)
+
+
 async def _ask_for_grammar(
-    replica: Replica, config: Resolved, servers: Servers, create: Any, base: dict[str, Any]
+    replica: Replica, config: Resolved, servers: Servers, create: Any, base: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    """Whether the servers hold a phase to our grammar; if they do not, its text is read leniently, as any is."""
+    """Whether the servers hold a phase to our grammar; if they do not, its text is read leniently, as any is.
+
+    A server that does not know grammars may well take one: it has to be seen that it keeps to one.
+    """
     if config.backend == "responses":
         servers.without_grammar = "the Responses API has none of this kind"
         return
     grammar = event_grammar(config.max_sibling_width, may_split=True, marks=servers.contexts.marks)
-    why = await takes(replica, create, {"structured_outputs": {"grammar": grammar}}, **base)
+    why = await takes(replica, create, {"structured_outputs": {"grammar": grammar}, **more}, **base)
+    if why is None and not await keeps_to(replica, create, more, **base):
+        why = "it takes a grammar and does not keep to it"
     servers.grammar = why is None
     servers.without_grammar = why or ""
 

@@ -8,6 +8,8 @@ from rrm_engine.backends.http.faults import Broken
 from rrm_engine.errors import RrmError
 
 Message = dict[str, str]
+# What has an assistant's last message gone on with, in place of a new one: vLLM's and SGLang's names.
+GOING_ON = {"continue_final_message": True, "add_generation_prompt": False}
 # Why a stream is over, by what the servers call it.
 ENDS = {"stop": "eos", "eos": "eos", "tool_calls": "eos", "function_call": "eos", "length": "length"}
 
@@ -102,17 +104,21 @@ class TokenApi:
                 yield delta
 
 
+@dataclass(frozen=True, slots=True)
 class ChatApi:
-    """``/v1/chat/completions``: the conversation is sent each time."""
+    """``/v1/chat/completions``: the conversation is sent each time, with its last message open where that is the
+    assistant's.
+    """
 
-    continues = True
+    continues: bool = True
 
     async def read(self, client: Any, model: str, ask: Ask, received: Received) -> AsyncGenerator[Delta, None]:
-        """See Api. Not every server can go on in the middle of an assistant's turn; one that cannot says so."""
+        """See Api."""
         messages, extra = [*ask.prompt], dict(ask.extra)
-        if received.count:
-            messages.append({"role": "assistant", "content": received.text})
-            extra |= {"continue_final_message": True, "add_generation_prompt": False}
+        begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+        if begun or received.count:
+            messages.append({"role": "assistant", "content": begun + received.text})
+            extra |= GOING_ON
         if ask.grammar is not None and not received.count:
             extra["structured_outputs"] = {"grammar": ask.grammar}
         limit = extra.pop("limit", "max_tokens")

@@ -230,7 +230,14 @@ def test_whatever_the_rows_there_is_a_report(
 def test_replicas_are_compared() -> None:
     told = [
         {"replicas": {"root": ["a"], "root.x": ["a", "b"]}, "queued_s": 0.5, "attempts": 4, "restarts": 1},
-        {"replicas": {"root": ["a"]}, "queued_s": 0.25, "attempts": 1, "restarts": 0, "cached_tokens": 7},
+        {
+            "replicas": {"root": ["a"]},
+            "queued_s": 0.25,
+            "attempts": 1,
+            "restarts": 0,
+            "cached_tokens": 7,
+            "cached_untold": 2,
+        },
     ]
     found = servers(samples(*({**row("t", "rrm", sample=i), "servers": one} for i, one in enumerate(told))))
     assert found == {
@@ -240,6 +247,7 @@ def test_replicas_are_compared() -> None:
         "attempts": 5,
         "restarts": 1,
         "cached_tokens": 7,
+        "cached_untold": 2,
     }
     assert servers(samples(row("t", "rrm"))) is None
 

