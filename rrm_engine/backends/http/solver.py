@@ -199,10 +199,14 @@ async def _ask_to_go_on(replica: Replica, servers: Servers, create: Any, base: d
     that message is over and another one begins.
     """
     said = [*base["messages"], {"role": "assistant", "content": "Certainly, yes"}]
-    going_on, over = [
-        await prompt_tokens(replica, create, options, **{**base, "messages": said})
-        for options in (GOING_ON, {"add_generation_prompt": True})
-    ]
+    going_on: int | str | None
+    try:
+        going_on, over = [
+            await prompt_tokens(replica, create, options, **{**base, "messages": said})
+            for options in (GOING_ON, {"add_generation_prompt": True})
+        ]
+    except RrmError as error:  # some break at a conversation that ends with the assistant
+        going_on, over = str(error), None
     if isinstance(going_on, str):
         servers.without_opens = going_on
     elif not isinstance(over, int) or not going_on or going_on >= over:

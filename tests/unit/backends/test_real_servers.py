@@ -25,6 +25,7 @@ pytest.importorskip("openai", reason="the client of the servers: pip install 'rr
 from rrm_engine.backends.http.solver import HttpSolver
 
 FOLDER = str(find("embedded").folder)
+PATIENCE_S = 3000  # vLLM needs a minute of a processor until it is healthy, and others may want that too
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 JOB = Job("t", load_tasks("embedded").tasks[0].problem)
 
@@ -50,7 +51,7 @@ def started(command: list[str], log: Path, port: int) -> Iterator[str]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
-        until = time.monotonic() + 300
+        until = time.monotonic() + PATIENCE_S
         while not healthy(port):
             assert process.poll() is None and time.monotonic() < until, log.read_text()[-2000:]
             time.sleep(0.2)
@@ -99,7 +100,8 @@ def launching(python: str, port: int, logs: Path, *more: str) -> list[str]:
     """scripts/launch_vllm for the packaged model, in fp32."""
     command = [sys.executable, str(SCRIPTS / "launch_vllm"), FOLDER, "--name", "embedded", "--port", str(port)]
     flags = "--dtype float32 --max-model-len 2048 --enforce-eager"
-    return [*command, "--python", python, "--device", "cpu", "--logs", str(logs), f"--vllm={flags}", *more]
+    command += ["--python", python, "--device", "cpu", "--logs", str(logs), "--timeout", str(PATIENCE_S)]
+    return [*command, f"--vllm={flags}", *more]
 
 
 def test_vllm(here: Any, tmp_path: Path) -> None:
@@ -123,13 +125,13 @@ def test_a_replica_of_vllm_is_killed_in_mid_run(tmp_path: Path) -> None:
         command = launching(python, port, tmp_path, "--replicas", "2", "--", *bench)
         launcher = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        until = time.monotonic() + 900
+        until = time.monotonic() + PATIENCE_S
         while not (run / "trace.jsonl").exists() or b"first_token" not in (run / "trace.jsonl").read_bytes():
             assert launcher.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-2000:]
             time.sleep(0.2)
         (victim,) = [one for one in psutil.Process(launcher.pid).children() if str(port) in one.cmdline()]
         victim.kill()
-        assert launcher.wait(900) == 0, (tmp_path / "log").read_text()[-2000:]
+        assert launcher.wait(PATIENCE_S) == 0, (tmp_path / "log").read_text()[-2000:]
     finally:
         launcher.terminate()
         launcher.wait(60)
