@@ -1,12 +1,12 @@
 """How the phases of a run decode."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Matcher
-from rrm_engine.protocol.events import MAX_TASK_CHARS
+from rrm_engine.protocol.events import PLAIN_SHAPE, PlanShape
 from rrm_engine.protocol.thinking import Thought
 from rrm_engine.runs.events import Grammar as Constraint
 from rrm_engine.solver.backend import Grammar
@@ -25,7 +25,7 @@ class PhasePlan:
     sampling: SamplingParams
     matcher: MatcherFactory | None = None
     thought: Thought | None = None
-    max_task_chars: int = MAX_TASK_CHARS
+    shape: PlanShape = PLAIN_SHAPE
 
     def match(self, grammar: Grammar | None) -> Matcher | None:
         return None if self.matcher is None or grammar is None else self.matcher(*grammar)
@@ -34,5 +34,5 @@ class PhasePlan:
         """How the phase decodes, for the trace (see `Started`), so that its tokens can be drawn again."""
         constrained = None
         if self.matcher is not None and grammar is not None:
-            constrained = Constraint(*grammar, self.thought, self.max_task_chars)
+            constrained = Constraint(*grammar, self.thought, *astuple(self.shape))
         return {"sampling": self.sampling.settings(), "grammar": constrained, "budget": self.budget}

@@ -18,6 +18,7 @@ from rrm_engine.kv.cache import bytes_per_block_on_devices
 from rrm_engine.loading.generation import refuse_unusable
 from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.protocol.chat import ChatFormat
+from rrm_engine.protocol.events import PlanShape
 from rrm_engine.protocol.grammar import PHASES as GRAMMARS
 from rrm_engine.protocol.grammar import EventGrammars, event_grammar
 from rrm_engine.protocol.style import SAMPLING, Style
@@ -90,7 +91,7 @@ def longest_prompt(config: Resolved, style: Style, chat: ChatFormat, tasks: Sequ
 
     A task that no prompt can be made of does not count: its rows will say so.
     """
-    values = {"given": (), "max_width": config.max_sibling_width, "depth_left": config.max_depth}
+    values = {"problem": "", "given": (), "max_width": config.max_sibling_width, "depth_left": config.max_depth}
     kinds = ["direct", "graph" if config.max_depth else "solver"] if "rrm" in config.modes else ["direct"]
     longest = 0
     for task in sorted(tasks, key=lambda task: len(task.encode(errors="replace")), reverse=True)[:16] or [""]:
@@ -203,11 +204,11 @@ def phase_plans(config: Resolved, style: Style, chat: ChatFormat, model: LoadedM
             if thinking:  # what the style gives the events, at most half of all, is kept for them
                 room = budget - min(style.budget(phase), budget // 2)
                 thought = Thought(chat.marks, chat.opens_thinking(True), room)
-            matcher = _matcher(grammars, phase, config.max_sibling_width, chat.marks, thought, style.max_task_chars)
+            matcher = _matcher(grammars, phase, config.max_sibling_width, chat.marks, thought, style.plan_shape)
         sampling = sampling_params(config, style, model, thinking)
         if matcher is not None and phase is not Phase.SOLVER:
             sampling = sampling.without(*RESTING)
-        plans[phase] = PhasePlan(budget, thinking, sampling, matcher, thought, style.max_task_chars)
+        plans[phase] = PhasePlan(budget, thinking, sampling, matcher, thought, style.plan_shape)
     return plans
 
 
@@ -229,7 +230,7 @@ def _matcher(
     width: int,
     marks: Marks,
     thought: Thought | None,
-    max_task_chars: int,
+    shape: PlanShape,
 ) -> MatcherFactory:
     """Matchers for nodes that have had ``children`` and may or may not split again."""
 
@@ -240,7 +241,7 @@ def _matcher(
             first=children + 1,
             phase=phase.value,
             marks=marks,
-            max_task_chars=max_task_chars,
+            shape=shape,
         )
         return grammars.matcher(grammar, thought)
 

@@ -37,7 +37,7 @@ class Solving:
         self._runtime = Runtime(
             backend,
             style,
-            Limits(config.max_depth, config.max_sibling_width, config.max_nodes),
+            Limits(config.max_depth, config.max_sibling_width, config.max_nodes, solves_afresh=style.solves_afresh),
             config.child_context,
             config.max_row_tokens,
             config.max_row_seconds,

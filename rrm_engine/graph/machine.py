@@ -51,9 +51,10 @@ Concluding
     * A child's conclusion is told in brief (`answers.in_brief`): its answer and at most two sentences.
     * Without any of it the node fails, which is a conclusion too, with ``ok=False``, for the nodes that wait
       for it.
-    * A root that fails is replaced by one DIRECT node at ``root!direct``, the fallback (no child id holds a
-      ``!``), whose events are not heeded. If that fails too, the run is
-      INVALID, or FAILED where either ended in an error.
+    * Under ``solves_afresh`` a root that would turn from GRAPH into SOLVER ends instead, and one DIRECT node at
+      ``root!direct`` (no child id holds a ``!``) solves its task: the run is ATOMIC.
+    * A root that fails is replaced by such a node too, the fallback. Events of either are not heeded. If that
+      node fails too, the run is INVALID, or FAILED where either ended in an error.
 
 Turns: resumes go first, then deeper nodes, then older ones. There is no deadlock: a node waits only for its
 children or, acyclically, for siblings, so some node is decoding until Finish.
@@ -319,6 +320,10 @@ class GraphMachine:
         return unread and node.awaits < self.limits.max_awaits
 
     def _solve_itself(self, node: Node) -> None:
+        if self.limits.solves_afresh and node is self._root:
+            self._stop(node, Conclusion(node.id, "It stays whole.", node=node.path))
+            self._solve_directly()
+            return
         self._pause(node)
         self._go_on(node, Phase.SOLVER)
 
@@ -359,9 +364,8 @@ class GraphMachine:
             whole, answer = answer, in_brief(answer)
             if answer != whole and read_answer(whole) is None:
                 self.repairs["unmarked_answer"] += 1
-        node.conclusion = conclusion = Conclusion(node.id, answer, ok, node.path)
-        self._set_state(node, NodeState.CONCLUDED)
-        self._out.append(Stop(node.path, conclusion))
+        conclusion = Conclusion(node.id, answer, ok, node.path)
+        self._stop(node, conclusion)
         self._abandon(node.children.values(), f"{node.path} concluded without it")
         if node.parent is None:
             self._conclude_run(node, conclusion)
@@ -369,20 +373,29 @@ class GraphMachine:
             self._wake_dependants(node)
             self._go_on_if_due(node.parent)
 
+    def _stop(self, node: Node, conclusion: Conclusion) -> None:
+        node.conclusion = conclusion
+        self._set_state(node, NodeState.CONCLUDED)
+        self._out.append(Stop(node.path, conclusion))
+
     def _conclude_run(self, node: Node, conclusion: Conclusion) -> None:
         """The root or the fallback has concluded."""
         if conclusion.ok:
             self._finish(self._status(node), conclusion.answer)
         elif node is self._root:
-            direct = self._register(self._new_node(NodePath(f"{node.path}!direct"), f"{node.id}!direct", node.task))
-            direct.phase = Phase.DIRECT
-            self._enqueue(direct, NodeState.READY)
+            self._solve_directly()
         else:
             erred = EndReason.ERROR in (node.end, self._root.end)
             self._finish(Status.FAILED if erred else Status.INVALID, error=conclusion.answer)
 
+    def _solve_directly(self) -> None:
+        root = self._root
+        direct = self._register(self._new_node(NodePath(f"{root.path}!direct"), f"{root.id}!direct", root.task))
+        direct.phase = Phase.DIRECT
+        self._enqueue(direct, NodeState.READY)
+
     def _status(self, node: Node) -> Status:
-        if node is not self._root:
+        if node is not self._root and not (self._root.conclusion and self._root.conclusion.ok):
             return Status.FALLBACK
         return Status.GRAPH if any(c.started for c in node.children.values()) else Status.ATOMIC
 

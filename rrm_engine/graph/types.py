@@ -36,12 +36,15 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``max_depth`` counts edges below the root: 1 means that only the root may split."""
+    """``max_depth`` counts edges below the root: 1 means that only the root may split. ``solves_afresh``: a root that
+    stays whole is solved by a direct node in its place.
+    """
 
     max_depth: int = 2
     max_width: int = 8
     max_nodes: int = 64
     max_awaits: int = 4  # per node
+    solves_afresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Final, Protocol
 
 MOST_CHARS: Final = 200
 SHORT: Final = 40  # characters of a result that can stand in a formula
+_NUMBER: Final = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 _SENTENCE: Final = re.compile(r"(?<=[.?!])\s+(?=\S)")
 
 
@@ -37,6 +38,21 @@ class Result(Protocol):
 
 
 def with_results(rule: str, results: Iterable[Result]) -> str:
-    """``rule`` with a short result in the place of each id that has one: ``c1 + c2`` becomes ``50 + 3``."""
-    known = {one.id: one.final for one in results if one.ok and 0 < len(one.final) <= SHORT}
+    """``rule`` with a short result in the place of each id that has one: ``c1 + c2`` becomes ``50 + 3``.
+
+    Of a result with words or units around its only number that number stands there.
+    """
+    known = {one.id: value for one in results if one.ok and 0 < len(value := _value(one.final)) <= SHORT}
     return re.sub(r"\w+", lambda word: known.get(word[0], word[0]), rule)
+
+
+def _value(final: str) -> str:
+    numbers = _NUMBER.findall(final.rpartition("=")[2])
+    return str(numbers[0]).replace(",", "") if len(numbers) == 1 else final
+
+
+def first_step(sum_: str) -> str:
+    """``1 + 2 =`` for ``1 + 2 + 3``, and so for any sum and difference of numbers; "" for everything else."""
+    terms = re.split(r"(?<=\d)\s*([+-])\s*", sum_.strip())
+    numbers = all(_NUMBER.fullmatch(term) for term in terms[::2])
+    return f"{terms[0]} {terms[1]} {terms[2]} =" if len(terms) > 4 and numbers else ""

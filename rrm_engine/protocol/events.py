@@ -10,6 +10,20 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_TASK_CHARS: Final = 1200  # of a child, where a grammar holds and the style does not say otherwise
+COUNT_LINE: Final = "Parts: "  # and a number, in front of the events of a plan that counts its parts
+
+
+@dataclass(frozen=True, slots=True)
+class PlanShape:
+    """What a style asks of plans: a child's task has at most ``max_task_chars`` characters where a grammar holds;
+    ``counts_parts``: a plan begins with the number of its parts, 1 for a task that stays whole.
+    """
+
+    max_task_chars: int = MAX_TASK_CHARS
+    counts_parts: bool = False
+
+
+PLAIN_SHAPE: Final = PlanShape()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rrm_engine.errors import RrmError
 from rrm_engine.protocol.encode import TextEncoder
 from rrm_engine.protocol.escapes import QUOTES
-from rrm_engine.protocol.events import MAX_TASK_CHARS
+from rrm_engine.protocol.events import COUNT_LINE, PLAIN_SHAPE, PlanShape
 from rrm_engine.protocol.thinking import DEFAULT, Marks, Thought
 
 PHASES: Final = ("graph", "continuation", "solver")
@@ -24,6 +24,7 @@ PHASES: Final = ("graph", "continuation", "solver")
 # Inside a string only \" \\ and \n are possible: LaTeX must then be written as valid JSON, \\frac for \frac.
 _CHAR: Final = r'([^"\\\x00-\x1f\x7f]|\\["\\n])'
 _VISIBLE: Final = r'[^"\\\x00-\x20\x7f]'
+_RULE_START: Final = r'[^"\\\x00-\x20\x7f.]'  # "..." says nothing
 # What an answer may begin with, so that stripping markup leaves something.
 _ANSWER_START: Final = r"([0-9A-Za-z(+\-]|\\\\[A-Za-z])"
 _ANSWER_CHAR: Final = r'([^"\\\x00-\x1f\x7f]|\\["\\])'
@@ -39,7 +40,7 @@ def event_grammar(
     first: int = 1,
     phase: str = "graph",
     marks: Marks = DEFAULT,
-    max_task_chars: int = MAX_TASK_CHARS,
+    shape: PlanShape = PLAIN_SHAPE,
     max_answer_chars: int = 1200,
     max_work_lines: int = 40,
 ) -> str:
@@ -47,7 +48,8 @@ def event_grammar(
 
     graph         2 to ``max_children`` children with ids c<first>, c<first + 1>, ... that depend only on earlier
                   ones, then an await of all of them; or ``{"type":"atomic"}``, which is all there is if the
-                  node may not split or ``max_children`` is below 2
+                  node may not split or ``max_children`` is below 2. A plan that counts its parts begins with a line
+                  ``Parts: 3`` and has as many children, or ``Parts: 1`` in front of the atomic event
     continuation  up to ``max_work_lines`` lines of working, then ``{"type":"atomic","answer":"... FINAL: ..."}``
                   and perhaps a ``done``; or, if the node may split again, children and an await as above
     solver        any text without an object: for nodes that have read events and are not to write any
@@ -58,7 +60,7 @@ def event_grammar(
     """
     if phase not in PHASES:
         raise ValueError(f"there is no grammar for the phase {phase!r}, only for {', '.join(PHASES)}")
-    if min(first, max_task_chars, max_answer_chars, max_work_lines) < 1:
+    if min(first, shape.max_task_chars, max_answer_chars, max_work_lines) < 1:
         raise ValueError("first and the limits of a grammar must be at least 1")
     if phase == "solver":
         return f"start: /{_without_objects()}/\n"
@@ -74,9 +76,17 @@ def event_grammar(
             f"WORK: /{_work_char(marks)}{{0,300}}\\n/",
         ]
     if splits:
-        body = f"{body} | child_0"
-        rules += _children(max_children, first)
-        rules += [f'TASK: /"{_VISIBLE}{_CHAR}{{0,{max_task_chars - 1}}}"/', f'RULE: /"{_CHAR}{{0,400}}"/']
+        counts = range(2, max_children + 1)
+        if shape.counts_parts and phase == "graph":
+            body = " | ".join([f'"1\\n" {body}', *(f'"{count}\\n" child_0_of_{count}' for count in counts)])
+            body = f"{_literal(COUNT_LINE)} ({body})"
+            rules += [rule for count in counts for rule in _children(count, first, f"_of_{count}", exact=True)]
+        else:
+            body = f"{body} | child_0"
+            rules += _children(max_children, first)
+        rules += _dependencies(max_children, first)
+        rules.append(f'TASK: /"{_VISIBLE}{_CHAR}{{0,{shape.max_task_chars - 1}}}"/')
+        rules.append(f'RULE: /"{_RULE_START}{_CHAR}{{0,399}}"/')
     lead = "/\\n{0,2}/" if phase == "graph" else f"WORK{{0,{max_work_lines}}}"
     return "\n".join([f"start: {lead} body", f"body: {body}", *rules]) + "\n"
 
@@ -93,24 +103,36 @@ def _without_objects() -> str:
     return rf"([^{{]|\{{[\s{{]*[^{{\s{QUOTES}])*"
 
 
-def _children(count: int, first: int) -> list[str]:
-    ids = [f'"c{first + i}"' for i in range(count)]
+def _children(count: int, first: int, suffix: str = "", *, exact: bool = False) -> list[str]:
+    """Rules for 2 to ``count`` children, or ``exact``ly as many, and their await; each rule's name has the suffix."""
+    ids = _ids(count, first)
     rules = []
     for i, name in enumerate(ids):
         head, foot = _literal('{"type":"child","id":' + name + ',"task":'), _literal(',"depends_on":[')
-        rules.append(f'child_{i}: {head} TASK {foot} deps_{i} "]}}\\n" next_{i}')
-        follow = [f"child_{i + 1}"] if i + 1 < count else []
-        if i:
+        rules.append(f'child_{i}{suffix}: {head} TASK {foot} deps_{i} "]}}\\n" next_{i}{suffix}')
+        follow = [f"child_{i + 1}{suffix}"] if i + 1 < count else []
+        if i and not (exact and follow):
             awaits = _literal('{"type":"await","children":[' + ",".join(ids[: i + 1]) + '],"rule":')
             follow.append(awaits + ' RULE "}"')
-        rules.append(f"next_{i}: {' | '.join(follow)}")
-        # Subsets of the earlier ids, in ascending order: rest_<i>_<j> is what may follow the id before j.
+        rules.append(f"next_{i}{suffix}: {' | '.join(follow)}")
+    return rules
+
+
+def _dependencies(count: int, first: int) -> list[str]:
+    """Subsets of the ids before a child's, in ascending order: rest_<i>_<j> is what may follow the id before j."""
+    ids = _ids(count, first)
+    rules = []
+    for i in range(count):
         subsets = ['""', *(f"{_literal(ids[j])} rest_{i}_{j + 1}" for j in range(i))]
         rules.append(f"deps_{i}: {' | '.join(subsets)}")
         rules += [f"rest_{i}_{j}: ({_literal(',' + ids[j])})? rest_{i}_{j + 1}" for j in range(1, i)]
         if i:
             rules.append(f'rest_{i}_{i}: ""')
     return rules
+
+
+def _ids(count: int, first: int) -> list[str]:
+    return [f'"c{first + i}"' for i in range(count)]
 
 
 def _literal(text: str) -> str:

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Final
 
 from rrm_engine.protocol.escapes import QUOTES
-from rrm_engine.protocol.events import Atomic, Await, Done, Event, Malformed, ParsedEvent
+from rrm_engine.protocol.events import COUNT_LINE, Atomic, Await, Done, Event, Malformed, ParsedEvent
 from rrm_engine.protocol.fields import to_event
 from rrm_engine.protocol.repair import MAX_CHARS, ObjectScanner, Scan, Unreadable, read_object
 from rrm_engine.protocol.thinking import DEFAULT, Marks
@@ -22,6 +22,7 @@ _HEAD = re.compile(rf"\{{\s{{0,64}}{_KEY}\s{{0,64}}:")
 _HEAD_SO_FAR = re.compile(rf"\{{\s{{0,64}}(?:[{QUOTES}](?:[A-Za-z_][A-Za-z0-9_ -]{{0,39}}(?:[{QUOTES}]\s{{0,64}})?)?)?")
 _TYPE_KEY = re.compile(rf"[{QUOTES}]type[{QUOTES}]\s*:|\btask\b")
 _FENCE = re.compile(r"```[ \t]*\w*")
+_COUNT = re.compile(rf"^{COUNT_LINE}\d+\s*$", re.MULTILINE)
 
 
 class EventParser:
@@ -207,6 +208,7 @@ class EventParser:
         if "```" in gap:
             repairs.add("code_fence")
             gap = _FENCE.sub("", gap)
+        gap = _COUNT.sub("", gap)
         if gap.strip(" \t\r\n,[]"):
             repairs.add("prose")
         return repairs

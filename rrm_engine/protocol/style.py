@@ -8,6 +8,10 @@ A packaged style lies in ``styles/``; a user's own is loaded by its path and has
     max_depth            levels of children below the root unless a flag says so; left out: 1
     child_context        what a child starts from unless a flag says so, task or parent; left out: task
     max_task_chars       characters of a child's task that a grammar allows; left out: 1200
+    counts_parts         true: a plan begins with a line such as "Parts: 3", and "Parts: 1" is a task that stays whole.
+                         The graph text has to ask for it, and so has a fork's that may split; left out: false
+    solves_afresh        true: a task that stays whole is solved as a direct solve, from that one's prompt on and not
+                         from the plan's; left out: false
     solver_events        false: a grammar keeps events out of what a node writes that has read of them and now solves
                          its task; left out: true
     [thinking]           direct, graph, solver, continuation = true | false
@@ -23,12 +27,14 @@ A packaged style lies in ``styles/``; a user's own is loaded by its path and has
 A child that cannot split starts from the text ``solver``. Without one, and so without a budget or thinking of its own
 there, it gets those of a direct solve: the same system text, words, tokens and sampling.
 
-What a user template may use is what ``VARIABLES`` says for its kind: ``task``, ``given`` (objects with ``id``,
-``answer`` and ``final``, what `read_answer` reads in it or else the whole answer; none: []), ``conclusions`` (the same,
-with ``ok``), ``notes``, ``rule``, ``id`` (of the child that forks), ``max_width``, ``depth_left`` (levels of
-children the node may still have below it; 0: it must solve its task itself), and the phrases. ``{{ task | asked }}``
-is what the task asks for at its end, ``{{ rule | with_results(conclusions) }}`` the rule with results for ids. A system
-template may use phrases alone: every node that plans has the same system text, so that its KV blocks are shared.
+What a user template may use is what ``VARIABLES`` says for its kind: ``task``, ``problem`` (the parent's task; ""
+for the root), ``given`` (objects with ``id``, ``answer`` and ``final``, what `read_answer` reads in it or
+else the whole answer; none: []), ``conclusions`` (the same, with ``ok``), ``notes``, ``rule``, ``id`` (of the child
+that forks), ``max_width``, ``depth_left`` (levels of children the node may still have below it; 0: it must solve its
+task itself), and the phrases. ``{{ task | asked }}`` is what the task asks for at its end, ``{{ rule |
+with_results(conclusions) }}`` the rule with results for ids, and ``| first_step`` after it the beginning of a sum that
+comes of it. A system template may use phrases alone: every node that plans has the same system text, so that its KV
+blocks are shared.
 
 A style that builds on another has a name and a description of its own and changes single keys of the other's tables; a
 base may have a base in turn.
@@ -50,13 +56,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rrm_engine.errors import RrmError
 from rrm_engine.protocol.answers import read_answer
-from rrm_engine.protocol.asked import asked, with_results
-from rrm_engine.protocol.events import MAX_TASK_CHARS
+from rrm_engine.protocol.asked import asked, first_step, with_results
+from rrm_engine.protocol.events import MAX_TASK_CHARS, PlanShape
 
 PHASES: Final = ("direct", "graph", "solver", "continuation")
 BUDGETS: Final = ("direct", "planner", "solver", "continuation")
 SYSTEM: Final = ("direct", "recursive")
-_START: Final = ("task", "given", "max_width", "depth_left")
+_START: Final = ("task", "problem", "given", "max_width", "depth_left")
 _RESUME: Final = ("task", "conclusions", "notes", "rule")
 # What the user template of each kind is given, no more and no less.
 VARIABLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
@@ -97,6 +103,7 @@ class _Part:
 _FULL: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "task": "task",
+        "problem": "problem",
         "given": [_Part("a", "FINAL: 1", "1", True)],
         "conclusions": [_Part("a", "FINAL: 1", "1", True), _Part("b", "", "", False)],
         "notes": ["note"],
@@ -107,7 +114,7 @@ _FULL: Final[Mapping[str, Any]] = MappingProxyType(
     }
 )
 _BARE: Final[Mapping[str, Any]] = MappingProxyType(
-    {**_FULL, "given": [], "conclusions": [], "notes": [], "rule": "", "max_width": 1, "depth_left": 0}
+    {**_FULL, "problem": "", "given": [], "conclusions": [], "notes": [], "rule": "", "max_width": 1, "depth_left": 0}
 )
 
 
@@ -123,7 +130,8 @@ class Style:
     trained_on_events: bool
     max_depth: int
     child_context: str
-    max_task_chars: int
+    plan_shape: PlanShape
+    solves_afresh: bool
     solver_events: bool
     solver_is_direct: bool
     thinking: Mapping[str, bool]
@@ -289,7 +297,7 @@ class _Loader:
         self.source = source
         self.data = data
         self.jinja = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-        self.jinja.filters |= {"asked": asked, "with_results": with_results}
+        self.jinja.filters |= {"asked": asked, "with_results": with_results, "first_step": first_step}
 
     def style(self) -> Style:
         allowed = (
@@ -299,6 +307,8 @@ class _Loader:
             "max_depth",
             "child_context",
             "max_task_chars",
+            "counts_parts",
+            "solves_afresh",
             "solver_events",
             "thinking",
             "budgets",
@@ -330,8 +340,9 @@ class _Loader:
             trained_on_events=self.value("trained_on_events", bool),
             max_depth=self.at_least("max_depth", 0, 1),
             child_context=self.child_context(),
-            max_task_chars=self.at_least("max_task_chars", 1, MAX_TASK_CHARS),
-            solver_events=self.value("solver_events", bool) if "solver_events" in self.data else True,
+            plan_shape=PlanShape(self.at_least("max_task_chars", 1, MAX_TASK_CHARS), self.flag("counts_parts", False)),
+            solves_afresh=self.flag("solves_afresh", False),
+            solver_events=self.flag("solver_events", True),
             solver_is_direct=bool(optional),
             thinking=MappingProxyType(self.table("thinking", PHASES, bool, optional)),
             budgets=MappingProxyType(budgets),
@@ -352,6 +363,10 @@ class _Loader:
             raise self.complaint(f"{key} is missing")
         self.expect(key, self.data[key], kind)
         return self.data[key]
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false that may be left out."""
+        return bool(self.value(key, bool)) if key in self.data else default
 
     def at_least(self, key: str, least: int, default: int) -> int:
         """A whole number that may be left out."""

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, cast
 
 from rrm_engine.graph.types import Phase, Status
 from rrm_engine.legible import legible
-from rrm_engine.protocol.events import MAX_TASK_CHARS
+from rrm_engine.protocol.events import MAX_TASK_CHARS, PlanShape
 from rrm_engine.protocol.thinking import Thought
 from rrm_engine.runs.typed import WrongShape, read_as
 
@@ -85,17 +85,22 @@ class JobBegan(Event):
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What constrained a phase: ``children`` the node had had by then, whether it might split once more, and the
-    ``thought`` in front of its events, if there is any; a child's task might have ``max_task_chars``.
+    ``thought`` in front of its events, if there is any; the others are those of its `PlanShape`.
     """
 
     children: int
     may_split: bool
     thought: Thought | None = None
     max_task_chars: int = MAX_TASK_CHARS
+    counts_parts: bool = False
+
+    @property
+    def shape(self) -> PlanShape:
+        return PlanShape(self.max_task_chars, self.counts_parts)
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"children": self.children, "may_split": self.may_split}
-        found["max_task_chars"] = self.max_task_chars
+        found |= asdict(self.shape)
         return found | ({"thought": asdict(self.thought)} if self.thought else {})
 
 

@@ -150,7 +150,8 @@ class Commands:
             values["id"] = command.node.id
             user, opens = style.user("fork", **values), style.opens("fork", **values)
         else:
-            system, user, opens = style.start(phase.value, max_width=limits.max_width, **values)
+            problem = "" if command.parent is None else self._machine.nodes[command.parent].task
+            system, user, opens = style.start(phase.value, problem=problem, max_width=limits.max_width, **values)
         if phase is Phase.GRAPH:
             opens = ""
         held = phase is Phase.GRAPH or command.fork  # the others have read of no events

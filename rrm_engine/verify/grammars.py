@@ -28,7 +28,7 @@ class RecordedGrammars:
             first=grammar.children + 1,
             phase=phase,
             marks=self._marks,
-            max_task_chars=grammar.max_task_chars,
+            shape=grammar.shape,
         )
         return self.compiled.matcher(rules, grammar.thought)
 

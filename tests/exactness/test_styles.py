@@ -98,7 +98,24 @@ def test_tasks_are_as_short_as_the_style_wants(opened: Recorded, forked_referenc
 
     assert longest(opened) <= 7 < longest(forked_reference)
     phases = [e["grammar"] for e in opened.events if e["event"] in ("start", "resume") and e["grammar"]]
-    assert {grammar["max_task_chars"] for grammar in phases} == {7}
+    assert {(grammar["max_task_chars"], grammar["counts_parts"]) for grammar in phases} == {(7, False)}
+
+
+def test_a_plan_says_how_many_parts_it_has(lab: Lab, tmp_path: Path) -> None:
+    run = recorded(lab, prompt_style=style(tmp_path, f"counts_parts = true\n{STYLE}"), planner_max_tokens=240)
+    tokenizer, ends = lab.model.tokenizer, run.ends()
+    seen = set()
+    for e in run.events:
+        if e["event"] == "start" and e["phase"] == "graph" and e["grammar"]["may_split"]:
+            assert e["grammar"]["counts_parts"]
+            end = ends[f"{e['job']}:{e['node']}"]
+            first, last = end["sampled"][0]
+            head, plan = tokenizer.decode(end["token_ids"][first:last]).strip().split("\n", 1)
+            if '"await"' in plan or '"atomic"' in plan:  # not cut by a limit
+                children = plan.count('{"type":"child"')
+                assert head == f"Parts: {max(1, children)}"
+                seen.add(head)
+    assert "Parts: 1" in seen and len(seen) > 1
 
 
 def test_a_node_that_read_events_writes_none_when_it_solves(opened: Recorded) -> None:

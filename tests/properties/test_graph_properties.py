@@ -61,6 +61,7 @@ def random_limits(rng: Random) -> Limits:
         max_width=rng.randrange(7),
         max_nodes=rng.choice([1, 5, 20, 100]),
         max_awaits=rng.randrange(6),
+        solves_afresh=rng.random() < 0.5,
     )
 
 

@@ -271,10 +271,13 @@ class Contract:
         require(not alive, f"finished, but {alive} are alive")
         if finish.status in (Status.GRAPH, Status.ATOMIC):
             require(self.concluded["root"].ok, "a failed root answers")
-            require(finish.answer == self.concluded["root"].answer, "not the root's answer")
+            afresh = self.concluded.get("root!direct")
+            require(afresh is None or (self.limits.solves_afresh and afresh.ok), "a stray direct answer")
+            require(finish.answer == (afresh or self.concluded["root"]).answer, "not the root's answer")
             split = any(path.startswith("root.") for path in self.state)
             require((finish.status is Status.GRAPH) == split, "GRAPH means that the root had children")
         elif finish.status is Status.FALLBACK:
+            require(not self.concluded["root"].ok, "a fallback of a root that is whole")
             require(finish.answer == self.concluded["root!direct"].answer, "not the fallback's answer")
         else:
             require(bool(finish.error), "failed without saying why")

@@ -9,6 +9,7 @@ from rrm_engine.config import Resolved, RunConfig, ServersConfig
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.chat import ChatFormat
+from rrm_engine.protocol.events import PlanShape
 from rrm_engine.protocol.grammar import PHASES as HELD
 from rrm_engine.protocol.grammar import event_grammar
 from rrm_engine.protocol.style import SAMPLING, Style
@@ -92,22 +93,17 @@ def phase_plans(
             thinking,
             {name: values[name] for name in STANDARD if name in values},
             {**extra, **more},
-            _grammar(config.max_sibling_width, phase, marks, style.max_task_chars) if held else None,
+            _grammar(config.max_sibling_width, phase, marks, style.plan_shape) if held else None,
             "seed" in taken,
-            style.max_task_chars,
+            style.plan_shape,
         )
     return plans
 
 
-def _grammar(width: int, phase: Phase, marks: Marks, max_task_chars: int) -> Callable[[int, bool], str]:
+def _grammar(width: int, phase: Phase, marks: Marks, shape: PlanShape) -> Callable[[int, bool], str]:
     def make(children: int, may_split: bool) -> str:
         return event_grammar(
-            width,
-            may_split=may_split,
-            first=children + 1,
-            phase=phase.value,
-            marks=marks,
-            max_task_chars=max_task_chars,
+            width, may_split=may_split, first=children + 1, phase=phase.value, marks=marks, shape=shape
         )
 
     return make

@@ -102,6 +102,30 @@ class TestDependencies:
         assert "token budget" in start.given[0].answer
 
 
+class TestSolvesAfresh:
+    def test_a_root_that_stays_whole_is_solved_by_a_direct_node(self) -> None:
+        m = started(solves_afresh=True)
+        assert brief(m.on_event("root", Atomic(""))) == ["stop root", "start root!direct"]
+        assert m.nodes["root!direct"].task == "the task"
+        finish = m.on_end("root!direct", EndReason.EOS, "FINAL: 4")[-1]
+        assert finish == Finish(Status.ATOMIC, "FINAL: 4")
+
+    def test_so_is_one_that_declares_its_own_task(self) -> None:
+        m = started(solves_afresh=True)
+        assert brief(m.on_event("root", Child("a", "The task"))) == ["stop root", "start root!direct"]
+
+    def test_without_an_answer_the_run_is_invalid(self) -> None:
+        m = started(solves_afresh=True)
+        m.on_event("root", Atomic(""))
+        assert brief(m.on_end("root!direct", EndReason.EOS, "")) == ["stop root!direct", "finish invalid"]
+
+    def test_an_answer_or_a_child_is_no_reason_to_begin_again(self) -> None:
+        m = started(solves_afresh=True)
+        m.on_event("root", child("a"))
+        assert brief(m.on_event("root.a", Atomic(""))) == ["pause root.a", "resume root.a"]
+        assert brief(started(solves_afresh=True).on_event("root", Atomic("4"))) == ["stop root", "finish atomic"]
+
+
 class TestIds:
     def test_a_taken_id_is_renamed_and_still_answers_to_its_name(self) -> None:
         m = started()

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rrm_engine.protocol.asked import MOST_CHARS, asked, with_results
+from rrm_engine.protocol.asked import MOST_CHARS, asked, first_step, with_results
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,34 @@ def test_results_take_the_places_of_ids(rule: str, found: str) -> None:
     finals = {"c1": "50", "c2": "3/4", "c3": "", "c5": "x" * 41}
     results = [SimpleNamespace(id=name, final=final, ok=True) for name, final in finals.items()]
     assert with_results(rule, [*results, SimpleNamespace(id="c10", final="7", ok=False)]) == found
+
+
+@pytest.mark.parametrize(
+    ("final", "value"),
+    [
+        ("Each raised $6,250", "6250"),
+        ("100 - (4 * 14) = 44", "44"),
+        ("-3.5 degrees", "-3.5"),
+        ("2 of 3", "2 of 3"),
+        ("x + 1/2", "x + 1/2"),
+        ("blue", "blue"),
+    ],
+)
+def test_of_a_result_in_words_its_only_number_counts(final: str, value: str) -> None:
+    assert with_results("c1", [SimpleNamespace(id="c1", final=final, ok=True)]) == value
+
+
+@pytest.mark.parametrize(
+    ("rule", "begins"),
+    [
+        ("1 + 2 + 3", "1 + 2 ="),
+        ("6,250 - 3.5 + -4", "6,250 - 3.5 ="),
+        ("1 + 2", ""),
+        ("1 + 2 * 3", ""),
+        ("1 + x + 3", ""),
+        ("the largest of 1, 2, 3", ""),
+        ("", ""),
+    ],
+)
+def test_a_sum_begins_with_its_first_two_numbers(rule: str, begins: str) -> None:
+    assert first_step(rule) == begins

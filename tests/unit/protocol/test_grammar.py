@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from rrm_engine.errors import RrmError
-from rrm_engine.protocol.events import Atomic, Await, Child, Done, Event, ParsedEvent
+from rrm_engine.protocol.events import Atomic, Await, Child, Done, Event, ParsedEvent, PlanShape
 from rrm_engine.protocol.final import extract_final
 from rrm_engine.protocol.grammar import EventGrammars, EventMatcher, event_grammar
 from rrm_engine.protocol.parser import LAYOUT_REPAIRS, EventParser
@@ -96,9 +96,9 @@ def check_children(found: list[Event], first: int, most: int) -> int:
     return sum(len(c.depends_on) for c in children if isinstance(c, Child))
 
 
-@pytest.mark.parametrize("phase", ["graph", "continuation"])
+@pytest.mark.parametrize(("phase", "counts"), [("graph", False), ("graph", True), ("continuation", True)])
 def test_random_samples_are_valid_graphs(
-    grammars: EventGrammars, tokenizer: PreTrainedTokenizerFast, phase: str
+    grammars: EventGrammars, tokenizer: PreTrainedTokenizerFast, phase: str, counts: bool
 ) -> None:
     rng = random.Random(phase)
     seen: Counter[str] = Counter()
@@ -109,12 +109,17 @@ def test_random_samples_are_valid_graphs(
             may_split=may_split,
             first=first,
             phase=phase,
-            max_task_chars=40,
+            shape=PlanShape(max_task_chars=40, counts_parts=counts),
             max_answer_chars=40,
             max_work_lines=4,
         )
         text = sample(grammars, tokenizer, grammar, rng)
+        counted = counts and phase == "graph" and may_split
+        if counted:
+            head, text = text.strip().split("\n", 1)
         found = events(text)
+        if counted:
+            assert head == f"Parts: {max(1, len(found) - 1)}"
         if isinstance(found[0], Atomic):
             seen["atomic"] += 1
             assert found[1:] in ([], [Done()])
@@ -174,6 +179,8 @@ def test_what_a_model_should_write_is_allowed(
         ("graph", '{"type":"atomic"}\n'),
         ("graph", GRAPH.replace('"c3"],"rule"', '"rule"')),
         ("graph", GRAPH + "\n"),
+        ("graph", GRAPH.replace('"rule":"c3"', '"rule":"..."')),
+        ("graph", GRAPH.replace('"rule":"c3"', '"rule":""')),
         ("continuation", '{"type":"atomic"}'),
         ("continuation", '{"type":"atomic","answer":"no final"'),
         ("continuation", '{"type":"atomic","answer":"FINAL: "'),
@@ -199,11 +206,39 @@ def test_a_leaf_may_not_split_and_width_is_bounded(grammars: EventGrammars, toke
         feed(grammars.matcher(event_grammar(2, may_split=True)), tokenizer, GRAPH)
 
 
+@pytest.mark.parametrize(
+    ("count", "events", "allowed"),
+    [
+        (3, GRAPH, True),
+        (1, '{"type":"atomic"}', True),
+        (2, GRAPH, False),
+        (4, GRAPH, False),
+        (2, '{"type":"atomic"}', False),
+        (1, GRAPH, False),
+        (0, GRAPH, False),
+        (9, GRAPH, False),
+    ],
+)
+def test_a_plan_has_as_many_parts_as_it_says(
+    grammars: EventGrammars, tokenizer: PreTrainedTokenizerFast, count: int, events: str, allowed: bool
+) -> None:
+    matcher = grammars.matcher(event_grammar(8, may_split=True, shape=PlanShape(counts_parts=True)))
+    text = f"Parts: {count}\n{events}"
+    if allowed:
+        feed(matcher, tokenizer, text)
+        assert matcher.accepting
+    else:
+        with pytest.raises(ValueError, match="not allowed"):
+            feed(matcher, tokenizer, text)
+    with pytest.raises(ValueError, match="not allowed"):
+        feed(grammars.matcher(event_grammar(8, may_split=True)), tokenizer, text)
+
+
 def test_tasks_are_bounded(grammars: EventGrammars, tokenizer: PreTrainedTokenizerFast) -> None:
     head = '{"type":"child","id":"c1","task":"'
-    feed(grammars.matcher(event_grammar(2, may_split=True, max_task_chars=5)), tokenizer, head + "y" * 5 + '"')
+    feed(grammars.matcher(event_grammar(2, may_split=True, shape=PlanShape(5))), tokenizer, head + "y" * 5 + '"')
     with pytest.raises(ValueError, match="not allowed"):
-        feed(grammars.matcher(event_grammar(2, may_split=True, max_task_chars=5)), tokenizer, head + "y" * 6)
+        feed(grammars.matcher(event_grammar(2, may_split=True, shape=PlanShape(5))), tokenizer, head + "y" * 6)
 
 
 def test_forced_tokens_and_copies(grammars: EventGrammars, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -53,6 +53,13 @@ def test_clean_lines_need_no_repair() -> None:
     assert all(e.repairs == () for e in parse(text) if isinstance(e, ParsedEvent))
 
 
+def test_a_plan_may_begin_with_the_number_of_its_parts() -> None:
+    for head in ("Parts: 3\n", "\nParts: 12\n\n"):
+        parser = EventParser()
+        assert [e.event for e in parser.feed(head + DONE) if isinstance(e, ParsedEvent)] == [Done()]
+        assert not parser.repairs
+
+
 def test_event_is_complete_at_its_closing_brace() -> None:
     parser = EventParser()
     assert parser.feed(CHILD[:-1]) == []
@@ -65,6 +72,8 @@ def test_event_is_complete_at_its_closing_brace() -> None:
     ("text", "event", "repair"),
     [
         (f"Let me split:\n{DONE}", Done(), "prose"),
+        (f"Parts: three\n{DONE}", Done(), "prose"),
+        (f"Parts: 3, I think\n{DONE}", Done(), "prose"),
         (f"```json\n{DONE}\n```", Done(), "code_fence"),
         ('{"type":"atomic","answer":"4",}', Atomic("4"), "trailing_comma"),
         ("{'type':'atomic','answer':'it''s, what's \"left\"'}", Atomic("it''s, what's \"left\""), "single_quotes"),

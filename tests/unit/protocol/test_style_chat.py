@@ -234,6 +234,7 @@ def test_packaged_style(name: str) -> None:
     conclusions = [Conclusion("c1", "long talk FINAL: 12"), Conclusion("c2", "", ok=False)]
     values: dict[str, Any] = {
         "task": "TASK",
+        "problem": "",
         "given": conclusions[:1],
         "conclusions": conclusions,
         "notes": ["NOTE"],
@@ -268,7 +269,7 @@ PIECE = re.compile(r"[^\r\n\w]?[^\W\d]+|\d| ?[^\s\w]+[\r\n]*|\s*[\r\n]+|\s+")
 @pytest.mark.parametrize("name", ["qwen3", "instruct", "by-reference"])
 def test_instructions_for_planning_are_short(name: str) -> None:
     """At most 500 tokens of Qwen's, chat markup included: these are 1.07 times the pieces its tokenizer cuts first."""
-    system, user, _ = load_style(name).start("graph", task="", given=(), max_width=8, depth_left=1)
+    system, user, _ = load_style(name).start("graph", task="", problem="", given=(), max_width=8, depth_left=1)
     assert 300 < len(PIECE.findall(f"{system}\n{user}")) <= 455
 
 
@@ -322,15 +323,16 @@ def test_own_style_by_path(tmp_path: Path) -> None:
         ("max_depth = 1", "max_depth = -1", "max_depth must be at least 0"),
         ("max_depth = 1", "max_depth = true", "max_depth must be a whole number"),
         ("max_depth = 1", "max_task_chars = 0", "max_task_chars must be at least 1"),
+        ("counts_parts = true", "counts_parts = 1", "counts_parts must be true or false"),
         ("max_depth = 1", "child_context = 'both'", "child_context must be task or parent"),
         ("[opens]", "[opens]\ngraph = 'x'", "unknown key opens.graph; known are direct, resume, solve, fork"),
         ("[opens]", "[opens]\nsolver = 'x'", "unknown key opens.solver"),
-        ("[opens]", "[opens]\ndirect = '{{ rule }}'", "opens.direct uses rule; it may use task, given"),
+        ("[opens]", "[opens]\ndirect = '{{ rule }}'", "opens.direct uses rule; it may use task, problem, given"),
         ("trained_on_events = false", "", "trained_on_events is missing"),
         ("[user]", "[user]\nextra = 'x'", "unknown key user.extra"),
         ("[budgets]", "[sampling.plain]\ntemperature = 'hot'\n[budgets]", "sampling.plain.temperature"),
         ("[budgets]", "[budgets", "not valid TOML"),
-        ("{{ task }}", "{{ tusk }}", "user.direct uses tusk; it may use task, given"),
+        ("{{ task }}", "{{ tusk }}", "user.direct uses tusk; it may use task, problem, given"),
         ("{{ task }}", "{{ task ", "user.direct: "),
         ("{{ task }}", "{% if depth_left > 99 %}{{ tusk }}{% endif %}", "user.direct uses tusk"),
         ("{{ part.final", "{{ part.finale", "user.direct: "),
@@ -338,8 +340,8 @@ def test_own_style_by_path(tmp_path: Path) -> None:
         ("{{ task }}", "{{ given[0].final }}", "user.direct: list object has no element 0"),
         ("{{ task }}", "{% for i in range(999999999) %}x{% endfor %}", "user.direct: Range too big"),
         ("{{ task }}", "{% include 'x' %}", "user.direct: "),
-        ("You write events", "{{ task }}", "system.recursive uses task; it may use finish"),
-        ("finish =", "finished =", "user.direct uses finish; it may use task, given, max_width, depth_left, finished"),
+        ("You write the", "{{ task }}", "system.recursive uses task; it may use finish"),
+        ("finish =", "finished =", "user.direct uses finish; it may use task, problem, given"),
         ("finish =", "rule = 'x'\nfinish =", "phrases.rule: templates are given another rule"),
         ("finish =", "extra = 3\nfinish =", "phrases.extra must be a text"),
     ],
@@ -439,7 +441,7 @@ def test_unknown_style_names_those_there_are(tmp_path: Path) -> None:
 
 def test_missing_value_and_unknown_kind_are_refused() -> None:
     style = load_style("instruct")
-    with pytest.raises(ValueError, match="user text graph takes task, given, max_width, depth_left, not max_width"):
+    with pytest.raises(ValueError, match="user text graph takes task, problem, given"):
         style.user("graph", max_width=2, depth_left=1)
     with pytest.raises(ValueError, match="no user text 'plan'"):
         style.user("plan")
