@@ -1,10 +1,13 @@
-"""What a run shows while it runs: a live bar on a terminal, a line a row elsewhere, nothing with --quiet."""
+"""What a run shows while it runs: a live bar and the running graphs on a terminal, a line a row elsewhere, nothing
+with --quiet.
+"""
 
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rrm_engine.bench.running import RunningRows
 from rrm_engine.legible import legible, legible_key
 from rrm_engine.runs.rows import Row, row_key
 
@@ -14,13 +17,15 @@ if TYPE_CHECKING:
 REFRESH_PER_SECOND = 4
 WIDTH = 60  # of the live lines: a terminal that is made narrower would wrap longer ones, and they could not be erased
 ERROR_LENGTH = 160
+SPARE_LINES = 8  # of the terminal, for what is not a graph: a live view that fills it cannot be erased
 Live = Callable[[], dict[str, Any]]
 
 
 class Display(Protocol):
-    """Told of every row; ``start`` and ``stop`` bracket them."""
+    """Told of every event, as it is written to the trace, and of every row; ``start`` and ``stop`` bracket them."""
 
     def start(self, total: int, rows: list[Row], live: Live) -> None: ...
+    def event(self, event: dict[str, Any]) -> None: ...
     def row(self, row: Row) -> None: ...
     def stop(self) -> None: ...
 
@@ -36,6 +41,9 @@ class SilentDisplay:
     """Shows nothing."""
 
     def start(self, total: int, rows: list[Row], live: Live) -> None:
+        """See Display."""
+
+    def event(self, event: dict[str, Any]) -> None:
         """See Display."""
 
     def row(self, row: Row) -> None:
@@ -56,6 +64,9 @@ class PlainDisplay:
         """See Display."""
         self._total, self._done = total, len(rows)
 
+    def event(self, event: dict[str, Any]) -> None:
+        """See Display."""
+
     def row(self, row: Row) -> None:
         """See Display."""
         self._done += 1
@@ -67,11 +78,12 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A bar with the time left, and under it accuracies and the engine's present state."""
+    """A bar with the time left, under it accuracies and the engine's present state, and the graphs that run."""
 
     def __init__(self, console: "Console") -> None:
         self._console = console
         self._tally = Tally()
+        self._running = RunningRows()
         self._live: Any = None
 
     def start(self, total: int, rows: list[Row], live: Live) -> None:
@@ -100,6 +112,10 @@ class LiveDisplay:
         )
         self._live.start()
 
+    def event(self, event: dict[str, Any]) -> None:
+        """See Display."""
+        self._running.tell(event)
+
     def row(self, row: Row) -> None:
         """See Display."""
         self._tally.add(row)
@@ -124,7 +140,8 @@ class LiveDisplay:
             state = {}
         lines = [self._tally.text(), live_line(state)]
         texts = (Text(line, overflow="ellipsis", no_wrap=True) for line in lines if line)
-        return Constrain(Group(self._bar, *texts), WIDTH)
+        room = max(0, self._console.height - SPARE_LINES)
+        return Constrain(Group(self._bar, *texts, *self._running.render(room)), WIDTH)
 
 
 class Tally:

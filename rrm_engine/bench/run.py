@@ -52,6 +52,7 @@ def execute(solver: Solves, jobs: Sequence[Job], tasks: Sequence[Task], director
             def on_event(event: dict[str, Any]) -> None:
                 rows.check()
                 directory.event(event)
+                display.event(event)
 
             with closing(solver.run(jobs, on_event=on_event, concurrency=config.task_concurrency)) as results:
                 for result in results:
