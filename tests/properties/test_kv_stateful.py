@@ -154,3 +154,15 @@ def test_a_lost_reference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a fork that forgets to count its references."""
     monkeypatch.setattr(BlockPool, "share", lambda self, block: None)
     assert_noticed()
+
+
+def test_what_follows_a_cut_is_not_found_after_the_tokens_cut_off() -> None:
+    pool = BlockPool(10, 2)
+    table = BlockTable(pool)
+    table.append(4)
+    table.register([1, 2, 3, 4])
+    table.truncate(2)
+    table.append(4)
+    table.register([1, 2, 5, 6, 7, 8])
+    assert len(pool.match([1, 2, 5, 6, 7, 8, 0])) == 3
+    assert len(pool.match([1, 2, 3, 4, 7, 8, 0])) == 2, "7 and 8 were computed after 5 and 6"
