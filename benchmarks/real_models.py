@@ -3,7 +3,8 @@
     benchmarks/real_models.py MODEL --tasks gsm8k_composite.jsonl --split dev --limit 4 --out OUT_DIR
 
 TASKS is a .jsonl file of problems that are made of independent questions: problem, answer, ``parts`` (the answers of
-the questions, in order) and ``split``. Two things are measured, apart from each other:
+the questions, in order) and ``split``. ``drafted`` is copying with ``--draft auto``, ``serial`` is by reference with
+one node at a time. Two things are measured, apart from each other:
 
 accuracy    every arm by itself, --concurrency tasks in one batch; also tokens, critical path, activation
 time        one task at a time, every arm on the same task before the next one (--timed N: the first N of each size)
@@ -32,6 +33,7 @@ from rrm_engine.errors import RrmError
 ARMS: dict[str, dict[str, Any]] = {
     "direct": {"modes": ("direct",)},
     "copying": {"modes": ("rrm",), "child_context": "task"},
+    "drafted": {"modes": ("rrm",), "child_context": "task", "draft": "auto"},
     "reference": {"modes": ("rrm",), "prompt_style": "by-reference"},
     "serial": {"modes": ("rrm",), "prompt_style": "by-reference", "max_concurrency": 1},
 }
@@ -240,6 +242,7 @@ def figures(found: Sequence[Outcome]) -> Figures:
         "parts": [sum(one.found for one in found), sum(one.composite.size for one in found)],
         "sums": [sum(bool(one.row["correct"]) for one in all_parts), len(all_parts)],
         "critical_path_tokens": median(row["critical_path_tokens"] for row in rows),
+        "critical_path_steps": median(row["critical_path_steps"] for row in rows),
         "total_tokens": mean(row["total_tokens"] for row in rows),
         "latency_s": median(row["latency_s"] for row in rows),
         "activated": sum(row["status"] == "graph" for row in rows),
@@ -281,6 +284,7 @@ ACCURACY = (
     "parts right",
     "sums right",
     "critical path",
+    "in steps",
     "tokens",
     "split",
     "useless",
@@ -304,6 +308,7 @@ def _accuracy_row(own: Figures, direct: Figures | None) -> list[str]:
         f"{own['parts'][0]}/{own['parts'][1]}",
         f"{own['sums'][0]}/{own['sums'][1]}",
         f"{own['critical_path_tokens']:.0f}",
+        f"{own['critical_path_steps']:.0f}",
         f"{own['total_tokens']:.0f}",
         f"{own['activated']}/{own['n']}",
         str(own["useless_nodes"]),
