@@ -25,6 +25,8 @@ PHASES: Final = ("graph", "continuation", "solver")
 _CHAR: Final = r'([^"\\\x00-\x1f\x7f]|\\["\\n])'
 _VISIBLE: Final = r'[^"\\\x00-\x20\x7f]'
 _RULE_START: Final = r'[^"\\\x00-\x20\x7f.]'  # "..." says nothing
+# What may stand before FINAL. Without "<": a model that copies "FINAL: <answer>" would not come to an answer.
+_LEAD_CHAR: Final = r'([^"\\<\x00-\x1f\x7f]|\\["\\n])'
 # What an answer may begin with, so that stripping markup leaves something.
 _ANSWER_START: Final = r"([0-9A-Za-z(+\-]|\\\\[A-Za-z])"
 _ANSWER_CHAR: Final = r'([^"\\\x00-\x1f\x7f]|\\["\\])'
@@ -41,7 +43,7 @@ def event_grammar(
     phase: str = "graph",
     marks: Marks = DEFAULT,
     shape: PlanShape = PLAIN_SHAPE,
-    max_answer_chars: int = 1200,
+    max_answer_chars: int = 300,
     max_work_lines: int = 40,
 ) -> str:
     """The Lark grammar of what a node may write in ``phase``.
@@ -72,7 +74,8 @@ def event_grammar(
         body = "answer"
         rules += [
             'answer: "{\\"type\\":\\"atomic\\",\\"answer\\":" ANSWER "}" ("\\n{\\"type\\":\\"done\\"}")?',
-            f'ANSWER: /"({_CHAR}{{0,{max_answer_chars}}}( |\\\\n))?FINAL: {_ANSWER_START}{_ANSWER_CHAR}{{0,120}}"/',
+            f'ANSWER: /"({_LEAD_CHAR}{{0,{max_answer_chars}}}( |\\\\n))?'
+            f'FINAL: {_ANSWER_START}{_ANSWER_CHAR}{{0,120}}"/',
             f"WORK: /{_work_char(marks)}{{0,300}}\\n/",
         ]
     if splits:

@@ -184,6 +184,7 @@ def test_what_a_model_should_write_is_allowed(
         ("continuation", '{"type":"atomic"}'),
         ("continuation", '{"type":"atomic","answer":"no final"'),
         ("continuation", '{"type":"atomic","answer":"FINAL: "'),
+        ("continuation", '{"type":"atomic","answer":"7 FINAL: <answer>'),
         ("continuation", 'so {"type":"done"}'),
         ("continuation", "<think>"),
         ("continuation", "so <thin"),
