@@ -75,10 +75,10 @@ class RangeRemover(ast.NodeTransformer):
 
 
 def _is_range(expression: ast.expr) -> bool:
-    """``x.ranges(...)`` or ``x.ranges.step(...)``."""
+    """``x.ranges(...)`` or ``x.ranges.step(...)``, also by the name ``_ranges``."""
     if not isinstance(expression, ast.Call):
         return False
-    return any(isinstance(n, ast.Attribute) and n.attr == "ranges" for n in ast.walk(expression.func))
+    return any(isinstance(n, ast.Attribute) and n.attr in ("ranges", "_ranges") for n in ast.walk(expression.func))
 
 
 def methods_without_ranges(modules: Sequence[ModuleType]) -> list[Method]:

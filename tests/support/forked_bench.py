@@ -21,10 +21,10 @@ from typing import Any, cast
 
 import torch
 
-from rrm_engine.backends import local
 from rrm_engine.device import memory
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
+from rrm_engine.loading import engines
 from rrm_engine.models.attention import PagedForward
 from rrm_engine.runs import directory
 from rrm_engine.runs.directory import RunDir
@@ -207,7 +207,7 @@ def overlook_limits() -> None:
 
 def let_allocations_fail() -> None:
     """An allocation that fails is not turned into a sentence."""
-    local.refuse_out_of_memory = lambda sentence: nullcontext()  # type: ignore[assignment, return-value]
+    engines.refuse_out_of_memory = lambda sentence: nullcontext()  # type: ignore[assignment, return-value]
 
 
 def write_rows_before_events() -> None:

@@ -79,10 +79,14 @@ async def returned_ids(replica: Replica, model: str, prompt: list[int]) -> tuple
     return ids, str(getattr(choice, "text", ""))
 
 
+class Refusal(str):
+    """What a server says against a request; an answer may be a text too."""
+
+
 async def takes(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> str | None:
     """Whether a request with ``options`` in its body is taken: None, or what the server says against it."""
     answer = await _answer(replica, create, options, **base)
-    if isinstance(answer, str):
+    if isinstance(answer, Refusal):
         return answer
     if base.get("stream"):
         await answer.close()
@@ -103,7 +107,7 @@ async def keeps_to(replica: Replica, create: Any, options: dict[str, Any], **bas
 async def prompt_tokens(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> int | str | None:
     """How many tokens the server counts in a prompt, None if it does not say; or what it says against ``options``."""
     answer = await _answer(replica, create, options, **base)
-    if isinstance(answer, str):
+    if isinstance(answer, Refusal):
         return answer
     count = getattr(getattr(answer, "usage", None), "prompt_tokens", None)
     return count if type(count) is int else None
@@ -115,7 +119,7 @@ async def _answer(replica: Replica, create: Any, options: dict[str, Any], **base
         return await create(**base, extra_body=options)
     except openai.APIStatusError as error:
         if error.status_code in UNSUPPORTED and not isinstance(fault_of(error), TooLong):
-            return str(fault_of(error))
+            return Refusal(fault_of(error))
         raise RrmError(f"--base-urls {replica.name}: {fault_of(error)}") from error
     except Exception as error:
         raise RrmError(f"--base-urls {replica.name}: {fault_of(error)}") from error
