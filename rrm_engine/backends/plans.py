@@ -1,7 +1,7 @@
 """How the phases of a run decode."""
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rrm_engine.engine.sampler import SamplingParams
@@ -34,5 +34,5 @@ class PhasePlan:
         """How the phase decodes, for the trace (see `Started`), so that its tokens can be drawn again."""
         constrained = None
         if self.matcher is not None and grammar is not None:
-            constrained = Constraint(*grammar, self.thought, *astuple(self.shape))
+            constrained = Constraint(*grammar, self.thought, **asdict(self.shape))
         return {"sampling": self.sampling.settings(), "grammar": constrained, "budget": self.budget}

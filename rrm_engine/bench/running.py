@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from rrm_engine.graph.paths import ROOT, NodePath
 from rrm_engine.legible import legible, legible_key
 from rrm_engine.runs.events import Cancelled, Concluded, Finished, JobBegan, Paused, Resumed, Started
+from rrm_engine.runs.timeline import NAMES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-DOING = {"graph": "plans", "solver": "solves", "direct": "solves", "continuation": "combines"}  # by phase
 ANSWER = 24  # characters of an answer that are shown
 
 
@@ -71,14 +72,14 @@ class RunningRows:
 def _tell(nodes: dict[str, _Node], kind: str, event: dict[str, Any], now: float) -> None:
     path = event["node"]
     if kind == Started.EVENT:
-        parts = path.replace("!", ".").split(".")
-        nodes[path] = _Node(parts[-1], len(parts) - 1, DOING[event["phase"]], now)
+        above = nodes.get(_above(path))
+        nodes[path] = _Node(NodePath(path).id, above.depth + 1 if above else 0, _doing(event), now)
         return
     node = nodes.get(path)
     if node is None:
         return
     if kind == Resumed.EVENT:
-        node.doing, node.since = DOING[event["phase"]], now
+        node.doing, node.since = _doing(event), now
     elif kind == Paused.EVENT and event["reason"] == "await":
         node.doing, node.since = "waits", now
     elif kind == Concluded.EVENT:
@@ -86,6 +87,10 @@ def _tell(nodes: dict[str, _Node], kind: str, event: dict[str, Any], now: float)
         node.doing, node.since, node.over = (f"found {answer}" if event["ok"] else "failed"), now, True
     elif kind == Cancelled.EVENT:
         node.doing, node.since, node.over = "was given up", now, True
+
+
+def _doing(begun: dict[str, Any]) -> str:
+    return f"{NAMES[begun['phase']]}s"
 
 
 def _tree(key: str, job: _Job, now: float) -> Iterator[tuple[str, bool]]:
@@ -101,11 +106,15 @@ def _in_order(nodes: dict[str, _Node]) -> list[str]:
     """Every node under its parent, siblings in the order in which they started."""
     children: dict[str, list[str]] = {}
     for path in nodes:
-        parent = max(path.rfind("."), path.rfind("!"))
-        children.setdefault(path[:parent] if parent > 0 else "", []).append(path)
+        children.setdefault(_above(path), []).append(path)
     found, waiting = list[str](), children.get("", [])[::-1]
     while waiting:
         path = waiting.pop()
         found.append(path)
         waiting += children.get(path, [])[::-1]
     return found
+
+
+def _above(path: str) -> str:
+    """The node under which one is shown; "" for the root."""
+    return NodePath(path).parent or ("" if path == ROOT else ROOT)

@@ -52,7 +52,8 @@ Concluding
     * Without any of it the node fails, which is a conclusion too, with ``ok=False``, for the nodes that wait
       for it.
     * Under ``solves_afresh`` a root that would turn from GRAPH into SOLVER ends instead, and one DIRECT node at
-      ``root!direct`` (no child id holds a ``!``) solves its task: the run is ATOMIC.
+      ``root!direct`` (no child id holds a ``!``) solves its task: the run is ATOMIC. As in a direct run, what that
+      node wrote is the answer, also where a limit cut it off.
     * A root that fails is replaced by such a node too, the fallback. Events of either are not heeded. If that
       node fails too, the run is INVALID, or FAILED where either ended in an error.
 
@@ -201,7 +202,7 @@ class GraphMachine:
     def _end(self, node: Node, reason: EndReason, text: str) -> None:
         if reason in (EndReason.EOS, EndReason.LENGTH) and self._owes_await(node):
             self._await_rest(node)
-        elif reason is EndReason.EOS:
+        elif reason is EndReason.EOS or (node is not self._root and self._is_whole and reason is not EndReason.ERROR):
             self._conclude_with(node, text)
         elif (final := extract_final(text)) is not None:
             # Only the FINAL: text that was cut off is often one sentence repeated until the budget was spent.
@@ -388,6 +389,11 @@ class GraphMachine:
             erred = EndReason.ERROR in (node.end, self._root.end)
             self._finish(Status.FAILED if erred else Status.INVALID, error=conclusion.answer)
 
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the root has left its task, as a whole, to a direct node."""
+        return self.finished is None and self._root.conclusion is not None and self._root.conclusion.ok
+
     def _solve_directly(self) -> None:
         root = self._root
         direct = self._register(self._new_node(NodePath(f"{root.path}!direct"), f"{root.id}!direct", root.task))
@@ -395,7 +401,7 @@ class GraphMachine:
         self._enqueue(direct, NodeState.READY)
 
     def _status(self, node: Node) -> Status:
-        if node is not self._root and not (self._root.conclusion and self._root.conclusion.ok):
+        if node is not self._root and not self._is_whole:
             return Status.FALLBACK
         return Status.GRAPH if any(c.started for c in node.children.values()) else Status.ATOMIC
 

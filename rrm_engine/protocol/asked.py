@@ -7,6 +7,9 @@ from typing import Final, Protocol
 MOST_CHARS: Final = 200
 SHORT: Final = 40  # characters of a result that can stand in a formula
 _NUMBER: Final = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+# Nothing that makes another value of the number: no second one, no letter at it, no sign, power, fraction or root.
+_PLAIN: Final = r"(?:(?!\bpi\b)[^\d\\^/*_+(){}\[\]|√π-])*"
+_WORDED: Final = re.compile(rf"{_PLAIN}(?<![A-Za-z])(?P<number>{_NUMBER.pattern})(?![A-Za-z]){_PLAIN}", re.IGNORECASE)
 _SENTENCE: Final = re.compile(r"(?<=[.?!])\s+(?=\S)")
 
 
@@ -47,8 +50,9 @@ def with_results(rule: str, results: Iterable[Result]) -> str:
 
 
 def _value(final: str) -> str:
-    numbers = _NUMBER.findall(final.rpartition("=")[2])
-    return str(numbers[0]).replace(",", "") if len(numbers) == 1 else final
+    """The only number of a result that is otherwise words, units or currency; else the result as it is."""
+    told = _WORDED.fullmatch(final.rpartition("=")[2].replace("\\%", "%").replace("\\$", "$"))
+    return told["number"].replace(",", "") if told else final
 
 
 def first_step(sum_: str) -> str:

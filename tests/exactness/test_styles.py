@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import STYLE, TASKS, Lab, Recorded, engine_of, recorded, wrong_tokens
+from lab import JOBS, STYLE, TASKS, Lab, Recorded, engine_of, recorded, wrong_tokens
 
 from rrm_engine.protocol.events import Malformed
 from rrm_engine.protocol.grammar import event_grammar
@@ -46,6 +46,26 @@ def test_a_node_that_cannot_split_is_a_direct_solve(lab: Lab, tmp_path: Path, ma
         alone = recorded(lab, [Job(str(i), task, "direct") for i, (task, _) in enumerate(solved)], **settings).ends()
         equal = [tokens == alone[f"{i}/direct/0:root"]["token_ids"] for i, (_, tokens) in enumerate(solved)]
         assert equal and (all(equal) if same else not any(equal))
+
+
+def test_a_task_that_stays_whole_is_a_direct_solve(lab: Lab, tmp_path: Path) -> None:
+    """Token for token; where the planner goes on itself it is not."""
+    for line, same in (("solves_afresh = true", True), ("", False)):
+        own = style(tmp_path, f"{line}\n{as_direct()}")
+        settings: dict[str, Any] = {"prompt_style": own, "temperature": 0.0, "max_sibling_width": 1}  # none can split
+        direct = recorded(lab, [Job(job.id, job.task, "direct") for job in JOBS], **settings).ends()
+        whole = recorded(lab, **settings)
+        ends = whole.ends()
+        node = "root!direct" if same else "root"
+        for job in JOBS:
+            alone, solved = direct[f"{job.id}/direct/0:root"], ends[f"{job.key}:{node}"]
+            assert (_last_phase(solved) == _last_phase(alone)) == same
+            assert whole.results[job.key].status == "atomic" or not same
+
+
+def _last_phase(end: dict[str, Any]) -> list[int]:
+    start, stop = end["sampled"][-1]
+    return list(end["token_ids"][start:stop])
 
 
 def test_direct_settings_hold_for_solver_children(lab: Lab, tmp_path: Path) -> None:

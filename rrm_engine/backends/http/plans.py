@@ -1,7 +1,7 @@
 """How the phases of a run are asked for."""
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rrm_engine.backends.http.wire import Ask
@@ -32,5 +32,5 @@ class Plan:
 
     def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
         """The phase's settings, for the trace."""
-        held = None if self.grammar is None or grammar is None else Constraint(*grammar, None, *astuple(self.shape))
+        held = None if self.grammar is None or grammar is None else Constraint(*grammar, **asdict(self.shape))
         return {"sampling": {**self.sampling, **self.extra}, "grammar": held, "budget": self.budget}

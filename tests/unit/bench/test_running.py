@@ -47,7 +47,7 @@ def test_a_tree_grows_and_is_gone_with_its_row() -> None:
         [top, "  root plans", "    a found 1\\x1b[2J", "    b solves"],
         [top, "  root waits", "    a found 1\\x1b[2J", "    b solves"],
         [top, "  root waits", "    a found 1\\x1b[2J", "    b found 2"],
-        [top, "  root combines", "    a found 1\\x1b[2J", "    b found 2"],
+        [top, "  root continues", "    a found 1\\x1b[2J", "    b found 2"],
         [top, "  root found 3", "    a found 1\\x1b[2J", "    b found 2"],
         [],
     ]
@@ -55,7 +55,7 @@ def test_a_tree_grows_and_is_gone_with_its_row() -> None:
 
 def test_the_fallback_stands_under_its_root() -> None:
     script = {"root": [Text([""], EndReason.EOS)], "root!direct": [Text(pieces("FINAL: 3"))]}
-    assert ["t/rrm/0", "  root failed", "    direct solves"] in shown(script)
+    assert ["t/rrm/0", "  root failed", "    root!direct solves"] in shown(script)
 
 
 def test_where_there_is_little_room_nodes_that_are_over_go_first() -> None:

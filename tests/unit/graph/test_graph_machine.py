@@ -114,6 +114,18 @@ class TestSolvesAfresh:
         m = started(solves_afresh=True)
         assert brief(m.on_event("root", Child("a", "The task"))) == ["stop root", "start root!direct"]
 
+    def test_what_it_wrote_is_the_answer_however_it_ends_as_in_a_direct_run(self) -> None:
+        for reason in (EndReason.EOS, EndReason.LENGTH, EndReason.CONTEXT):
+            m = started(solves_afresh=True)
+            m.on_event("root", Atomic(""))
+            assert m.on_end("root!direct", reason, "so far")[-1] == Finish(Status.ATOMIC, "so far")
+        m = started(solves_afresh=True)
+        m.on_event("root", Atomic(""))
+        assert brief(m.on_end("root!direct", EndReason.ERROR, "so far"))[-1] == "finish failed"
+        fallback = started(solves_afresh=True)
+        fallback.on_end("root", EndReason.EOS, "")
+        assert brief(fallback.on_end("root!direct", EndReason.LENGTH, "so far"))[-1] == "finish invalid"
+
     def test_without_an_answer_the_run_is_invalid(self) -> None:
         m = started(solves_afresh=True)
         m.on_event("root", Atomic(""))

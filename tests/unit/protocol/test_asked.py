@@ -48,6 +48,18 @@ def test_results_take_the_places_of_ids(rule: str, found: str) -> None:
         ("2 of 3", "2 of 3"),
         ("x + 1/2", "x + 1/2"),
         ("blue", "blue"),
+        ("Beth has 12 eggs.", "12"),
+        ("36.67\\%", "36.67"),
+        ("\\$6,250", "6250"),
+        ("\\sqrt{2}", "\\sqrt{2}"),
+        ("2\\pi", "2\\pi"),
+        ("2 pi", "2 pi"),
+        ("3x", "3x"),
+        ("point P2", "point P2"),
+        ("\\pi/4", "\\pi/4"),
+        ("2^n", "2^n"),
+        ("1.2.3", "1.2.3"),
+        ("(5)", "(5)"),
     ],
 )
 def test_of_a_result_in_words_its_only_number_counts(final: str, value: str) -> None:

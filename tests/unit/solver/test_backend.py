@@ -64,6 +64,20 @@ def test_a_graph_of_dependent_children(size: int) -> None:
     assert events[-1]["event"] == "finish" and events[-1]["events"] == len(events)
 
 
+def test_who_solves_a_part_by_reference_sees_the_whole_problem() -> None:
+    plan = "Parts: 2\n" + child("c1", "question (1)") + child("c2", "question (2)") + AWAIT
+    script = {"root": [Text(pieces(plan)), *answer("3")], "root.c1": answer("1"), "root.c2": answer("2")}
+    backend = Scripted({"t": script})
+    results, _ = solve(backend, [JOB], style="by-reference", max_depth=1)
+    assert (results["t"].status, results["t"].repairs) == ("graph", {})
+    system, user = backend.sessions[0].nodes["root.c2"].said[:2]
+    assert JOB.task in user[1] and "Solve only question (2)" in user[1]
+    alone = Scripted({"t": {"root": answer("3")}})
+    solve(alone, [Job("t", JOB.task, "direct")], style="by-reference")
+    assert alone.sessions[0].nodes["root"].said[0] == system
+    assert "Solve only" not in alone.sessions[0].nodes["root"].said[1][1]
+
+
 def test_siblings_with_one_task_are_one_node_that_is_told_under_both_ids() -> None:
     plan = child("a", "Find one.") + child("late", "uses b", "b", "a") + child("b", "find  one") + AWAIT
     backend = Scripted(
