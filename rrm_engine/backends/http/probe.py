@@ -94,7 +94,7 @@ async def takes(replica: Replica, create: Any, options: dict[str, Any], **base: 
 
 
 async def keeps_to(replica: Replica, create: Any, options: dict[str, Any], **base: Any) -> bool:
-    """Whether an answer under a grammar of one word, which nobody says by himself, is that word."""
+    """Whether an answer under a grammar of one word, which no model writes by itself, is that word."""
     base |= {name: WORD_TOKENS for name in ("max_tokens", "max_completion_tokens") if name in base}
     grammar = {"grammar": f'start: "{WORD}"'}
     answer = await _answer(replica, create, {**options, "structured_outputs": grammar}, **base)
