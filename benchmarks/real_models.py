@@ -74,6 +74,8 @@ from rrm_engine.bench.summary import wilson
 from rrm_engine.bench.tasks import Task, TaskSet
 from rrm_engine.config import RunConfig
 from rrm_engine.loading.prepare import LoadedModel, load_model
+from rrm_engine.protocol.asked import value_of
+from rrm_engine.protocol.style import final_of
 from rrm_engine.runs.directory import RunDir
 from rrm_engine.runs.events import Cancelled, Concluded
 from rrm_engine.runs.reader import RecordedJob, read_jobs
@@ -223,7 +225,7 @@ def _found(parts: Sequence[str], texts: Sequence[str], split: bool) -> int:
     left = list(texts)
     count = 0
     for part in parts:
-        match = next((text for text in left if grade(text, part)), None)
+        match = next((text for text in left if grade(text, part) or grade(value_of(final_of(text)), part)), None)
         if match is not None:
             left.remove(match)
             count += 1

@@ -45,11 +45,11 @@ def with_results(rule: str, results: Iterable[Result]) -> str:
 
     Of a result with words or units around its only number that number stands there.
     """
-    known = {one.id: value for one in results if one.ok and 0 < len(value := _value(one.final)) <= SHORT}
+    known = {one.id: value for one in results if one.ok and 0 < len(value := value_of(one.final)) <= SHORT}
     return re.sub(r"\w+", lambda word: known.get(word[0], word[0]), rule)
 
 
-def _value(final: str) -> str:
+def value_of(final: str) -> str:
     """The only number of a result that is otherwise words, units or currency; else the result as it is."""
     told = _WORDED.fullmatch(final.rpartition("=")[2].replace("\\%", "%").replace("\\$", "$"))
     return told["number"].replace(",", "") if told else final
