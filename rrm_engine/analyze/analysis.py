@@ -8,7 +8,7 @@ from typing import Any
 
 from rrm_engine.analyze import batch, contrast, controls, figures
 from rrm_engine.bench.summary import kv_figures
-from rrm_engine.runs.arms import Arm, Run, Sample
+from rrm_engine.runs.arms import Arm, Run, Sample, matched
 from rrm_engine.runs.trust import RECURSIVE, Trust
 
 FORMAT = 1
@@ -53,6 +53,8 @@ def arm_figures(arm: Arm) -> dict[str, Any]:
         "cautions": arm.cautions,
         "drafted": drafted(arm),
         "modes": {mode: figures.mode_figures(arm.of_mode(mode)) for mode in arm.modes},
+        "direct_of": arm.lender.name if arm.lender else None,
+        "compared_with": arm.compared_with,
         "direct_and_recursive": contrast.direct_and_recursive(arm),
         "shape": figures.shape(arm.of_mode(RECURSIVE)),
         "controls": controls.controls(arm),
@@ -88,11 +90,14 @@ def about_run(run: Run) -> dict[str, Any]:
 
 
 def comparison(one: Arm, other: Arm) -> dict[str, Any]:
-    """Two arms on the same problems, by mode: first is ``one``, second is ``other``."""
-    pairs = {mode: contrast.matched(one, other, mode) for mode in one.modes if mode in other.modes}
+    """Two arms on the same problems, by mode: first is ``one``, second is ``other``. ``lent``: the direct rows of one
+    are also those that the other's recursive ones are compared with."""
+    both = [mode for mode in one.modes if mode in other.modes]
+    pairs = {mode: matched(one.of_mode(mode), other.of_mode(mode)) for mode in both}
     return {
         "first": one.name,
         "second": other.name,
+        "lent": one.lender is other or other.lender is one,
         "drafted": drafted(one) or drafted(other),
         "modes": {mode: contrast.contrast(found) for mode, found in pairs.items()},
     }

@@ -43,26 +43,12 @@ FORMULAS = {
 
 def direct_and_recursive(arm: Arm) -> dict[str, Any]:
     """An arm's recursive rows against its direct ones: first is direct, second is recursive."""
-    pairs = arm.paired
+    pairs, unlike = arm.paired, arm.unlike
     return {
         "all": contrast(pairs),
-        "headline": contrast([pair for pair in pairs if is_headline(pair[0].row, pair[1].row)]),
+        "headline": contrast([pair for pair in pairs if is_headline(pair[0].row, pair[1].row, unlike)]),
         "atomic": contrast([pair for pair in pairs if pair[1].row["status"] == "atomic"]),
     }
-
-
-def matched(first: Arm, second: Arm, mode: str) -> list[Pair]:
-    """Samples of both arms on the same problems: those of the same seed and number, else in the order of these."""
-    one, other = _by_problem(first.of_mode(mode)), _by_problem(second.of_mode(mode))
-    same_draws = any(set(one[problem]) & set(other[problem]) for problem in one.keys() & other.keys())
-    pairs: list[Pair] = []
-    for problem in one:
-        left, right = one[problem], other.get(problem, {})
-        if same_draws:
-            pairs += [(left[draw], right[draw]) for draw in left if draw in right]
-        else:
-            pairs += zip((left[d] for d in sorted(left)), (right[d] for d in sorted(right)), strict=False)
-    return pairs
 
 
 def contrast(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -155,13 +141,6 @@ def _both(pairs: Sequence[Pair], first: str, second: str) -> Any:
         for side, name in ((0, first), (1, second))
     ]
     return np.stack(sides, axis=-1)
-
-
-def _by_problem(samples: Iterable[Sample]) -> dict[Any, dict[Any, Sample]]:
-    found: dict[Any, dict[Any, Sample]] = defaultdict(dict)
-    for sample in samples:
-        found[sample.problem][sample.draw] = sample
-    return found
 
 
 def _positive(row: Row, name: str) -> bool:

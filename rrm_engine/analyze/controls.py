@@ -15,7 +15,7 @@ from typing import Any
 from rrm_engine.analyze.statistics import median, share, share_interval
 from rrm_engine.bench.grading import stated
 from rrm_engine.runs.arms import Arm, Problem, Sample
-from rrm_engine.runs.trust import DIRECT, RECURSIVE, ran_to_end
+from rrm_engine.runs.trust import RECURSIVE, ran_to_end
 
 MOST_SUBSETS = 1000  # that are all counted; of more, as many are drawn
 FORMULAS = {
@@ -28,7 +28,7 @@ FORMULAS = {
 
 def controls(arm: Arm) -> dict[str, Any] | None:
     """Both controls of an arm that has graded rows of both modes; None of others."""
-    direct, recursive = (_by_problem(arm.of_mode(mode)) for mode in (DIRECT, RECURSIVE))
+    direct, recursive = _by_problem(arm.direct), _by_problem(arm.of_mode(RECURSIVE))
     both = sorted(direct.keys() & recursive.keys())
     if not both:
         return None

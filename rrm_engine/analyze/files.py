@@ -51,7 +51,12 @@ def _modes(document: Figures) -> Iterator[Figures]:
 def _ratios(document: Figures) -> Iterator[Figures]:
     for arm in document["arms"]:
         for name, figures in arm["direct_and_recursive"].items():
-            yield {"first": f"{arm['name']}: direct", "second": f"{arm['name']}: rrm", "pairs": name, **_flat(figures)}
+            yield {
+                "first": f"{arm['direct_of'] or arm['name']}: direct",
+                "second": f"{arm['name']}: rrm",
+                "pairs": name,
+                **_flat(figures),
+            }
     for found in document["comparisons"]:
         for mode, figures in found["modes"].items():
             yield {"first": found["first"], "second": found["second"], "pairs": mode, **_flat(figures)}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Figures = dict[str, Any]
 SHOWN_ROWS = 200
+SHOWN_RUNS = 5  # of an arm
 NAMES = {DIRECT: "direct", RECURSIVE: "recursive"}
 POPULATIONS = {"all": "all", "headline": "headline", "atomic": "did not split"}
 RATIO_FORMULAS = ("median", "geometric_mean", "of_sums", "tokens_per_s_ratio", "ci95")
@@ -22,6 +23,8 @@ RATIO_FORMULAS = ("median", "geometric_mean", "of_sums", "tokens_per_s_ratio", "
 def print_report(console: "Console", document: Figures, rows: bool = False) -> None:
     """All tables; with ``rows`` every row's label and reason."""
     arms, formulas = document["arms"], document["formulas"]
+    if len(arms) > 1:
+        _arms(console, arms)
     for part in (_modes, _ratios, _shape, _batch, _servers, _controls, _labels):
         part(console, arms, formulas)
     for found in document["comparisons"]:
@@ -30,7 +33,17 @@ def print_report(console: "Console", document: Figures, rows: bool = False) -> N
         for caution in arm["cautions"]:
             _line(console, f"Caution: {arm['name']}: {caution}.")
     if rows:
-        _rows(console, document["rows"])
+        _rows(console, arms, document["rows"])
+
+
+def _arms(console: "Console", arms: Sequence[Figures]) -> None:
+    """What the arms' numbers in the tables stand for."""
+    for arm in arms:
+        runs = [legible(run["path"]) for run in arm["runs"]]
+        more = f" and {len(runs) - SHOWN_RUNS:,} more" if len(runs) > SHOWN_RUNS else ""
+        name = "" if [arm["name"]] == runs else f"{arm['name']}: "
+        _line(console, f"Arm {_number(arms, arm)}: {name}{', '.join(runs[:SHOWN_RUNS])}{more}")
+    console.print()
 
 
 def _modes(console: "Console", arms: Sequence[Figures], formulas: Figures) -> None:
@@ -79,13 +92,18 @@ def _ratios(console: "Console", arms: Sequence[Figures], formulas: Figures) -> N
         if figures["n"]:
             about = f"{arm['name']}: " if len(arms) > 1 else ""
             _line(console, about + sentence(figures, "direct", "recursive"))
+            if arm["compared_with"]:
+                _line(console, f"{about}{arm['compared_with']}.")
     _formulas(console, formulas, RATIO_FORMULAS)
 
 
 def _comparison(console: "Console", found: Figures, formulas: Figures) -> None:
     modes = {mode: figures for mode, figures in found["modes"].items() if figures["n"]}
     if not modes:
-        _line(console, f"{found['first']} and {found['second']} have no problem in common.")
+        if not found["lent"]:
+            _line(
+                console, f"{found['first']} and {found['second']} have no problem in common that both ran in one mode."
+            )
         return
     table = _table(f"{found['first']} over {found['second']}", "pairs", "of")
     _add_ratios(table, [([NAMES[mode]], figures) for mode, figures in modes.items()], found["drafted"])
@@ -150,7 +168,7 @@ def _batch(console: "Console", arms: Sequence[Figures], formulas: Figures) -> No
         return
     table = _table("What nodes did with their time", *_of_arm(arms))
     for head in ("at work", "idle parents", "queued", "longest", "nodes", "cancelled", "no use", "tokens"):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=" " not in head, min_width=len(head.split()[-1]))
     for arm in shown:
         b, use = arm["batch"], arm["batch"]["recursive"]
         cells = [
@@ -238,18 +256,18 @@ def _labels(console: "Console", arms: Sequence[Figures], formulas: Figures) -> N
     _line(console, "Why a row has its label: --rows, or rows.csv of --out.")
 
 
-def _rows(console: "Console", rows: Sequence[Figures]) -> None:
-    table = _table("Rows", "row")
+def _rows(console: "Console", arms: Sequence[Figures], rows: Sequence[Figures]) -> None:
+    from rich.text import Text
+
+    table = _table("Rows", *_of_arm(arms), "row")
     table.add_column("label", no_wrap=True)
     table.add_column("to answer", justify="right", no_wrap=True)
     table.add_column("why")
-    several = len({row["arm"] for row in rows}) > 1
-    from rich.text import Text
-
+    by_name = {arm["name"]: arm for arm in arms}
     for row in rows[:SHOWN_ROWS]:
         key = f"{row['id']}/{row['mode']}/{row['sample']}" + (f" seed {row['seed']}" if row["seed"] else "")
-        name = f"{row['arm']}: {legible_key(key)}" if several else legible_key(key)
-        table.add_row(Text(name), row["label"], seconds(row["latency_s"]), Text(legible(row["reason"], 200)))
+        cells = [Text(legible_key(key)), row["label"], seconds(row["latency_s"]), Text(legible(row["reason"], 200))]
+        table.add_row(*_of_arm(arms, by_name[row["arm"]]), *cells)
     console.print(table)
     if len(rows) > SHOWN_ROWS:
         _line(console, f"... and {plural(len(rows) - SHOWN_ROWS, 'row')} more: see rows.csv of --out.")
@@ -266,10 +284,10 @@ def _table(title: str, *columns: str) -> "Table":
         title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, 1),
+        padding=(0, 1, 0, 0),
     )
     for name in columns:
-        table.add_column(name, justify="right" if name == "n" else "left", overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "arm")
     return table
 
 
@@ -284,12 +302,15 @@ def _line(console: "Console", text: str) -> None:
 
 
 def _of_arm(arms: Sequence[Figures], arm: Figures | None = None) -> list[Any]:
-    """The head of the arms' column, or what stands in it for ``arm``; nothing where there is only one arm."""
-    from rich.text import Text
-
+    """The head of the arms' column, or what stands in it for ``arm``: its number, for names would fill the table;
+    nothing where there is only one arm."""
     if len(arms) == 1:
         return []
-    return ["arm"] if arm is None else [Text(arm["name"])]
+    return ["arm"] if arm is None else [str(_number(arms, arm))]
+
+
+def _number(arms: Sequence[Figures], arm: Figures) -> int:
+    return next(number for number, other in enumerate(arms, 1) if other is arm)
 
 
 def _times(ratio: float | None) -> str:

@@ -1,7 +1,7 @@
 """What the page is made of, as one plain document: the analysis, each problem with its two rows, their origin."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ def document(arms: Sequence[Arm], longest: int, decode: bool = False) -> Figures
     strings = Strings(longest)
     runs = [run for arm in arms for run in arm.runs]
     traces = {id(run): _Traces(run, decode) for run in runs}
-    entries = [entry for number, arm in enumerate(arms) for entry in _entries(number, arm, strings, traces)]
+    lent = {id(direct.row) for arm in arms if arm.lender for direct, _ in arm.paired}
+    entries = [entry for number in range(len(arms)) for entry in _entries(number, arms, lent, strings, traces)]
     figures = analyse(arms)
     del figures["rows"]
     for arm in figures["arms"]:
@@ -70,24 +71,31 @@ class _Traces:
         return self.problem or self.incomplete.get(key, "its events are not there")
 
 
-def _entries(number: int, arm: Arm, strings: Strings, traces: dict[int, _Traces]) -> Iterator[Figures]:
-    """A problem's direct and recursive row of one draw, in the order of the rows."""
-    found: dict[Any, dict[str, Sample]] = {}
+def _entries(
+    number: int, arms: Sequence[Arm], lent: Collection[int], strings: Strings, traces: dict[int, _Traces]
+) -> Iterator[Figures]:
+    """A problem's direct and recursive row, in the order of the arm's rows. Direct rows that stand beside another arm's
+    recursive ones (``lent``, by identity) are no entry of their own."""
+    arm = arms[number]
+    partners = {id(one.row): other for pair in arm.paired for one, other in (pair, pair[::-1])}
+    done: set[int] = set()
     for sample in arm.samples:
-        found.setdefault((sample.problem, sample.draw), {})[sample.mode] = sample
-    for both in found.values():
+        partner = partners.get(id(sample.row))
+        if id(sample.row) in done or (partner is None and id(sample.row) in lent):
+            continue
+        both = {s.mode: s for s in (sample, partner) if s}
+        done |= {id(s.row) for s in both.values()}
         direct, recursive = both.get(DIRECT), both.get(RECURSIVE)
-        one = recursive or direct
-        assert one is not None
-        judged = trust(one.row, direct.row if direct else None)
+        judged = trust((recursive or sample).row, direct.row if direct else None, arm.unlike)
         timed = direct and recursive and has_time(direct.row) and has_time(recursive.row)
         yield {
             "arm": number,
-            "id": one.row["id"],
-            "task": one.task,
-            "expected": one.row["expected"],
-            "seed": one.run.seed,
-            "sample": one.row["sample"],
+            "direct_arm": arms.index(arm.lender) if arm.lender and direct and recursive else number,
+            "id": sample.row["id"],
+            "task": sample.task,
+            "expected": sample.row["expected"],
+            "seed": (recursive or sample).run.seed,
+            "sample": (recursive or sample).row["sample"],
             "label": str(judged.label),
             "marks": list(map(str, judged.marks)),
             "reason": judged.reason,

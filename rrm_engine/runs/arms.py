@@ -3,9 +3,13 @@
 Two runs are one arm if they have the same tasks and the same settings but for seed, share of the tasks and modes, and
 no row in common. So the shards of one task set become one arm, runs of other seeds are further samples of it, and a run
 that was made twice is two arms that can be compared.
+
+Recursive rows are compared with direct ones of the same problems: their own arm's, or, where it has none, those of the
+arm that is most like it. What that one was run with otherwise is said wherever the comparison is.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +24,11 @@ from rrm_engine.runs.trust import DIRECT, RECURSIVE, Trust, trust
 
 MAY_DIFFER = ("seed", "limit", "shard", "modes")  # within an arm
 NAMED = 3  # settings in an arm's name
+TELLING = ("model", "dtype", "device", "backend")  # where these differ, times and answers say nothing of recursion
 
 Problem = tuple[str, str]  # id and task: two task sets may use one id for different ones
 Draw = tuple[int, int]  # the run's seed and the sample
+Difference = tuple[Any, Any]  # of a setting: what one arm has, what the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +95,15 @@ class Sample:
 
 @dataclass(slots=True)
 class Arm:
-    """The samples of one set of settings. ``settings`` are those by which it differs from the other arms."""
+    """The samples of one set of settings. ``settings`` are those by which it differs from the other arms.
+
+    ``lender`` is the arm whose direct samples its recursive ones are compared with, if not its own.
+    """
 
     runs: list[Run]
     name: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    lender: "Arm | None" = None
 
     @property
     def samples(self) -> list[Sample]:
@@ -108,16 +118,43 @@ class Arm:
         return [mode for mode in (DIRECT, RECURSIVE) if mode in there]
 
     @property
+    def direct(self) -> list[Sample]:
+        """The direct samples that its recursive ones are compared with."""
+        return (self.lender or self).of_mode(DIRECT)
+
+    @property
     def paired(self) -> list[tuple[Sample, Sample]]:
-        """Direct and recursive samples of the same problem, seed and sample number."""
-        direct = {(s.problem, s.draw): s for s in self.of_mode(DIRECT)}
-        return [(direct[key], s) for s in self.of_mode(RECURSIVE) if (key := (s.problem, s.draw)) in direct]
+        """Direct and recursive samples of the same problem: see `matched`."""
+        return matched(self.direct, self.of_mode(RECURSIVE))
 
     @property
     def trusted(self) -> list[tuple[Sample, Trust]]:
         """Every sample with its label."""
-        direct = {(s.problem, s.draw): s.row for s in self.of_mode(DIRECT)}
-        return [(s, trust(s.row, direct.get((s.problem, s.draw)))) for s in self.samples]
+        direct, unlike = {id(second.row): first.row for first, second in self.paired}, self.unlike
+        return [(s, trust(s.row, direct.get(id(s.row)), unlike)) for s in self.samples]
+
+    @property
+    def differences(self) -> dict[str, Difference]:
+        """What the direct samples were run with, and what the recursive ones, where these are not the same."""
+        found = differences(self.lender, self) if self.lender else {}
+        seeds = [(first.run.seed, second.run.seed) for first, second in self.paired]
+        other = next((both for both in seeds if both[0] != both[1]), None)
+        return found | ({"seed": other} if other else {})
+
+    @property
+    def unlike(self) -> list[str]:
+        """Of the differences those that keep its pairs from showing what recursion gains."""
+        return [name for name in self.differences if name in TELLING]
+
+    @property
+    def compared_with(self) -> str | None:
+        """What its recursive samples are compared with, in words; None if that goes without saying."""
+        found = self.differences
+        if self.lender is None and not found:
+            return None
+        told = [legible(f"{name.replace('_', '-')} {one} (here {own})") for name, (one, own) in found.items()]
+        whose = f"the direct rows of {self.lender.name}" if self.lender else "direct rows of another draw"
+        return f"compared with {whose}: {', '.join(told) or 'the same settings'}"
 
     @property
     def cautions(self) -> list[str]:
@@ -155,7 +192,55 @@ def arms(runs: Sequence[Run]) -> list[Arm]:
         else:
             arm.runs.append(run)
     _name(found)
+    for arm in found:
+        if arm.of_mode(RECURSIVE) and not arm.paired:
+            arm.lender = _lender(arm, found)
     return found
+
+
+def matched(first: Sequence[Sample], second: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
+    """Samples of the same problems: those of the same seed and number, else, if none is, in the order of these."""
+    one, other = _by_problem(first), _by_problem(second)
+    same_draws = any(set(one[problem]) & set(other[problem]) for problem in one.keys() & other.keys())
+    pairs: list[tuple[Sample, Sample]] = []
+    for problem in one:
+        left, right = one[problem], other.get(problem, {})
+        if same_draws:
+            pairs += [(left[draw], right[draw]) for draw in left if draw in right]
+        else:
+            pairs += zip((left[d] for d in sorted(left)), (right[d] for d in sorted(right)), strict=False)
+    return pairs
+
+
+def differences(one: Arm, other: Arm) -> dict[str, Difference]:
+    """Settings, and the task set's name, by which two arms differ."""
+    first, second = _settings(one), _settings(other)
+    names = dict.fromkeys((*first, *second))
+    return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
+
+
+def _by_problem(samples: Iterable[Sample]) -> dict[Problem, dict[Draw, Sample]]:
+    found: dict[Problem, dict[Draw, Sample]] = defaultdict(dict)
+    for sample in samples:
+        found[sample.problem][sample.draw] = sample
+    return found
+
+
+def _lender(arm: Arm, others: Iterable[Arm]) -> Arm | None:
+    """The arm that has direct samples of its problems and is most like it; of equals the one with most of them."""
+    recursive = arm.of_mode(RECURSIVE)
+
+    def unlikeness(other: Arm) -> tuple[int, int, int]:
+        differing = differences(other, arm)
+        telling = sum(name in differing for name in TELLING)
+        return telling, -len(matched(other.of_mode(DIRECT), recursive)), len(differing)
+
+    fit = [other for other in others if other is not arm and matched(other.of_mode(DIRECT), recursive)]
+    return min(fit, key=unlikeness, default=None)
+
+
+def _settings(arm: Arm) -> dict[str, Any]:
+    return {"tasks": arm.runs[0].manifest.tasks.name, **arm.runs[0].settings}
 
 
 def _belongs(run: Run, arm: Arm) -> bool:
@@ -171,7 +256,7 @@ def _keys(run: Run) -> set[tuple[Any, ...]]:
 
 def _name(found: list[Arm]) -> None:
     """By the settings that differ; by the directory where those are many, or none."""
-    settings = [{"tasks": arm.runs[0].manifest.tasks.name, **arm.runs[0].settings} for arm in found]
+    settings = list(map(_settings, found))
     names = dict.fromkeys(name for one in settings for name in one)
     differing = [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
     for arm, one in zip(found, settings, strict=True):

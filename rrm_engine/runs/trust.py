@@ -6,6 +6,7 @@ asked for, a repaired one was read more kindly than it was written.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -49,9 +50,10 @@ class Trust:
     reason: str
 
 
-def trust(row: Row, direct: Row | None = None) -> Trust:
-    """Judge a row; ``direct`` is the direct row of the same task and sample, if ``row`` is a recursive one."""
-    label, why = _of_direct(row) if row["mode"] == DIRECT else _of_recursive(row, direct)
+def trust(row: Row, direct: Row | None = None, unlike: Sequence[str] = ()) -> Trust:
+    """Judge a row; ``direct`` is the direct row of the same task and sample, if ``row`` is a recursive one, and
+    ``unlike`` names what else it was run with that forbids a comparison, such as another model."""
+    label, why = _of_direct(row) if row["mode"] == DIRECT else _of_recursive(row, direct, unlike)
     marks = {
         Mark.SPLICED: _spliced(row),
         Mark.CUT: _counted(row.get("cut"), "--"),
@@ -61,9 +63,9 @@ def trust(row: Row, direct: Row | None = None) -> Trust:
     return Trust(label, tuple(mark for mark, about in marks.items() if about), "; ".join(reasons))
 
 
-def is_headline(direct: Row, recursive: Row) -> bool:
+def is_headline(direct: Row, recursive: Row, unlike: Sequence[str] = ()) -> bool:
     """Whether recursive solving did what it is for: see `rrm_engine.bench.summary`."""
-    return trust(recursive, direct).label is Label.HEADLINE
+    return trust(recursive, direct, unlike).label is Label.HEADLINE
 
 
 def ran_to_end(row: Row) -> bool:
@@ -80,7 +82,7 @@ def _of_direct(row: Row) -> tuple[Label, str]:
     return _unusable(row) or _grade(row) or (Label.DIRECT, "right; recursive rows are compared with it")
 
 
-def _of_recursive(row: Row, direct: Row | None) -> tuple[Label, str]:
+def _of_recursive(row: Row, direct: Row | None, unlike: Sequence[str]) -> tuple[Label, str]:
     if found := _unusable(row):
         return found
     match row["status"]:
@@ -96,6 +98,8 @@ def _of_recursive(row: Row, direct: Row | None) -> tuple[Label, str]:
         return Label.NO_OVERLAP, "no node decoded beside one of its descendants"
     if direct is None:
         return Label.UNPAIRED, "there is no direct row of its task and sample"
+    if unlike:
+        return Label.UNPAIRED, f"the direct row of its task was run with another {' and another '.join(unlike)}"
     if not has_time(direct):
         return Label.UNPAIRED, "the direct row of its task and sample has no whole run's time"
     if not direct["correct"]:

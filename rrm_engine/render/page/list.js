@@ -36,14 +36,15 @@ function drawList() {
   const found = shownEntries();
   $("count").textContent = found.length === DATA.entries.length
     ? plural(found.length, "problem") : `${count(found.length)} of ${plural(DATA.entries.length, "problem")}`;
+  const mixed = new Set(DATA.entries.map((entry) => entry.arm)).size > 1;
   fill("entries", found.map(({ entry, index }) => {
-    const several = [DATA.arms.length > 1 && DATA.arms[entry.arm], entry.seed && `seed ${entry.seed}`, entry.sample && `sample ${entry.sample}`];
+    const several = [mixed && DATA.arms[entry.arm], entry.seed && `seed ${entry.seed}`, entry.sample && `sample ${entry.sample}`];
     const name = [legible(entry.id), ...several.filter(Boolean)].join(" · ");
     return el("li", {}, el("a", { href: address(index), "aria-current": String(index === state.entry), title: entry.reason },
       el("div", { class: "entry-head" }, el("b", {}, name),
         el("span", { class: `ratio ${entry.ratio >= 1 ? "good" : "bad"}` }, entry.ratio ? times(entry.ratio) : "")),
       el("div", {}, badge(entry.label), " ", entry.marks.map((mark) => [badge(mark, true), " "])),
-      el("div", { class: "entry-task" }, legible(entry.task.slice(0, 160)))));
+      el("div", { class: "entry-task" }, legible(entry.task.slice(0, 160).replace(/\s+/g, " ")))));
   }));
 }
 

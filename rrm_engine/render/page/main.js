@@ -4,13 +4,14 @@ let view = null; // what is drawn: {end, update(time)}
 
 function drawProblem() {
   const entry = DATA.entries[state.entry], ratio = entry.ratio;
+  const of = (arm) => (entry.arm === entry.direct_arm ? "" : ` · ${legible(DATA.arms[arm])}`);
   const speeds = [["fit", "in 8 s"], ["0.25", "0.25x"], ["1", "real time"], ["4", "4x"]];
   fill("main",
     el("h1", {}, legible(entry.id), entry.sample || entry.seed ? ` · sample ${entry.sample}${entry.seed ? `, seed ${entry.seed}` : ""}` : ""),
     el("p", {}, badge(entry.label), " ", entry.marks.map((mark) => [badge(mark, true), " "]), el("span", { class: "soft small" }, legible(entry.reason))),
     el("div", { class: "task" }, entry.task),
     entry.expected !== null ? el("p", { class: "small" }, "Expected: ", el("code", {}, legible(entry.expected))) : null,
-    el("div", { class: "sides" }, side("Direct", entry.direct), side("Recursive", entry.rrm, ratio)),
+    el("div", { class: "sides" }, side(`Direct${of(entry.direct_arm)}`, entry.direct), side(`Recursive${of(entry.arm)}`, entry.rrm, ratio)),
     el("div", { class: "controls" },
       el("button", { id: "play", type: "button", onclick: toggle }, "▶ Replay"),
       el("select", { id: "speed", "aria-label": "Speed", onchange: (event) => { state.speed = event.target.value; } },

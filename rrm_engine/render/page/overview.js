@@ -40,6 +40,7 @@ function drawOverview() {
         ratioRows(arm.direct_and_recursive[name]).map((cells, i) => of_arm(arm, [i ? "" : label, ...cells]))))),
     formulas("median", "geometric_mean", "of_sums", "tokens_per_s_ratio", "ci95"),
     arms.map((arm) => arm.direct_and_recursive.all.graded ? el("p", {}, several ? `${legible(arm.name)}: ` : "", agreement(arm.direct_and_recursive.all, "direct", "recursive")) : null),
+    arms.map((arm) => arm.compared_with ? el("p", {}, several ? `${legible(arm.name)}: ` : "", `${legible(arm.compared_with)}.`) : null),
     el("h2", {}, "What recursive rows did"),
     grid(head(["rows", "split", "95 %", "nodes", "width", "depth", "tokens / path", "overlap", "any two beside each other"]),
       arms.filter((arm) => arm.shape.n).map((arm) => {
@@ -55,7 +56,7 @@ function drawOverview() {
     arms.filter((arm) => arm.controls).map((arm) => { const p = arm.controls.one_at_a_time; return el("p", { class: "small" }, several ? `${legible(arm.name)}: ` : "",
       `path in tokens: direct ${count(p.direct)}, recursive ${count(p.recursive)}, recursive one node at a time ${count(p.one_at_a_time)}`); }),
     formulas("matched_tokens", "matched_path", "one_at_a_time"),
-    comparisons.map((found) => [
+    comparisons.filter((found) => Object.values(found.modes).some((f) => f.n)).map((found) => [
       el("h2", {}, `${legible(found.first)} over ${legible(found.second)}`),
       grid(["pairs", "of", "n", "median", "95 %", "geometric mean", "of sums"], Object.entries(found.modes).flatMap(([mode, figures]) =>
         ratioRows(figures).map((cells, i) => [i ? "" : MODES[mode], ...cells]))),

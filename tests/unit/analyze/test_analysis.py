@@ -15,13 +15,13 @@ pytest.importorskip("scipy")
 
 from rrm_engine.analyze.analysis import analyse
 from rrm_engine.analyze.cli import main
-from rrm_engine.analyze.contrast import contrast, matched
+from rrm_engine.analyze.contrast import contrast
 from rrm_engine.analyze.controls import controls, majority
 from rrm_engine.analyze.figures import accuracy, servers, shape
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Status
 from rrm_engine.render.cli import main as main_of_render
-from rrm_engine.runs.arms import Arm, Run, Sample, arms, read_runs
+from rrm_engine.runs.arms import Arm, Run, Sample, arms, matched, read_runs
 from rrm_engine.runs.rows import Row
 
 RUN = Run(Path("run"), manifest())
@@ -123,7 +123,9 @@ def test_what_is_told_where_there_were_drafts(tmp_path: Path, capsys: pytest.Cap
         and "steps: of forward" in told[1]
     )
     assert main([str(tmp_path / "plain"), str(tmp_path / "drafted")]) == 0
-    assert capsys.readouterr().out.count("critical path, steps") == 2
+    assert (
+        capsys.readouterr().out.count("critical path, steps") == 2 * 2 + 2
+    )  # two sets of pairs of each arm, two modes of both
 
 
 def test_arms_are_matched_by_draw_else_by_order(tmp_path: Path) -> None:
@@ -134,9 +136,9 @@ def test_arms_are_matched_by_draw_else_by_order(tmp_path: Path) -> None:
     first = run("first", 0, 0, 1)
     same, other = run("same", 0, 1, 2, wait_policy="drop"), run("other", 7, 5, wait_policy="lru")
     one, two, three = arms(read_runs([first, same, other]))
-    assert [(a.draw, b.draw) for a, b in matched(one, two, "rrm")] == [((0, 1), (0, 1))]
-    assert [(a.draw, b.draw) for a, b in matched(one, three, "rrm")] == [((0, 0), (7, 5))]
-    assert matched(one, three, "direct") == []
+    assert [(a.draw, b.draw) for a, b in matched(one.samples, two.samples)] == [((0, 1), (0, 1))]
+    assert [(a.draw, b.draw) for a, b in matched(one.samples, three.samples)] == [((0, 0), (7, 5))]
+    assert matched(one.of_mode("direct"), three.of_mode("direct")) == []
 
 
 def votes(*answers: str) -> list[Sample]:
