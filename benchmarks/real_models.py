@@ -9,6 +9,8 @@ one node at a time. Two things are measured, apart from each other:
 accuracy    every arm by itself, --concurrency tasks in one batch; also tokens, critical path, activation
 time        one task at a time, every arm on the same task before the next one (--timed N: the first N of each size)
 
+--measures takes one of them alone.
+
 Each arm of each measure is a run directory, OUT_DIR/accuracy/<arm> and OUT_DIR/time/<arm>: show, verify and analyze
 take them. Rows are written as they come, and the same command goes on with a run that was stopped. With --samples
 above 1 samples are drawn at --temperature, and the control is a majority of as many direct samples as cost the same
@@ -37,6 +39,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "reference": {"modes": ("rrm",), "prompt_style": "by-reference"},
     "serial": {"modes": ("rrm",), "prompt_style": "by-reference", "max_concurrency": 1},
 }
+MEASURES = ("accuracy", "time")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,7 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=1, help="of each task and arm; 1 is greedy")
     parser.add_argument("--temperature", type=float, default=0.7, help="of several samples (default: 0.7)")
     parser.add_argument("--concurrency", type=int, default=16, help="tasks in one batch (default: 16)")
-    parser.add_argument("--timed", type=int, default=1, metavar="N", help="tasks of each size that are timed; 0: none")
+    parser.add_argument("--measures", default="accuracy,time", help="what to measure (default: accuracy,time)")
+    parser.add_argument(
+        "--timed", type=int, default=1, metavar="N", help="tasks of each size that are timed (default: 1)"
+    )
     parser.add_argument("--max-tokens", type=int, default=1800, help="of a solve (default: 1800)")
     parser.add_argument("--kv-blocks", type=int, default=4000, help="of each arm's pool (default: 4000)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
@@ -169,14 +175,27 @@ def _refuse_others(directory: RunDir, config: RunConfig) -> None:
 def measure(args: argparse.Namespace, composites: Sequence[Composite], arms: Sequence[str], console: Console) -> None:
     """All rows that are missing, accuracy first."""
     model = load_model(args.model, args.dtype, args.device, "auto")
-    tasks = [one.task for one in composites]
+    if "accuracy" in args.measures:
+        measure_accuracy(model, args, [one.task for one in composites], arms, console)
+    if "time" in args.measures:
+        timed = [task for size in {c.size: 0 for c in composites} for task in _first(composites, size, args.timed)]
+        measure_time(model, args, timed, arms, console)
+
+
+def measure_accuracy(
+    model: LoadedModel, args: argparse.Namespace, tasks: Sequence[Task], arms: Sequence[str], console: Console
+) -> None:
+    """Every arm by itself, many tasks in one batch."""
     for arm in arms:
         with contextlib.closing(Measured(model, arm, args.out / "accuracy", tasks, args)) as measured:
             console.print(f"accuracy, {arm}: {len(measured.jobs)} to run")
             measured.run(measured.jobs)
-    timed = [task for size in {c.size: 0 for c in composites} for task in _first(composites, size, args.timed)]
-    if not timed:
-        return
+
+
+def measure_time(
+    model: LoadedModel, args: argparse.Namespace, timed: Sequence[Task], arms: Sequence[str], console: Console
+) -> None:
+    """One task at a time, all arms on it before the next; who goes first changes from task to task."""
     with contextlib.ExitStack() as stack:
         closing = (contextlib.closing(Measured(model, arm, args.out / "time", timed, args)) for arm in arms)
         running = [stack.enter_context(one) for one in closing]
@@ -257,7 +276,7 @@ def tables(args: argparse.Namespace, composites: Sequence[Composite], arms: Sequ
     """As markdown, and the figures in it."""
     found: Figures = {}
     lines = []
-    for name, rows_of in (("accuracy", _accuracy_row), ("time", _time_row)):
+    for name, rows_of in zip(MEASURES, (_accuracy_row, _time_row), strict=True):
         result = {arm: list(outcomes(args.out / name / arm, composites)) for arm in arms if _is_run(args, name, arm)}
         if not result:
             continue
@@ -346,6 +365,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = [arm.strip() for arm in args.modes.split(",")]
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"--modes: there is no {', '.join(unknown)}, only {', '.join(ARMS)}")
+    args.measures = [measure.strip() for measure in args.measures.split(",")]
+    if unknown := [name for name in args.measures if name not in MEASURES]:
+        parser.error(f"--measures: there is no {', '.join(unknown)}, only {', '.join(MEASURES)}")
     console = Console()
     try:
         composites = load_composites(args)

@@ -57,7 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(options: Options) -> int:
+    if options.dry_run:
+        return dry_run(options)
     return resume_run(options) if options.resume else new_run(options)
+
+
+def dry_run(options: Options) -> int:
+    """What nodes would be told; nothing is written and nothing decoded."""
+    tasks = load_tasks(options.tasks or DEFAULT_TASKS)
+    from rrm_engine.bench.dry_run import describe
+
+    for line in describe(options.config(), tasks):
+        print(line)
+    return OK
 
 
 def new_run(options: Options) -> int:

@@ -41,6 +41,8 @@ examples:
       AIME 2024, directly and recursively; interrupt it whenever you like
   {PROGRAM} --resume runs/aime
       go on with the rows that are missing, under the recorded settings
+  {PROGRAM} my.jsonl --model Qwen/Qwen3-14B --prompt-style my.toml --dry-run
+      every kind of prompt, before a GPU is asked for
 
 exit code: 0 all rows done, 1 a row has an error or the run broke off,
 2 refused before it began, 130 interrupted (143 by SIGTERM, 129 by SIGHUP)"""
@@ -56,6 +58,7 @@ class Options:
     resume: Path | None = None
     profile: int | None = None
     quiet: bool = False
+    dry_run: bool = False
 
     def config(self) -> RunConfig:
         """The settings, with defaults for what was not given."""
@@ -147,6 +150,11 @@ def _add_output(group: Any) -> None:
         metavar="STEPS",
         help=f"record the first STEPS steps after a warm-up with torch.profiler ({PROFILE_STEPS} if left out); "
         "rows that run meanwhile are slower",
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what nodes of every kind would be told, as the model reads it, and its tokens; no weights are read",
     )
     group.add_argument("--quiet", action="store_true", help="only the closing table and the paths")
     group.add_argument("-h", "--help", action="help", help="show this and exit")

@@ -36,7 +36,7 @@ class Words:
 
     def __init__(self, model: str, used: dict[str, Any], trust_remote_code: bool = False) -> None:
         self.model = model
-        self.tokenizer, self.eos_ids = load_words(model, trust_remote_code)
+        self.tokenizer, self.eos_ids, _ = load_words(model, trust_remote_code)
         self.chat = ChatFormat(self.tokenizer, self.eos_ids)
         self._grammars = RecordedGrammars(int(used["max_sibling_width"]), self.tokenizer, self.eos_ids)
 

@@ -5,7 +5,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -105,8 +105,16 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     return _read_tokenizer(checkpoint, _read_config(checkpoint, trust_remote_code), trust_remote_code)
 
 
-def load_words(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerFast, frozenset[int]]:
-    """The tokenizer of the model ``name`` and its end-of-sequence ids, without its weights. Raises RrmError."""
+class Words(NamedTuple):
+    """The tokenizer of a model, the ids of its end-of-sequence tokens and its kind."""
+
+    tokenizer: PreTrainedTokenizerFast
+    eos_ids: frozenset[int]
+    model_type: str
+
+
+def load_words(name: str, trust_remote_code: bool = False) -> Words:
+    """What the small files of the model ``name`` say, without its weights. Raises RrmError."""
     checkpoint = find(EMBEDDED if find_geometry(name) is not None else name)
     config = _read_config(checkpoint, trust_remote_code)
     tokenizer = _read_tokenizer(checkpoint, config, trust_remote_code)
@@ -114,7 +122,8 @@ def load_words(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedTo
     if checkpoint.gguf is None and (checkpoint.folder / generation.FILE).is_file():
         with _about(checkpoint, f"transformers cannot use {generation.FILE}"):
             settings = GenerationConfig.from_pretrained(checkpoint.folder)
-    return cast(PreTrainedTokenizerFast, tokenizer), generation.eos_ids(settings, config.get_text_config(), tokenizer)
+    ids = generation.eos_ids(settings, config.get_text_config(), tokenizer)
+    return Words(cast(PreTrainedTokenizerFast, tokenizer), ids, config.model_type)
 
 
 def load_skeleton(name: str, dtype: str, trust_remote_code: bool = False) -> Any:

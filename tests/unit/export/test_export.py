@@ -72,7 +72,7 @@ def closed(text: str) -> str:
 
 def check(run: Path, model: str, lines: list[Line]) -> None:
     """Rendered and tokenised again, a line is what the trace says that the node was given and sampled."""
-    tokenizer, _ = load_words(model)
+    tokenizer, *_ = load_words(model)
     traces = {job.key: timeline(job) for job in read_jobs(run)}
     for line in lines:
         trace = traces[f"{line['id']}/{line['mode']}/{line['sample']}"]
@@ -130,7 +130,7 @@ def test_what_a_grammar_left_no_choice_of(held: Path, tmp_path: Path) -> None:
     lines = exported(tmp_path / "x.jsonl", held, "--labels", ALL)
     check(held, "embedded", lines)
     traces = {job.key: timeline(job) for job in read_jobs(held)}
-    tokenizer, eos = load_words("embedded")
+    tokenizer, eos, _ = load_words("embedded")
     grammars = RecordedGrammars(8, tokenizer, eos)
     texts, prescribed = grammars.compiled.texts, 0
     for line in lines:
