@@ -19,7 +19,7 @@ from rrm_engine.solver.outcome import BUDGETS
 # A plan that stands for whatever the model would write: two children, of which the first has concluded with an answer.
 CHILDREN = ("c1", "c2")
 PART = "question (1)"
-CONCLUSIONS = (Conclusion("c1", "FINAL: 12"), Conclusion("c2", "it ran out of its token budget", ok=False))
+CONCLUSIONS = (Conclusion("c1", "FINAL: 12", task=PART), Conclusion("c2", "failed", ok=False, task="question (2)"))
 RULE = " + ".join(CHILDREN)
 
 

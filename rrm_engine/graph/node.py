@@ -173,4 +173,4 @@ def normalised(task: str) -> str:
 
 
 def _conclusions(titled: Iterable[tuple[str, Node]]) -> tuple[Conclusion, ...]:
-    return tuple(replace(n.conclusion, id=title) for title, n in titled if n.conclusion is not None)
+    return tuple(replace(n.conclusion, id=title, task=n.task) for title, n in titled if n.conclusion is not None)

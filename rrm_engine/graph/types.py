@@ -1,6 +1,6 @@
 """What the graph machine is told and what it answers: plain values, no behaviour."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from rrm_engine.graph.paths import NodePath
@@ -52,13 +52,14 @@ class Conclusion:
     """What a node hands to the nodes that wait for it.
 
     ``id`` is what the child is called in its parent. A child that stands for siblings too concludes once for each of
-    their ids; ``node`` is its path, None for a child that was refused.
+    their ids; ``node`` is its path, None for a child that was refused, ``task`` what it was to do.
     """
 
     id: str
     answer: str
     ok: bool = True
     node: NodePath | None = None
+    task: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

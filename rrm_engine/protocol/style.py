@@ -28,8 +28,8 @@ A child that cannot split starts from the text ``solver``. Without one, and so w
 there, it gets those of a direct solve: the same system text, words, tokens and sampling.
 
 What a user template may use is what ``VARIABLES`` says for its kind: ``task``, ``problem`` (the parent's task; ""
-for the root), ``given`` (objects with ``id``, ``answer`` and ``final``, what `read_answer` reads in it or
-else the whole answer; none: []), ``conclusions`` (the same, with ``ok``), ``notes``, ``rule``, ``id`` (of the child
+for the root), ``given`` (objects with ``id``, ``task``, ``answer`` and ``final``, what `read_answer` reads in it
+or else the whole answer; none: []), ``conclusions`` (the same, with ``ok``), ``notes``, ``rule``, ``id`` (of the child
 that forks), ``max_width``, ``depth_left`` (levels of children the node may still have below it; 0: it must solve its
 task itself), and the phrases. ``{{ task | asked }}`` is what the task asks for at its end, ``{{ rule |
 with_results(conclusions) }}`` the rule with results for ids, and ``| first_step`` after it the beginning of a sum that
@@ -86,6 +86,8 @@ class Answered(Protocol):
     @property
     def id(self) -> str: ...
     @property
+    def task(self) -> str: ...
+    @property
     def answer(self) -> str: ...
     @property
     def ok(self) -> bool: ...
@@ -94,6 +96,7 @@ class Answered(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Part:
     id: str
+    task: str
     answer: str
     final: str
     ok: bool
@@ -104,8 +107,8 @@ _FULL: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "task": "task",
         "problem": "problem",
-        "given": [_Part("a", "FINAL: 1", "1", True)],
-        "conclusions": [_Part("a", "FINAL: 1", "1", True), _Part("b", "", "", False)],
+        "given": [_Part("a", "task", "FINAL: 1", "1", True)],
+        "conclusions": [_Part("a", "task", "FINAL: 1", "1", True), _Part("b", "task", "", "", False)],
         "notes": ["note"],
         "rule": "rule",
         "id": "a",
@@ -211,7 +214,7 @@ def _as_given(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part(one: Answered) -> _Part:
-    return _Part(one.id, one.answer.strip(), final_of(one.answer), getattr(one, "ok", True))
+    return _Part(one.id, one.task.strip(), one.answer.strip(), final_of(one.answer), getattr(one, "ok", True))
 
 
 def final_of(answer: str) -> str:

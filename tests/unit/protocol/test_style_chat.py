@@ -231,7 +231,7 @@ def test_packaged_style(name: str) -> None:
     assert style.name == name and not style.trained_on_events
     assert all(style.budget(phase) >= 256 and not style.thinks(Phase.GRAPH) for phase in Phase)
     assert style.budget(Phase.GRAPH) == style.budgets["planner"]
-    conclusions = [Conclusion("c1", "long talk FINAL: 12"), Conclusion("c2", "", ok=False)]
+    conclusions = [Conclusion("c1", "long talk FINAL: 12"), Conclusion("c2", "", ok=False, task="PART")]
     values: dict[str, Any] = {
         "task": "TASK",
         "problem": "",
@@ -255,7 +255,11 @@ def test_packaged_style(name: str) -> None:
     for kind in ("direct", "solver", "solve"):
         assert "FINAL:" in texts[kind]
     assert "2 to 5" in texts["graph"]
-    assert re.search(r"\nc1 = 12\nc2 = no usable result\n\nNote: NOTE\n\n.*: TASK\n.*: RULE\n", texts["resume"])
+    assert re.search(r"\nc1 = 12\nc2 = not found, it is: PART\n\nNote: NOTE\n\n.*: TASK\n.*: RULE\n", texts["resume"])
+    resume = {name: values[name] for name in VARIABLES["resume"]}
+    assert style.opens("resume", **resume) == "First c2, PART" and "work out yourself" in texts["resume"].lower()
+    whole = {**resume, "conclusions": conclusions[:1], "rule": "c1 + 1"}
+    assert style.opens("resume", **whole) == "c1 + 1 = 12 + 1 =" and "yourself" not in style.user("resume", **whole)
     assert texts["solver"] == texts["direct"]
     assert "Results that are known" not in user("solver", given=())
     assert "\n\n\n" not in "".join(texts.values())

@@ -137,7 +137,7 @@ def test_a_child_that_fails_is_told_to_its_parent(name: str, task: list[Text]) -
     results, events = solve(backend, [JOB])
     assert results["t"].status == "graph"
     (end,) = [e for e in events if e["event"] == "concluded" and e["node"] == "root.a"]
-    assert not end["ok"] and "a = no usable result" in backend.sessions[0].nodes["root"].said[-1][1]
+    assert not end["ok"] and "a = not found, it is: one" in backend.sessions[0].nodes["root"].said[-1][1]
 
 
 def test_a_child_without_room_fails_alone() -> None:
