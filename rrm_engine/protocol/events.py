@@ -27,6 +27,21 @@ PLAIN_SHAPE: Final = PlanShape()
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What a style has written otherwise than as events with all their fields, and what therefore needs no repair.
+
+    ``working``: lines of working may stand in front of an atomic event that is the first one. ``bare_children``: a
+    child that depends on nothing is written without ``depends_on``.
+    """
+
+    working: bool = False
+    bare_children: bool = False
+
+
+PLAIN_FORM: Final = Form()
+
+
+@dataclass(frozen=True, slots=True)
 class Child:
     id: str
     task: str

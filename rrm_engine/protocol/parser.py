@@ -9,7 +9,17 @@ from collections import Counter
 from typing import Final
 
 from rrm_engine.protocol.escapes import QUOTES
-from rrm_engine.protocol.events import COUNT_LINE, Atomic, Await, Done, Event, Malformed, ParsedEvent
+from rrm_engine.protocol.events import (
+    COUNT_LINE,
+    PLAIN_FORM,
+    Atomic,
+    Await,
+    Done,
+    Event,
+    Form,
+    Malformed,
+    ParsedEvent,
+)
 from rrm_engine.protocol.fields import to_event
 from rrm_engine.protocol.repair import MAX_CHARS, ObjectScanner, Scan, Unreadable, read_object
 from rrm_engine.protocol.thinking import DEFAULT, Marks
@@ -30,15 +40,16 @@ class EventParser:
 
     ``thinking``: the text begins inside a thinking block that the chat template opened; everything up to its end is
     ignored, as is every later block. ``marks`` are what blocks stand between. The text follows ``after`` characters
-    that others wrote, which count where events stand.
+    that others wrote, which count where events stand. ``form`` is how the style has them written.
 
     An object begins where ``{`` is followed by a quoted key and a colon; other braces are prose. An object
     without a ``type`` is ignored; one that meant to be an event and cannot be read becomes a Malformed, and
     parsing goes on after it. ``repairs`` counts, by name, every leniency that was needed for an event.
     """
 
-    def __init__(self, thinking: bool = False, marks: Marks = DEFAULT, after: int = 0) -> None:
+    def __init__(self, thinking: bool = False, marks: Marks = DEFAULT, after: int = 0, form: Form = PLAIN_FORM) -> None:
         self.marks = marks
+        self.form = form
         self._mark = re.compile(f"[{{{re.escape(marks.open[0])}]")
         self.repairs: Counter[str] = Counter()
         self._thinking = thinking
@@ -184,7 +195,9 @@ class EventParser:
         self._malformed(scanner, raw, reason, found)
 
     def _parsed(self, event: Event, scanner: ObjectScanner, raw: str, found: list[ParsedEvent | Malformed]) -> None:
-        repairs = scanner.repairs | self._layout(raw)
+        repairs = scanner.repairs | self._layout(event, raw)
+        if self.form.bare_children:
+            repairs.discard("missing_depends_on")
         self.repairs.update(repairs)
         start = self._base + scanner.start
         found.append(ParsedEvent(event, start, start + len(raw), tuple(sorted(repairs))))
@@ -198,7 +211,7 @@ class EventParser:
         start = self._base + scanner.start
         found.append(Malformed(raw, reason, start, start + len(raw)))
 
-    def _layout(self, raw: str) -> set[str]:
+    def _layout(self, event: Event, raw: str) -> set[str]:
         gap = "".join(self._gap)
         repairs = set()
         if "\n" in raw:
@@ -209,6 +222,8 @@ class EventParser:
             repairs.add("code_fence")
             gap = _FENCE.sub("", gap)
         gap = _COUNT.sub("", gap)
+        if self.form.working and isinstance(event, Atomic) and not self._any_event:
+            gap = gap.rpartition("\n")[2]
         if gap.strip(" \t\r\n,[]"):
             repairs.add("prose")
         return repairs

@@ -14,6 +14,10 @@ A packaged style lies in ``styles/``; a user's own is loaded by its path and has
                          from the plan's; left out: false
     solver_events        false: a grammar keeps events out of what a node writes that has read of them and now solves
                          its task; left out: true
+    working              phases (of graph, solver, continuation) in which lines of working stand in front of an atomic
+                         event, as the texts ask for it; elsewhere text around events is a repair; left out: none
+    bare_children        true: a child that depends on nothing is written without depends_on, which is a repair
+                         elsewhere; left out: false
     [thinking]           direct, graph, solver, continuation = true | false
     [budgets]            direct, planner, solver, continuation = tokens
     [sampling.thinking]  any of temperature, top_p, top_k, min_p, repetition_penalty; may be left out, as may
@@ -57,7 +61,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rrm_engine.errors import RrmError
 from rrm_engine.protocol.answers import read_answer
 from rrm_engine.protocol.asked import asked, first_step, with_results
-from rrm_engine.protocol.events import MAX_TASK_CHARS, PlanShape
+from rrm_engine.protocol.events import MAX_TASK_CHARS, Form, PlanShape
 
 PHASES: Final = ("direct", "graph", "solver", "continuation")
 BUDGETS: Final = ("direct", "planner", "solver", "continuation")
@@ -137,6 +141,8 @@ class Style:
     solves_afresh: bool
     solver_events: bool
     solver_is_direct: bool
+    bare_children: bool
+    working: frozenset[str]
     thinking: Mapping[str, bool]
     budgets: Mapping[str, int]
     _sampling: Mapping[str, Mapping[str, float]] = field(repr=False)
@@ -150,6 +156,10 @@ class Style:
     def thinks(self, phase: str) -> bool:
         """Whether a phase is to think."""
         return self.thinking[phase if phase in self.thinking else "direct"]
+
+    def form(self, phase: str) -> Form:
+        """How a phase's events are to be written."""
+        return Form(phase in self.working, self.bare_children)
 
     def sampling(self, thinking: bool) -> dict[str, float]:
         """The style's sampling settings; what it leaves open is the model's own."""
@@ -313,6 +323,8 @@ class _Loader:
             "counts_parts",
             "solves_afresh",
             "solver_events",
+            "working",
+            "bare_children",
             "thinking",
             "budgets",
             "sampling",
@@ -347,6 +359,8 @@ class _Loader:
             solves_afresh=self.flag("solves_afresh", False),
             solver_events=self.flag("solver_events", True),
             solver_is_direct=bool(optional),
+            bare_children=self.flag("bare_children", False),
+            working=self.working(),
             thinking=MappingProxyType(self.table("thinking", PHASES, bool, optional)),
             budgets=MappingProxyType(budgets),
             _sampling={key: self.settings(key, sampling.get(key, {})) for key in ("thinking", "plain")},
@@ -384,6 +398,12 @@ class _Loader:
         if context not in CHILD_CONTEXTS:
             raise self.complaint(f"child_context must be {' or '.join(CHILD_CONTEXTS)}")
         return str(context)
+
+    def working(self) -> frozenset[str]:
+        found = self.data.get("working", [])
+        if not isinstance(found, list) or not all(phase in PHASES[1:] for phase in found):
+            raise self.complaint(f"working must be a list of phases: {', '.join(PHASES[1:])}")
+        return frozenset(found)
 
     def refuse_unknown(self, prefix: str, table: dict[str, Any], allowed: tuple[str, ...]) -> None:
         for key in table:

@@ -241,8 +241,8 @@ class Commands:
         return [p for p in found if p in self._meter.clocks]
 
     def _parser(self, phase: Phase, opens: str) -> EventParser:
-        backend = self._runtime.backend
-        return EventParser(backend.opens_thinking(phase), backend.marks, len(opens))
+        backend, form = self._runtime.backend, self._runtime.style.form(phase)
+        return EventParser(backend.opens_thinking(phase), backend.marks, len(opens), form)
 
     def _count_thinking(self, node: NodeRun, reason: str) -> None:
         """Note in the row where thinking was ended for it, or took all the tokens there were."""

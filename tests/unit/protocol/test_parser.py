@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from searched import searched
 
-from rrm_engine.protocol.events import Atomic, Await, Child, Done, Malformed, ParsedEvent
+from rrm_engine.protocol.events import Atomic, Await, Child, Done, Form, Malformed, ParsedEvent
 from rrm_engine.protocol.fields import sanitize_id
 from rrm_engine.protocol.final import extract_final
 from rrm_engine.protocol.parser import EventParser
@@ -58,6 +58,34 @@ def test_a_plan_may_begin_with_the_number_of_its_parts() -> None:
         parser = EventParser()
         assert [e.event for e in parser.feed(head + DONE) if isinstance(e, ParsedEvent)] == [Done()]
         assert not parser.repairs
+
+
+WORKING = '1 + 2 = 3\n{"of":"it"} is that\n\n{"type":"atomic","answer":"FINAL: 3"}'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "repairs"),
+    [
+        (Form(working=True), WORKING, set()),
+        (Form(working=True), "", set()),
+        (Form(), WORKING, {"prose"}),
+        (Form(bare_children=True), WORKING, {"prose"}),
+        (Form(working=True), WORKING.replace("\n\n", " so "), {"prose"}),  # on the event's own line
+        (Form(working=True), f"```\n{WORKING}", {"code_fence"}),
+        (Form(working=True), f"Let me split:\n{CHILD}", {"prose"}),
+        (Form(working=True), f"{WORKING}\nThat is all.\n{DONE}", {"prose"}),
+        (Form(working=True), f"{DONE}\n{WORKING}", {"prose"}),
+        (Form(bare_children=True), '{"type":"child","id":"a","task":"t"}', set()),
+        (Form(working=True), '{"type":"child","id":"a","task":"t"}', {"missing_depends_on"}),
+        (Form(bare_children=True), '{"type":"child","id":"a","task":"t",}', {"trailing_comma"}),
+    ],
+)
+def test_what_a_style_asks_for_is_no_repair(form: Form, text: str, repairs: set[str]) -> None:
+    for size in (1, len(text) or 1):
+        parser = EventParser(form=form)
+        found = [e for at in range(0, len(text), size) for e in parser.feed(text[at : at + size])]
+        assert len([e for e in found if isinstance(e, ParsedEvent)]) == len(text.split('"type"')) - 1
+        assert set(parser.repairs) == repairs == {name for e in found for name in getattr(e, "repairs", ())}
 
 
 def test_event_is_complete_at_its_closing_brace() -> None:

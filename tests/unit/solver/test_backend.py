@@ -78,6 +78,26 @@ def test_who_solves_a_part_by_reference_sees_the_whole_problem() -> None:
     assert "Solve only" not in alone.sessions[0].nodes["root"].said[1][1]
 
 
+@pytest.mark.parametrize(
+    ("before_plan", "before_answer", "repairs"),
+    [
+        ("", "1 + 2 = 3\n\n", {}),
+        ("", "The results are\n1 and 2.\n", {}),
+        ("Let me split it.\n", "1 + 2 = 3\n", {"prose": 1}),
+        ("", "So it is ", {"prose": 1}),
+    ],
+)
+def test_working_that_the_style_asks_for_is_no_repair(
+    before_plan: str, before_answer: str, repairs: dict[str, int]
+) -> None:
+    plan = f"Parts: 2\n{before_plan}" + child("c1", "One.") + child("c2", "Two.") + AWAIT
+    (last,) = answer("3")
+    last = Text(pieces(before_answer + "".join(last.pieces)))
+    script = {"root": [Text(pieces(plan)), last], "root.c1": answer("1"), "root.c2": answer("2")}
+    results, _ = solve(Scripted({"t": script}), [JOB], style="instruct", max_depth=1)
+    assert (results["t"].status, results["t"].answer, results["t"].repairs) == ("graph", "FINAL: 3", repairs)
+
+
 def test_siblings_with_one_task_are_one_node_that_is_told_under_both_ids() -> None:
     plan = child("a", "Find one.") + child("late", "uses b", "b", "a") + child("b", "find  one") + AWAIT
     backend = Scripted(
