@@ -91,8 +91,7 @@ def test_working_that_the_style_asks_for_is_no_repair(
     before_plan: str, before_answer: str, repairs: dict[str, int]
 ) -> None:
     plan = f"Parts: 2\n{before_plan}" + child("c1", "One.") + child("c2", "Two.") + AWAIT
-    (last,) = answer("3")
-    last = Text(pieces(before_answer + "".join(last.pieces)))
+    last = Text(pieces(before_answer + '{"type":"atomic","answer":"FINAL: 3"}'))
     script = {"root": [Text(pieces(plan)), last], "root.c1": answer("1"), "root.c2": answer("2")}
     results, _ = solve(Scripted({"t": script}), [JOB], style="instruct", max_depth=1)
     assert (results["t"].status, results["t"].answer, results["t"].repairs) == ("graph", "FINAL: 3", repairs)
