@@ -1,7 +1,7 @@
 """A model named ``rrm`` for EleutherAI's lm-evaluation-harness: its prompts are tasks to solve.
 
 Importing this module registers it. Where a release of the harness reads the entry points ``lm_eval.models``, that is
-not needed.
+not needed; ``python -m rrm_engine.harness`` is the harness's command line for the others.
 """
 
 import logging
@@ -23,6 +23,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # c
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 KNOWN = frozenset({"until", "do_sample", *SAMPLING, *LENGTHS})
 IGNORED = ("batch_size", "max_batch_size")  # which the harness gives every model
+UNASKED = "cuda:0"  # the harness's --device where nobody gave one, also on machines without it
 BUDGETS = ("direct_max_tokens", "solver_max_tokens", "planner_max_tokens", "continuation_max_tokens")
 
 Settings = tuple[tuple[str, Any], ...]
@@ -48,6 +49,8 @@ class RrmModel(LM):
             raise RrmError(f"mode takes {' or '.join(MODES)}, not {mode!r}")
         asked = {name: value for name, value in settings.items() if name not in IGNORED and value is not None}
         known = {f.name for f in fields(RunConfig)} - {"modes", "samples", "limit", "shard", "backend", "base_urls"}
+        if asked.get("device") == UNASKED:
+            del asked["device"]
         if unknown := sorted(asked.keys() - known):
             raise RrmError(f"--model_args: {unknown[0]} is no setting of a solve; docs/cli.md names them")
         if pretrained is not None:

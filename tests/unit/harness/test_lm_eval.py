@@ -1,6 +1,8 @@
 """The model ``rrm`` inside of the real lm-evaluation-harness, on a task made here."""
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rrm_engine.backends.local import Solver  # noqa: E402
 from rrm_engine.bench.tasks import load_tasks  # noqa: E402
 from rrm_engine.config import RunConfig  # noqa: E402
 from rrm_engine.errors import RrmError  # noqa: E402
+from rrm_engine.harness.cli import main  # noqa: E402
 from rrm_engine.harness.lm_eval import RrmModel, cut  # noqa: E402
 
 TASKS = load_tasks("embedded").tasks[:2]
@@ -29,9 +32,8 @@ def direct() -> RrmModel:
     return RrmModel(mode="direct", model="embedded", batch_size=1, max_batch_size=None, device=None)
 
 
-def evaluated(folder: Path, model: Any, settings: dict[str, Any], **more: Any) -> tuple[float, list[list[str]]]:
-    (folder / "data.jsonl").write_text("\n".join(json.dumps({"q": t.problem, "a": t.expected}) for t in TASKS))
-    task = {
+def task_of(folder: Path) -> dict[str, Any]:
+    return {
         "task": "mini",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}, "cache_dir": str(folder)},
@@ -39,10 +41,13 @@ def evaluated(folder: Path, model: Any, settings: dict[str, Any], **more: Any) -
         "output_type": "generate_until",
         "doc_to_text": "{{q}}",
         "doc_to_target": "FINAL: {{a}}",
-        "generation_kwargs": settings,
         "metric_list": [{"metric": "exact_match"}],
-        **more,
     }
+
+
+def evaluated(folder: Path, model: Any, settings: dict[str, Any], **more: Any) -> tuple[float, list[list[str]]]:
+    (folder / "data.jsonl").write_text("\n".join(json.dumps({"q": t.problem, "a": t.expected}) for t in TASKS))
+    task = {**task_of(folder), "generation_kwargs": settings, **more}
     kind = {"model": model} if not isinstance(model, str) else {"model": model, "model_args": {"model": "embedded"}}
     manager = TaskManager(include_defaults=False)
     found = lm_eval.simple_evaluate(**kind, tasks=[task], task_manager=manager, bootstrap_iters=0)
@@ -89,6 +94,24 @@ def test_what_says_nothing_of_sampling_is_greedy(direct: RrmModel) -> None:
     first, second = direct.generate_until([asked(TASKS[0].problem, {"max_gen_toks": 30}, i) for i in (1, 2)])
     assert first == second
     assert dict(direct._settings({"temperature": 0.7, "max_gen_toks": 5}))["temperature"] == 0.7
+
+
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The harness gives every model a device of its own where nobody asked for one; here there is none of that name."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"q": TASKS[0].problem, "a": TASKS[0].expected}))
+    task = {**task_of(tmp_path), "generation_kwargs": {**GREEDY, "max_gen_toks": 700}}
+    (tmp_path / "mini.json").write_text(json.dumps(task))
+    (tmp_path / "mini.json").rename(tmp_path / "mini.yaml")  # which JSON is
+    model = ["--model", "rrm", "--model_args", "model=embedded"]
+    words = [*model, "--include_path", str(tmp_path), "--tasks", "mini"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
+    assert main() == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\|mini .*\|exact_match\|.*\| +1\|", out)
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--device", "nowhere"])
+    assert main() == 2 and "nowhere" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *model, "--tasks", "none-such"])
+    assert main() == 1 and "Tasks not found" in capsys.readouterr().err
 
 
 def test_refusals(direct: RrmModel, tmp_path: Path) -> None:
