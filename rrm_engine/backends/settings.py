@@ -20,7 +20,7 @@ from rrm_engine.loading.prepare import LoadedModel
 from rrm_engine.protocol.chat import ChatFormat
 from rrm_engine.protocol.events import PlanShape
 from rrm_engine.protocol.grammar import PHASES as GRAMMARS
-from rrm_engine.protocol.grammar import EventGrammars, event_grammar
+from rrm_engine.protocol.grammar import EventGrammars, phase_grammar
 from rrm_engine.protocol.style import SAMPLING, Style
 from rrm_engine.protocol.thinking import Marks, Thought
 from rrm_engine.solver.outcome import BUDGETS
@@ -235,14 +235,6 @@ def _matcher(
     """Matchers for nodes that have had ``children`` and may or may not split again."""
 
     def make(children: int, may_split: bool) -> Matcher:
-        grammar = event_grammar(
-            width,
-            may_split=may_split,
-            first=children + 1,
-            phase=phase.value,
-            marks=marks,
-            shape=shape,
-        )
-        return grammars.matcher(grammar, thought)
+        return grammars.matcher(phase_grammar(width, phase, marks, shape, children, may_split), thought)
 
     return make

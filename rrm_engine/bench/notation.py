@@ -149,7 +149,7 @@ def units_of(text: str) -> list[str]:
 def same_measure(one: str, other: str) -> bool:
     """Whether two numbers, as far as both say it, count or measure the same: base, percent, degrees, or a noun.
 
-    The last word of one has to be among those behind the number in the other: ``7 days`` and ``7 whole days`` agree,
+    The last word of one has to be among those after the number in the other: ``7 days`` and ``7 whole days`` agree,
     ``7 days`` and ``7 distinct integers`` do not, and a number in base 8 has no unit at all.
     """
     mine, others = _measure(one), _measure(other)
@@ -157,7 +157,7 @@ def same_measure(one: str, other: str) -> bool:
 
 
 def _measure(text: str) -> list[str]:
-    """What stands behind the last number of a text, in words; none: []."""
+    """The words that follow the last number of a text; none: []."""
     if bases := _BASE.findall(text):
         return [f"base {bases}"]
     if sign := _SIGN.search(text):

@@ -62,8 +62,8 @@ class Words:
         return [span for span in found if span.start < span.stop]
 
     def _reads(self, tokens: Sequence[int], low: int, high: int, text: str) -> bool:
-        """Whether the tokens ``low`` to ``high`` say ``text``. White space may follow it, and of a token that an event
-        ended in the kept part comes behind them.
+        """Whether the tokens ``low`` to ``high`` say ``text``. White space may follow it; where an event ended
+        inside a token, the part of it that was kept comes after them.
         """
         if not all(0 <= token < len(self.tokenizer) for token in tokens):
             return False

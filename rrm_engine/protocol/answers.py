@@ -2,10 +2,10 @@ r"""What a text gives as its answer, read in one order wherever an answer is nee
 
 1. what it marks as its final one (`extract_final`): ``FINAL: x``, *Final Answer*, ``\boxed{x}``;
 2. what it calls its answer: the last line ``Answer: x`` or sentence "the answer is x";
-3. how it ends: with a number that stands alone or behind a label, an equals sign or "is", or with a formula alone.
+3. how it ends: with a number that stands alone or after a label, an equals sign or "is", or with a formula alone.
 
 2 and 3 are for texts that came to their end, without thinking. They are not taken where the words around say that it is
-no answer: a condition, an example, a quotation, a negation, a question, or a second thought behind it.
+no answer: a condition, an example, a quotation, a negation, a question, or a second thought after it.
 """
 
 import re

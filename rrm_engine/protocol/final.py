@@ -36,18 +36,18 @@ def extract_final(text: str) -> str | None:
     if not boxes or boxes[-1][0] < at:
         return best
     listed = [boxes[-1]]
-    for one, behind in reversed(list(pairwise(boxes))):
-        if not _BETWEEN_BOXES.fullmatch(text, one[2] + 1, behind[0]):
+    for one, following in reversed(list(pairwise(boxes))):
+        if not _BETWEEN_BOXES.fullmatch(text, one[2] + 1, following[0]):
             break
         listed.insert(0, one)
     return ", ".join(dict.fromkeys(strip_markup(text[begin:end]) for _, begin, end in listed))
 
 
 def stated(text: str, heads: re.Pattern[str]) -> Iterator[tuple[str, int, int]]:
-    """What stands behind each of the ``heads`` that has something behind it, the last one first: the rest of the line
-    or the next line, and where the head begins and ends."""
+    """What follows each of the ``heads`` that something follows, the last one first: the rest of the line or the next
+    line, and where the head begins and ends."""
     for head in reversed(list(heads.finditer(text))):
-        if value := _behind(text, head.end()):
+        if value := _following(text, head.end()):
             yield value, head.start(), head.end()
 
 
@@ -55,14 +55,14 @@ def _last_stated(text: str) -> tuple[str | None, int]:
     """The last final answer that is one, and where its head begins (-1: there is none)."""
     for value, begin, end in stated(text, _FINAL):
         line = text[text.rfind("\n", 0, begin) + 1 : begin]
-        behind = text[end:].partition("\n")[0].strip()
-        placeholder = _PLACEHOLDER.fullmatch(value) or (behind and _PLACEHOLDER.fullmatch(behind))
+        rest = text[end:].partition("\n")[0].strip()
+        placeholder = _PLACEHOLDER.fullmatch(value) or (rest and _PLACEHOLDER.fullmatch(rest))
         if not placeholder and not _EXAMPLE.search(line):
             return value, begin
     return None, -1
 
 
-def _behind(text: str, at: int) -> str:
+def _following(text: str, at: int) -> str:
     """The rest of the line, or a display formula that begins there; the next line if this one is blank."""
     if display := _DISPLAY.match(text, at):
         end = text.find(display[1].replace("[", "]"), display.end())

@@ -35,6 +35,14 @@ _ANSWER_CHAR: Final = r'([^"\\\x00-\x1f\x7f]|\\["\\])'
 _SLICES: Final = [r"[^{]{1,60}", r'[^{<"\\\x00-\x1f\x7f]{1,30}', r'[^"\\\x00-\x1f\x7f]{1,30}']
 
 
+def phase_grammar(width: int, phase: str, marks: Marks, shape: PlanShape, children: int, may_split: bool) -> str:
+    """The grammar of a node's next phase: it has had ``children`` and may have ``width`` more, if it may split.
+
+    The rest is as `event_grammar` says, and so are errors.
+    """
+    return event_grammar(width, may_split=may_split, first=children + 1, phase=phase, marks=marks, shape=shape)
+
+
 def event_grammar(
     max_children: int,
     *,

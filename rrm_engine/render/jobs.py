@@ -24,7 +24,7 @@ def drawn(
 
 
 class _Drawing:
-    """One job on its way to the page. Nodes are named by their index, each behind its parent."""
+    """One job on its way to the page. Nodes are named by their index, each after its parent."""
 
     def __init__(self, trace: JobTrace, strings: Strings, decode: Decode | None) -> None:
         self.trace = trace
@@ -168,7 +168,7 @@ class _Drawing:
 
 
 def in_order(trace: JobTrace) -> list[str]:
-    """Its nodes, each behind what started it, siblings as they began."""
+    """Its nodes, each after what started it, siblings as they began."""
     begins = {path: stretches[0].ready_t for path, stretches in trace.nodes.items()}
 
     def place(path: str) -> list[float]:

@@ -256,11 +256,11 @@ class DidNotFit(Event):
 
 @dataclass(frozen=True, slots=True)
 class SpliceReport:
-    """One resume of ``node``: the distributions of the first ``tokens`` tokens that it wrote behind it.
+    """One resume of ``node``: the distributions of the first ``tokens`` tokens that it wrote after it.
 
     ``kl_mean`` and ``kl_max`` are KL divergences in nats, from the text to what was attached; ``top1`` is the share of
     the tokens for which both have the same likeliest one, ``first_difference`` the first for which they have not (0 is
-    the token right behind the resume, None: nowhere).
+    the token right after the resume, None: nowhere).
     """
 
     node: str

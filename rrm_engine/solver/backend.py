@@ -128,7 +128,7 @@ class NodeHandle(Protocol):
 
     @property
     def text(self) -> str:
-        """What it wrote in its phase, as far as that is certain, behind what its answer was made to begin with."""
+        """What it wrote in its phase, as far as that is certain, after what its answer was made to begin with."""
 
     @property
     def length(self) -> int:

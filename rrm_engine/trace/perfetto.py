@@ -64,8 +64,8 @@ def session_shifts(jobs: Iterable[JobTrace]) -> dict[int, float]:
     reached: float | None = None
     for session in sorted(spans):
         begin, end = min(spans[session]), max(spans[session])
-        behind = reached is not None and begin < reached
-        shifts[session] = reached + SESSION_GAP_S - begin if behind and reached is not None else 0.0
+        overlaps = reached is not None and begin < reached
+        shifts[session] = reached + SESSION_GAP_S - begin if overlaps and reached is not None else 0.0
         reached = end + shifts[session]
     return shifts
 

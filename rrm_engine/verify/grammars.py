@@ -6,7 +6,7 @@ from typing import Any
 
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.chat import ChatFormat
-from rrm_engine.protocol.grammar import EventGrammars, EventMatcher, ThinkingMatcher, event_grammar
+from rrm_engine.protocol.grammar import EventGrammars, EventMatcher, ThinkingMatcher, phase_grammar
 from rrm_engine.runs.events import Grammar
 
 
@@ -22,14 +22,8 @@ class RecordedGrammars:
         """The state at the beginning of a phase; None where nothing constrained it."""
         if grammar is None:
             return None
-        rules = event_grammar(
-            self._max_width,
-            may_split=grammar.may_split,
-            first=grammar.children + 1,
-            phase=phase,
-            marks=self._marks,
-            shape=grammar.shape,
-        )
+        asked = grammar.children, grammar.may_split
+        rules = phase_grammar(self._max_width, phase, self._marks, grammar.shape, *asked)
         return self.compiled.matcher(rules, grammar.thought)
 
     @cached_property

@@ -89,7 +89,7 @@ class Call:
         self.told(self, self.last)
 
     def _take(self, delta: Delta) -> None:
-        """The end is told when the stream is over: behind it comes the usage."""
+        """The end is told when the stream is over: the usage comes after it."""
         if delta.usage is not None:
             self.usage = delta.usage
         self.received.add(delta)

@@ -13,7 +13,7 @@ from rrm_engine.protocol.thinking import DEFAULT, Marks
 
 
 class Context(Protocol):
-    """What a node was told and has written. ``text`` is what it wrote in its phase, behind what that was made to begin
+    """What a node was told and has written. ``text`` is what it wrote in its phase, after what that was made to begin
     with.
     """
 
@@ -113,7 +113,7 @@ class TokenContext:
         for i, token in enumerate(delta.tokens):
             last = delta.end is not None and i == len(delta.tokens) - 1
             ends = last and delta.end == "eos" and token in self.chat.encode.control_ids
-            ends = ends or token in self.chat.eos_ids  # some servers tell of the end in a chunk behind it
+            ends = ends or token in self.chat.eos_ids  # some servers tell of the end in a chunk after it
             node.sequence.tokens.append(token)
             pieces.append(node.wrote(None if ends else token, last))
         if delta.end is not None and not delta.tokens and node.pieces:  # the end came by itself

@@ -1,6 +1,7 @@
 """From what the user left open to what the servers are asked for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 from rrm_engine.backends.http.plans import Plan
@@ -9,9 +10,8 @@ from rrm_engine.config import Resolved, RunConfig, ServersConfig
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.chat import ChatFormat
-from rrm_engine.protocol.events import PlanShape
 from rrm_engine.protocol.grammar import PHASES as HELD
-from rrm_engine.protocol.grammar import event_grammar
+from rrm_engine.protocol.grammar import phase_grammar
 from rrm_engine.protocol.style import SAMPLING, Style
 from rrm_engine.protocol.thinking import Marks
 from rrm_engine.solver.outcome import BUDGETS
@@ -93,17 +93,8 @@ def phase_plans(
             thinking,
             {name: values[name] for name in STANDARD if name in values},
             {**extra, **more},
-            _grammar(config.max_sibling_width, phase, marks, style.plan_shape) if held else None,
+            partial(phase_grammar, config.max_sibling_width, phase, marks, style.plan_shape) if held else None,
             "seed" in taken,
             style.plan_shape,
         )
     return plans
-
-
-def _grammar(width: int, phase: Phase, marks: Marks, shape: PlanShape) -> Callable[[int, bool], str]:
-    def make(children: int, may_split: bool) -> str:
-        return event_grammar(
-            width, may_split=may_split, first=children + 1, phase=phase.value, marks=marks, shape=shape
-        )
-
-    return make
