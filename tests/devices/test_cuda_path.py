@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from graph_scripts import live_graph, mistakes, short_graph
+from graph_scripts import mistakes, short_graph
 from lab import engine_of
-from oracle import engine_for, plain_model, prepared, prompt
+from matrix import static_model
+from oracle import engine_for, plain_model, prompt
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
 from rrm_kernels import buffers
-from rrm_kernels.reference_layer import ReferenceLayer, ReferenceRagged
 from rrm_kernels.sharing import SharingCost
 from rrm_kernels.staging import Staging
 from rrm_kernels.tile import INTERPRETED
@@ -24,13 +24,12 @@ from rrm_kernels.triton_layer import TritonLayer
 from rrm_engine.backends.local import Solver
 from rrm_engine.config import RunConfig
 from rrm_engine.engine import static_steps
-from rrm_engine.engine.cuda_graphs import CudaGraphs, Share
+from rrm_engine.engine.cuda_graphs import CudaGraphs
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.static_steps import StaticSteps
 from rrm_engine.kv.pool import NULL_BLOCK
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
-from rrm_engine.models import lean
-from rrm_engine.models.lean import LeanForward, Stage
+from rrm_engine.models.lean import LeanForward
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 ON_CUDA = DEVICE.type == "cuda"
@@ -50,31 +49,9 @@ def loaded(plain: Any) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def on_torch() -> tuple[Any, LoadedModel]:
-    """A model and the same one ready, on CUDA with its kernels; without it with their torch references, for speed."""
+    """A model and the same one ready, on CUDA with its kernels; without it with their torch references."""
     plain = plain_model("qwen3")
-    if ON_CUDA:
-        return plain, loaded(plain)
-    model = prepared(plain, "sdpa")
-    fused = model.model
-    layers: list[Any] = [lean._layer(i, layer, fused, DEVICE) for i, layer in enumerate(fused.model.layers)]
-    kernels: Any = ReferenceLayer()
-    model.forward, model.attend = LeanForward(fused, [Stage(DEVICE, kernels, layers)]), ReferenceRagged()
-    return plain, model
-
-
-@pytest.fixture(scope="module")
-def on_two_devices() -> tuple[Any, LoadedModel]:
-    """The same in two shares; without CUDA the second one's device is the CPU under another name."""
-    plain = plain_model("qwen3", num_hidden_layers=3)
-    model = loaded(plain) if ON_CUDA else prepared(plain, "sdpa")
-    fused, second = model.model, DEVICE if ON_CUDA else torch.device("cpu:1")
-    kernels: Any = TritonLayer() if ON_CUDA else ReferenceLayer()
-    layers: list[Any] = [lean._layer(i, layer, fused, DEVICE) for i, layer in enumerate(fused.model.layers)]
-    stages = [Stage(DEVICE, kernels, layers[:2]), Stage(second, kernels, layers[2:])]
-    model.forward = LeanForward(fused, stages)
-    if not ON_CUDA:
-        model.attend = ReferenceRagged()
-    return plain, model
+    return plain, static_model(plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,59 +74,15 @@ def test_padded_steps_on_triton_equal_plain_transformers(monkeypatch: pytest.Mon
     assert any(key.pieces for key in keys)
 
 
-@pytest.mark.parametrize("lookahead", [True, False])
 @pytest.mark.parametrize("eager", [True, False])
-def test_padded_and_eager_steps_equal_plain_transformers(
-    on_torch: tuple[Any, LoadedModel], eager: bool, lookahead: bool, monkeypatch: pytest.MonkeyPatch
+def test_decodes_and_mixed_steps_are_padded_unless_eager(
+    on_torch: tuple[Any, LoadedModel], eager: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, model = on_torch
-    engine = engine_for(model, lookahead=lookahead, eager=eager)
-    steps = engine.runner.static
-    keys = watch(steps, monkeypatch)
-    assert mistakes(plain, live_graph(engine)) == {}
+    engine = engine_for(on_torch[1], lookahead=True, eager=eager)
+    keys = watch(engine.runner.static, monkeypatch)
+    short_graph(engine)
     assert all((key is None) == eager for key in keys)
     assert eager or {key.queries == 1 for key in keys} == {True, False}
-    (share,) = steps.shares
-    assert (share.captures > 0) != eager
-    assert (share.replays > share.captures) != eager
-
-
-@pytest.mark.parametrize("eager", [True, False])
-def test_every_device_replays_its_share(on_two_devices: tuple[Any, LoadedModel], eager: bool) -> None:
-    """Two steps in flight, each device with graphs of its own on a mirror of the buffers."""
-    plain, model = on_two_devices
-    engine = engine_for(model, stages=2, eager=eager)
-    steps = engine.runner.static
-    assert mistakes(plain, live_graph(engine)) == {}
-    assert len(steps.shares) == 2
-    assert all((share.captures > 0) != eager and (share.replays > share.captures) != eager for share in steps.shares)
-
-
-@pytest.mark.parametrize("stale", ["the mirror", "the hidden states"])
-def test_a_share_that_runs_on_what_another_step_left_is_noticed(
-    on_two_devices: tuple[Any, LoadedModel], stale: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Negative control: what the second device had in the first step is all it ever has."""
-    plain, model = on_two_devices
-    if stale == "the mirror":
-        follow, seen = Staging.follow, set[int]()
-
-        def once(self: Staging, *given: Any) -> None:
-            if id(self) not in seen:
-                follow(self, *given)
-            seen.add(id(self))
-
-        monkeypatch.setattr(Staging, "follow", once)
-    else:
-        bring = Share._bring
-
-        def left(self: Share, hidden: torch.Tensor, key: Any) -> torch.Tensor:
-            known = key is not None and key.tokens in self._hidden
-            return self._hidden[key.tokens] if known else bring(self, hidden, key)
-
-        monkeypatch.setattr(Share, "_bring", left)
-    engine = engine_for(model, stages=2)
-    assert mistakes(plain, live_graph(engine)) != {}
 
 
 def watch(steps: StaticSteps, monkeypatch: pytest.MonkeyPatch) -> list[Any]:

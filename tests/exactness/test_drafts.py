@@ -2,7 +2,6 @@
 of the rest.
 """
 
-import copy
 from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,14 +10,12 @@ from typing import Any, get_args
 import pytest
 import torch
 from foretold import Foretold
-from graph_scripts import crowded, live_graph, mistakes, policy_engine, waiting_graph
 from hypothesis import given
 from lab import JOBS, Lab, Recorded, engine_of, recorded, wrong_tokens
 from lives import Life, prompt, submitted
-from oracle import engine_for, plain_model, prepared
+from oracle import engine_for, plain_model
 from oracle import prompt as random_prompt
 from random_lives import ACTIONS, SETTINGS, assert_noticed, live_through, lives
-from settled import IN_A_GRAPH, Settled
 
 from rrm_engine.config import RunConfig, WaitPolicy
 from rrm_engine.engine import engine as engine_module
@@ -26,29 +23,16 @@ from rrm_engine.engine.draft import FORCED, MOST, Drafting, Lookup, RowCosts
 from rrm_engine.engine.draw import draw
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.flight import Flight
-from rrm_engine.engine.processors import Transcripts
-from rrm_engine.engine.replicas import Replicas
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.table import BlockTable
-from rrm_engine.loading.prepare import LoadedModel, prepare_model
+from rrm_engine.loading.prepare import prepare_model
 
 DRAFTS = lives(drafts=True)
 OVERLAPPING = lives(drafts=True, lookahead=True, stages=(1, 1, 2, 4))
 POLICIES = get_args(WaitPolicy)
 NONE: frozenset[int] = frozenset()
-
-
-@pytest.fixture(scope="module")
-def plain() -> Any:
-    torch.set_num_threads(1)
-    return plain_model("qwen3")
-
-
-@pytest.fixture(scope="module")
-def tiny(plain: Any) -> LoadedModel:
-    return prepared(plain)
 
 
 # bookkeeping
@@ -134,88 +118,13 @@ def test_who_has_a_guess_waits_for_the_token_in_flight_and_others_do_not() -> No
 # exactness
 
 
-def foretold(make: Any, live: Any, **changes: Any) -> Any:
-    """The life of an engine with the drafts of ``Foretold``, after one of its like without them.
-
-    Where steps overlap both may differ in when something is forked, and so in what is written after that.
-    """
-    told = live(make())
-    engine = make(**changes)
-    drafting = Foretold(told.done, NONE)
-    for one in engine.engines:
-        one.draft(drafting)
-    return engine, told, live(engine)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3", "gpt2"])
-@pytest.mark.parametrize("attention", ["auto", "sdpa"])
-def test_tokens_equal_plain_transformers(family: str, attention: str) -> None:
-    plain = plain_model(family)
-    model = prepared(plain, attention)
-    engine, told, script = foretold(lambda: engine_for(model), live_graph)
-    assert script.done == told.done and mistakes(plain, script) == {}
-    assert engine.steps < 60 and engine.pool.num_used == 0
-
-
-@pytest.mark.parametrize("lookahead", [False, True])
-@pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_policies_and_small_pools(
-    policy: WaitPolicy, stages: int, lookahead: bool, plain: Any, tiny: LoadedModel
-) -> None:
-    def engine() -> Engine:
-        return policy_engine(tiny, policy, 30, max_sequence_tokens=110, lookahead=lookahead, stages=stages)
-
-    drafted, told, script = foretold(engine, waiting_graph)
-    assert mistakes(plain, script) == {} and {*script.done} == {*told.done}
-    assert drafted.pool.num_used == drafted.space.num_used == 0
-
-
-@pytest.mark.parametrize("stages", [1, 3])
-def test_preemption_and_cancellation(stages: int, plain: Any, tiny: LoadedModel) -> None:
-    engine = engine_for(tiny, blocks=22, max_sequence_tokens=88, stages=stages)
-    tokens = {f"r{i}": s.tokens for i, s in enumerate(alone(tiny))}
-    engine.draft(Foretold(tokens, NONE))
-    assert mistakes(plain, crowded(engine)) == {}
-
-
-def alone(model: LoadedModel) -> list[Sequence]:
-    """What ``crowded`` runs, with room for everything."""
-    engine = engine_for(model)
-    sequences = [engine.submit(f"r{i}", random_prompt(i, 20 + i), 30, SamplingParams(), root=i) for i in range(5)]
-    while engine.has_work:
-        engine.step()
-    return sequences
-
-
-def test_replicas(plain: Any, tiny: LoadedModel) -> None:
-    def engine() -> Any:
-        return Replicas([engine_for(tiny) for _ in range(2)])
-
-    both, _, script = foretold(engine, live_graph)
-    assert mistakes(plain, script) == {} and sum(one.used_blocks for one in both.engines) == 0
-
-
-@pytest.mark.parametrize("lookahead", [False, True])
-def test_processors_see_in_each_row_what_stands_before_it(lookahead: bool, plain: Any, tiny: LoadedModel) -> None:
-    engine = engine_for(tiny)
-    Settled(engine, IN_A_GRAPH)
-    told = live_graph(engine).done
-    engine = engine_for(tiny, lookahead=lookahead)
-    settled = Settled(engine, IN_A_GRAPH)
-    engine.draft(Foretold(told, NONE))
-    script = live_graph(engine)
-    assert script.done == told and settled.unlike_generate(plain, script) == []
-    assert engine.steps < 60
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_drafted_row_has_the_bits_of_a_single_decode(dtype: torch.dtype, plain: Any) -> None:
+def test_a_drafted_row_has_the_bits_of_a_single_decode(dtype: torch.dtype) -> None:
     """Compiled products and attention: what a row computes does not depend on the rows beside it, its own sequence's
     included.
     """
     tokenizer: Any = SimpleNamespace(eos_token_id=1)
-    model = prepare_model(copy.deepcopy(plain).to(dtype), tokenizer, "qwen3")
+    model = prepare_model(plain_model("qwen3").to(dtype), tokenizer, "qwen3")
     if "compiled" not in model.attention:
         pytest.skip(f"no compiled kernels here: {model.attention}")
 
@@ -242,40 +151,6 @@ def test_a_drafted_row_has_the_bits_of_a_single_decode(dtype: torch.dtype, plain
     again, drafted = lived(engine)
     assert again == tokens and engine.steps < 20
     assert len(single) == 90 and all(torch.equal(row, drafted[place]) for place, row in single.items())
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"kv_blocks": 50},
-        {"child_context": "parent"},
-        {"wait_policy": "drop", "lookahead": "on"},
-        {"temperature": 0.0},
-    ],
-)
-def test_whole_runs_under_a_grammar(changes: dict[str, Any], lab: Lab) -> None:
-    """Tokens, rows and counts are those without drafts, whether guesses are looked up, forced or foretold."""
-    alone = recorded(lab, **changes)
-    looked_up = recorded(lab, **changes, draft=str(MOST))
-    known = {key: end["token_ids"] for key, end in alone.ends().items()}
-    told = Recorded(lab.solver(**changes))
-    engine_of(told.solver).draft(Foretold(known, engine_of(told.solver).eos_ids))
-    told.run(JOBS, 4)
-    for run in (looked_up, told):
-        assert run.rows() == alone.rows()
-        assert wrong_tokens(lab.plain, run) == {}
-        counters = [end["counters"] for end in run.ends().values()]
-        assert sum(c["accepted"] for c in counters) > (0.5 if run is told else 0.02) * sum(
-            c["decoded"] for c in counters
-        )
-        if not changes:  # with room for everything
-            assert counted(run) == counted(alone)
-
-
-def counted(run: Recorded) -> list[tuple[int, int]]:
-    """Of each job: tokens sampled, and tokens prefilled or found in the cache, for which of both hangs on the time."""
-    return [(r.forward_decoded, r.forward_prefilled + r.reused) for _, r in sorted(run.results.items())]
 
 
 def test_rows_and_counters_say_what_was_drafted(lab: Lab) -> None:
@@ -362,26 +237,15 @@ def test_what_draft_takes(value: str) -> None:
 # negative controls
 
 
-def wrong_in_a_graph(model: LoadedModel, plain: Any) -> bool:
-    engine = engine_for(model)
-    engine.draft(Foretold(live_graph(engine_for(model)).done, NONE))
-    return mistakes(plain, live_graph(engine)) != {}
-
-
-def test_a_wrong_draft_that_is_taken_is_noticed(plain: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not wrong_in_a_graph(tiny, plain)
-
+def test_a_wrong_draft_that_is_taken_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def credulous(self: Engine, sequence: Sequence, drawn: list[tuple[int | None, int]]) -> deque[int]:
         return deque([*(drafted for drafted, _ in drawn[1:] if drafted is not None), drawn[-1][1]])
 
     monkeypatch.setattr(Engine, "_accepted", credulous)
-    assert wrong_in_a_graph(tiny, plain)
     assert_noticed("not the sequence's token", some_lives=DRAFTS)
 
 
-def test_kv_of_a_wrong_draft_that_is_kept_is_noticed(
-    plain: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kv_of_a_wrong_draft_that_is_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token that was not drafted is thought to have KV, that of the guess in its place."""
     truncate, accepted = BlockTable.truncate, Engine._accepted
 
@@ -419,25 +283,3 @@ def test_noise_or_grammar_of_another_place_is_noticed(lab: Lab, fault: str, monk
         monkeypatch.setattr(Flight, "matchers", lambda flight: [work.sequence.matcher for work in flight.order])
     run.run(JOBS[:1], 1)
     assert run.rows() != alone.rows() or wrong_tokens(lab.plain, run) != {}
-
-
-def test_a_penalty_that_does_not_see_the_draft_is_noticed(
-    plain: Any, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def told(drafting: bool) -> Any:
-        engine = engine_for(tiny)
-        Settled(engine, [{"no_repeat_ngram_size": 1, "repetition_penalty": 2.5}])
-        if drafting:
-            engine.draft(Foretold(known, NONE))
-        return live_graph(engine).done
-
-    known: dict[str, list[int]] = {}
-    known |= told(False)
-    assert told(True) == known
-    extend = Transcripts.extend
-
-    def without(self: Transcripts, sequences: Any, lengths: Any, unread: Any, drafted: Any, device: Any) -> None:
-        extend(self, sequences, lengths, unread, [None if one is None else 3 for one in drafted], device)
-
-    monkeypatch.setattr(Transcripts, "extend", without)
-    assert told(True) != known

@@ -3,23 +3,19 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from graph_scripts import crowded, live_graph, policy_engine, waiting_graph
 from oracle import engine_for, plain_model, prepared, prompt
-from settled import IN_A_GRAPH, Settings, Settled, generated
+from settled import Settings, generated
 from traced import save_model
 from transformers import GenerationConfig
 
 from rrm_engine.bench.cli import main as bench
-from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.draw import draw
-from rrm_engine.engine.packing import Drawn
-from rrm_engine.engine.processors import Processors, Transcripts
-from rrm_engine.engine.replicas import Replicas
+from rrm_engine.engine.processors import Processors
 from rrm_engine.engine.rules import WARPERS
 from rrm_engine.engine.sampler import SamplingParams, noise_key
 from rrm_engine.engine.sequence import Sequence
@@ -109,63 +105,6 @@ def test_rows_with_settings_of_their_own_in_one_batch(tiny: LoadedModel, alone: 
 
 
 # in the life of a graph
-
-
-@pytest.fixture(scope="module")
-def told(plain: Any, tiny: LoadedModel) -> dict[str, list[int]]:
-    """The transcripts of a graph of forks and resumes whose nodes have settings, each phase as ``generate`` writes it
-    behind all that was there: what a fork takes over and what a node wrote before a resume counts like a prompt.
-    """
-    engine = engine_for(tiny)
-    settled = Settled(engine, IN_A_GRAPH)
-    script = live_graph(engine)
-    assert settled.unlike_generate(plain, script) == []
-    assert {*settled.unlike_generate(plain, script, [{}])} == {*script.done}, "a node's settings do not show"
-    return script.done
-
-
-@pytest.mark.parametrize(("lookahead", "stages"), [(True, 1), (False, 3), (True, 3)])
-def test_forks_and_resumes(tiny: LoadedModel, told: Any, lookahead: bool, stages: int) -> None:
-    engine = engine_for(tiny, lookahead=lookahead, stages=stages)
-    Settled(engine, IN_A_GRAPH)
-    assert live_graph(engine).done == told
-
-
-@pytest.mark.parametrize("policy", get_args(WaitPolicy))
-def test_every_wait_policy(plain: Any, tiny: LoadedModel, policy: WaitPolicy) -> None:
-    engine = policy_engine(tiny, policy, 30, max_sequence_tokens=110, lookahead=True)
-    settled = Settled(engine, IN_A_GRAPH)
-    assert settled.unlike_generate(plain, waiting_graph(engine)) == []
-
-
-@pytest.mark.parametrize(("lookahead", "stages"), [(True, 1), (False, 3), (True, 3)])
-def test_preemption_and_cancellation(plain: Any, tiny: LoadedModel, lookahead: bool, stages: int) -> None:
-    engine = engine_for(tiny, blocks=22, max_sequence_tokens=88, lookahead=lookahead, stages=stages)
-    settled = Settled(engine, IN_A_GRAPH)
-    assert settled.unlike_generate(plain, crowded(engine)) == []
-
-
-def test_replicas(plain: Any, tiny: LoadedModel) -> None:
-    engine: Any = Replicas([engine_for(tiny, lookahead=True) for _ in range(2)])
-    settled = Settled(engine, IN_A_GRAPH)
-    assert settled.unlike_generate(plain, live_graph(engine)) == []
-
-
-@pytest.mark.parametrize("stages", [1, 3])
-def test_a_token_that_is_not_known_yet_is_noticed(
-    tiny: LoadedModel, told: Any, stages: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Control: processors see a made-up token where the last one is in flight."""
-    extend = Transcripts.extend
-
-    def guessing(self: Transcripts, sequences: Any, lengths: Any, unread: Drawn | None, *rest: Any) -> None:
-        made_up = unread and Drawn(torch.full_like(unread.tokens, 3), unread.rows)
-        extend(self, sequences, lengths, made_up, *rest)
-
-    monkeypatch.setattr(Transcripts, "extend", guessing)
-    engine = engine_for(tiny, lookahead=True, stages=stages)
-    Settled(engine, IN_A_GRAPH)
-    assert live_graph(engine).done != told
 
 
 # sampling

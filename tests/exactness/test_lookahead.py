@@ -5,12 +5,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from graph_scripts import assert_tokens_equal, crowded, live_graph, mistakes
 from hypothesis import given
-from lab import JOBS, TASKS, Lab, Recorded, recorded, wrong_tokens
+from lab import JOBS, TASKS, Lab, recorded, wrong_tokens
 from lab import SETTINGS as LAB_SETTINGS
 from lives import EOS, Life, prompt, submitted
-from oracle import engine_for, plain_model, prepared
 from random_lives import ACTIONS, SETTINGS, assert_noticed, live_through, lives
 
 from rrm_engine.backends.local import Solver
@@ -20,7 +18,6 @@ from rrm_engine.engine.draw import draw
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.flight import Flight
 from rrm_engine.engine.packing import Drawn
-from rrm_engine.engine.replicas import Replicas
 from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.table import BlockTable
@@ -95,70 +92,6 @@ def test_who_pauses_while_two_steps_are_in_flight_keeps_what_is_known(policy: Wa
     life.end()
 
 
-# exactness
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "deepseek_v3", "gpt2"])
-def test_tokens_equal_plain_transformers(family: str) -> None:
-    plain = plain_model(family)
-    engine = engine_for(prepared(plain), lookahead=True)
-    assert mistakes(plain, live_graph(engine)) == {}
-    assert engine.pool.num_used == 0
-
-
-@pytest.mark.parametrize("stages", [1, 3])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_policies_and_small_pools(policy: WaitPolicy, stages: int) -> None:
-    assert_tokens_equal(plain_model("qwen3"), policy, lookahead=True, stages=stages)
-
-
-@pytest.mark.parametrize("stages", [1, 3])
-def test_preemption_and_cancellation(stages: int) -> None:
-    plain = plain_model("qwen3")
-    engine = engine_for(prepared(plain), blocks=22, max_sequence_tokens=88, lookahead=True, stages=stages)
-    assert mistakes(plain, crowded(engine)) == {}
-
-
-def test_replicas() -> None:
-    plain = plain_model("qwen3")
-    model = prepared(plain)
-    engine: Any = Replicas([engine_for(model, lookahead=True) for _ in range(2)])
-    assert mistakes(plain, live_graph(engine)) == {}
-    assert sum(one.used_blocks for one in engine.engines) == 0
-
-
-@pytest.mark.parametrize("changes", [{}, {"kv_blocks": 50}, {"child_context": "parent"}, {"wait_policy": "drop"}])
-def test_whole_runs_under_a_grammar_with_noise(changes: dict[str, Any], lab: Lab) -> None:
-    """Grammars are asked in time, noise falls where it did, counters count the same; and plain transformers agrees."""
-    ahead, alone = recorded(lab, lookahead="on", **changes), recorded(lab, lookahead="off", **changes)
-    assert engine_of(ahead).settings.lookahead and not engine_of(alone).settings.lookahead
-    assert ahead.rows() == alone.rows()
-    assert wrong_tokens(lab.plain, ahead) == {}
-    if not changes:  # with room for everything
-        assert counted(ahead) == counted(alone)
-
-
-@pytest.mark.parametrize("stages", [2, 3])
-@pytest.mark.parametrize("changes", [{}, {"kv_blocks": 50}])
-def test_whole_runs_in_a_pipeline(changes: dict[str, Any], stages: int, lab: Lab) -> None:
-    """What a grammar has to be told first is sampled later, whatever else is launched until then."""
-    stages_of = replace(lab, model=replace(lab.model, stages=stages))
-    ahead = recorded(stages_of, lookahead="on", **changes)
-    assert engine_of(ahead).settings.lookahead and engine_of(ahead).scheduler.stages == stages
-    assert ahead.rows() == recorded(lab, lookahead="off", **changes).rows()
-    assert wrong_tokens(lab.plain, ahead) == {}
-
-
-def engine_of(run: Recorded) -> Engine:
-    assert isinstance(run.solver.engine, Engine)
-    return run.solver.engine
-
-
-def counted(run: Recorded) -> list[tuple[int, int]]:
-    """Of each job: tokens sampled, and tokens prefilled or found in the cache, for which of both hangs on the time."""
-    return [(r.forward_decoded, r.forward_prefilled + r.reused) for _, r in sorted(run.results.items())]
-
-
 @pytest.mark.parametrize("stages", [1, 3])
 def test_the_host_knows_the_tokens_of_one_step_while_the_next_one_runs(
     stages: int, lab: Lab, monkeypatch: pytest.MonkeyPatch
@@ -213,8 +146,6 @@ def test_tokens_of_other_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(Drawn, "fill", shifted)
     assert_noticed("not the sequence's token", some_lives=AHEAD)
-    plain = plain_model("qwen3")
-    assert mistakes(plain, live_graph(engine_for(prepared(plain), lookahead=True))) != {}
 
 
 def test_kv_of_a_token_that_was_thrown_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.replicas import Driven
 from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.engine.sequence import Sequence
+from rrm_engine.engine.sequence import Counters, Sequence, State
 from rrm_engine.kv.host import SwapCosts
 
 GREEDY = SamplingParams()
@@ -22,6 +22,7 @@ class Script:
         self.engine = engine
         self.ranges: dict[str, list[list[int]]] = {}
         self.done: dict[str, list[int]] = {}
+        self.counters: dict[str, Counters] = {}
 
     def submit(self, key: str, tokens: list[int], budget: int, **options: Any) -> Sequence:
         self.ranges[key] = [[len(tokens), len(tokens)]]
@@ -36,13 +37,14 @@ class Script:
             for engine in self.engine.engines:
                 engine.check()
 
-    def resume(self, sequence: Sequence, tokens: list[int], budget: int) -> None:
-        self.engine.of(sequence).resume(sequence, tokens, budget)
+    def resume(self, sequence: Sequence, tokens: list[int], budget: int, **options: Any) -> None:
+        self.engine.of(sequence).resume(sequence, tokens, budget, **options)
         self.ranges[sequence.key].append([len(sequence.tokens)] * 2)
 
     def finish(self, *sequences: Sequence) -> None:
         for sequence in sequences:
             self.done[sequence.key] = list(sequence.tokens)
+            self.counters[sequence.key] = sequence.counters
             self.engine.of(sequence).finish(sequence)
 
 
@@ -81,12 +83,81 @@ def short_graph(engine: Driven) -> Script:
     return script
 
 
-def crowded(engine: Engine) -> Script:
-    """Five sequences in too small a pool (22 blocks of 4), one of which is cancelled while it is in flight."""
+def side_by_side(engine: Driven) -> Script:
+    """Five sequences of very different lengths."""
     script = Script(engine)
-    sequences = [script.submit(f"r{i}", prompt(i, 20 + i), 30, root=i) for i in range(5)]
+    sequences = [script.submit(f"r{i}", prompt(i, 3 + 11 * i), 12, root=i) for i in range(5)]
+    script.run()
+    script.finish(*sequences)
+    return script
+
+
+def again(engine: Driven) -> Script:
+    """A sequence, one that begins as it does, and then the same once more."""
+    script = Script(engine)
+    first = script.submit("first", prompt(1, 33), 5)
+    script.run()
+    second = script.submit("second", prompt(1, 33) + prompt(9, 4), 10)
+    script.run()
+    third = script.submit("third", prompt(1, 32), 4)
+    script.run()
+    script.finish(first, second, third)
+    return script
+
+
+def forgetting(engine: Engine) -> Script:
+    """A sequence that is truncated, goes on with other tokens, and waits."""
+    script = Script(engine)
+    root = script.submit("root", prompt(1, 20), 12)
+    script.run()
+    engine.truncate(root, 27)
+    script.ranges["root"][-1][1] = 27
+    engine.wait(root)
+    script.resume(root, prompt(2, 5), 10)
+    script.run()
+    script.finish(root)
+    return script
+
+
+def attaching(engine: Engine) -> Script:
+    """A parent that is given KV of its child: made behind the very tokens that it has, for the places where it goes."""
+    script = Script(engine)
+    parent = script.submit("root", prompt(1, 21), 4)
+    other = script.submit("other", prompt(4, 9), 25, root=1)
+    script.run(until=5)
+    while parent.state is not State.PAUSED:
+        script.run(until=1)
+    at, written = len(parent.tokens), prompt(2, 30)
+    child = script.submit("root.a", [*parent.tokens, *written], 4, depth=1, fork_of=(parent, at))
+    engine.wait(parent)
+    script.run()
+    spans = [engine.keep(parent, child, at + start, at + stop) for start, stop in ((0, 11), (12, 30))]
+    script.finish(child)
+    script.resume(parent, [*written, *prompt(3, 3)], 5, splices=[(0, spans[0]), (12, spans[1])])
+    script.run()
+    script.finish(parent, other)
+    return script
+
+
+def five(script: Script) -> list[Sequence]:
+    return [script.submit(f"r{i}", prompt(i, 20 + i), 30, root=i) for i in range(5)]
+
+
+def uncrowded(engine: Engine) -> Script:
+    """What ``crowded`` runs, with room for everything."""
+    script = Script(engine)
+    sequences = five(script)
+    script.run()
+    script.finish(*sequences)
+    return script
+
+
+def crowded(engine: Engine) -> Script:
+    """Five sequences in too small a pool (22 blocks of 4), one of which is cancelled, in flight if any is."""
+    script = Script(engine)
+    sequences = five(script)
     script.run(until=9)
-    cancelled = next(s for s in sequences if s.flights)
+    cancelled = next((s for s in sequences if s.flights), sequences[2])
     engine.finish(cancelled)
     engine.check()
     script.run()
