@@ -3,8 +3,8 @@
     benchmarks/real_models.py MODEL --tasks gsm8k_composite.jsonl --split dev --limit 4 --out OUT_DIR
 
 TASKS is a .jsonl file of problems that are made of independent questions: problem, answer, ``parts`` (the answers of
-the questions, in order) and ``split``. ``drafted`` is copying with ``--draft auto``, ``serial`` is by reference with
-one node at a time. Two things are measured, apart from each other:
+the questions, in order) and ``split``. The arms whose names end in ``-drafted`` have ``--draft auto``, ``serial`` is by
+reference with one node at a time. Two things are measured, apart from each other:
 
 accuracy    every arm by itself, --concurrency tasks in one batch; also tokens, critical path, activation
 time        one task at a time, every arm on the same task before the next one (--timed N: the first N of each size)
@@ -34,11 +34,11 @@ from rrm_engine.errors import RrmError
 
 ARMS: dict[str, dict[str, Any]] = {
     "direct": {"modes": ("direct",)},
-    "copying": {"modes": ("rrm",), "child_context": "task"},
-    "drafted": {"modes": ("rrm",), "child_context": "task", "draft": "auto"},
+    "copying": {"modes": ("rrm",), "prompt_style": "instruct"},
     "reference": {"modes": ("rrm",), "prompt_style": "by-reference"},
-    "serial": {"modes": ("rrm",), "prompt_style": "by-reference", "max_concurrency": 1},
 }
+ARMS |= {f"{name}-drafted": {**settings, "draft": "auto"} for name, settings in ARMS.items()}
+ARMS["serial"] = {**ARMS["reference"], "max_concurrency": 1}
 MEASURES = ("accuracy", "time")
 
 
