@@ -1,7 +1,7 @@
 """What a node that combines results has to look at: what was asked, and the rule with the results in it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 MOST_CHARS: Final = 200
@@ -10,6 +10,8 @@ _NUMBER: Final = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 # Nothing that makes another value of the number: no second one, no letter at it, no sign, power, fraction or root.
 _PLAIN: Final = r"(?:(?!\bpi\b)[^\d\\^/*_+(){}\[\]|√π-])*"
 _WORDED: Final = re.compile(rf"{_PLAIN}(?<![A-Za-z])(?P<number>{_NUMBER.pattern})(?![A-Za-z]){_PLAIN}", re.IGNORECASE)
+# Two words in a row and a number, in either order.
+_WORDS_WITH_NUMBERS: Final = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}.*\d|\d.*[A-Za-z]{2,}\s+[A-Za-z]{2,}", re.DOTALL)
 _SENTENCE: Final = re.compile(r"(?<=[.?!])\s+(?=\S)")
 
 
@@ -53,6 +55,19 @@ def value_of(final: str) -> str:
     """The only number of a result that is otherwise words, units or currency; else the result as it is."""
     told = _WORDED.fullmatch(final.rpartition("=")[2].replace("\\%", "%").replace("\\$", "$"))
     return told["number"].replace(",", "") if told else final
+
+
+def values_so_far(results: Sequence[Result]) -> str:
+    """``c1 = 50, c2 =`` where the second of some results has several numbers in words: the values up to the first such
+    result, whose value is left to the reader; "" if there is none.
+    """
+    told: list[str] = []
+    for one in results:
+        value = value_of(one.final)
+        if one.ok and _WORDS_WITH_NUMBERS.search(value):
+            return ", ".join([*told, f"{one.id} ="])
+        told.append(f"{one.id} = {value}")
+    return ""
 
 
 def first_step(sum_: str) -> str:

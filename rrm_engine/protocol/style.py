@@ -37,8 +37,9 @@ or else the whole answer; none: []), ``conclusions`` (the same, with ``ok``), ``
 that forks), ``max_width``, ``depth_left`` (levels of children the node may still have below it; 0: it must solve its
 task itself), and the phrases. ``{{ task | asked }}`` is what the task asks for at its end, ``{{ rule |
 with_results(conclusions) }}`` the rule with results for ids, and ``| first_step`` after it the beginning of a sum that
-comes of it. A system template may use phrases alone: every node that plans has the same system text, so that its KV
-blocks are shared.
+comes of it. ``{{ conclusions | values_so_far }}`` is ``c1 = 5, c2 =`` where c2's result is a sentence with several
+numbers, of which the model is to take one, and "" where all results are values. A system template may use phrases
+alone: every node that plans has the same system text, so that its KV blocks are shared.
 
 A style that builds on another has a name and a description of its own and changes single keys of the other's tables; a
 base may have a base in turn.
@@ -60,7 +61,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rrm_engine.errors import RrmError
 from rrm_engine.protocol.answers import read_answer
-from rrm_engine.protocol.asked import asked, first_step, with_results
+from rrm_engine.protocol.asked import asked, first_step, values_so_far, with_results
 from rrm_engine.protocol.events import MAX_TASK_CHARS, Form, PlanShape
 
 PHASES: Final = ("direct", "graph", "solver", "continuation")
@@ -310,7 +311,12 @@ class _Loader:
         self.source = source
         self.data = data
         self.jinja = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-        self.jinja.filters |= {"asked": asked, "with_results": with_results, "first_step": first_step}
+        self.jinja.filters |= {
+            "asked": asked,
+            "with_results": with_results,
+            "first_step": first_step,
+            "values_so_far": values_so_far,
+        }
 
     def style(self) -> Style:
         allowed = (

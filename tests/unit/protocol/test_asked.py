@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rrm_engine.protocol.asked import MOST_CHARS, asked, first_step, with_results
+from rrm_engine.protocol.asked import MOST_CHARS, asked, first_step, values_so_far, with_results
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,27 @@ def test_of_a_result_in_words_its_only_number_counts(final: str, value: str) -> 
 )
 def test_a_sum_begins_with_its_first_two_numbers(rule: str, begins: str) -> None:
     assert first_step(rule) == begins
+
+
+@pytest.mark.parametrize(
+    ("finals", "found"),
+    [
+        ({"c1": "She saves $37.50 a day", "c2": "Erin had 10 points before scoring 14", "c3": "2"}, "c1 = 37.50, c2 ="),
+        ({"c1": "10 points before and 14 after"}, "c1 ="),
+        ({"c1": "3 to 4 in all of the cases"}, "c1 ="),
+        ({"c1": "50", "c2": "Beth has 12 eggs."}, ""),
+        (
+            {"c1": "2 of 3", "c2": "x + 1/2", "c3": "(1, 2)", "c4": "2 hours 5 minutes", "c5": "the red one", "c6": ""},
+            "",
+        ),
+        ({}, ""),
+    ],
+)
+def test_a_value_is_asked_for_where_a_sentence_has_several(finals: dict[str, str], found: str) -> None:
+    results = [SimpleNamespace(id=name, final=final, ok=True) for name, final in finals.items()]
+    assert values_so_far(results) == found
+
+
+def test_what_failed_has_no_value() -> None:
+    failed = SimpleNamespace(id="c1", final="failed: it took 3 of its 2 awaits", ok=False)
+    assert values_so_far([failed]) == ""
