@@ -33,6 +33,9 @@ function legible(value) {
   return String(value ?? "").replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => "\\u{" + c.codePointAt(0).toString(16) + "}");
 }
 
+// The same of a text of several lines, for places that keep them.
+const lines = (value) => String(value ?? "").split("\n").map(legible).join("\n");
+
 const seconds = (s) => (s === null || s === undefined ? "–" : s < 1 ? `${(1000 * s).toFixed(0)} ms` : s < 100 ? `${s.toFixed(2)} s` : `${s.toFixed(0)} s`);
 const count = (n) => (n === null || n === undefined ? "–" : d3.format(",")(Math.round(n)));
 const percent = (x) => (x === null || x === undefined ? "–" : `${(100 * x).toFixed(0)} %`);

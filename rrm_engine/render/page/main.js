@@ -4,14 +4,14 @@ let view = null; // what is drawn: {end, update(time)}
 
 function drawProblem() {
   const entry = DATA.entries[state.entry], ratio = entry.ratio;
-  const of = (arm) => (entry.arm === entry.direct_arm ? "" : ` · ${legible(DATA.arms[arm])}`);
+  const of = (arm) => (entry.arm === entry.direct_arm ? null : el("div", { class: "soft small" }, legible(DATA.arms[arm])));
   const speeds = [["fit", "in 8 s"], ["0.25", "0.25x"], ["1", "real time"], ["4", "4x"]];
   fill("main",
     el("h1", {}, legible(entry.id), entry.sample || entry.seed ? ` · sample ${entry.sample}${entry.seed ? `, seed ${entry.seed}` : ""}` : ""),
     el("p", {}, badge(entry.label), " ", entry.marks.map((mark) => [badge(mark, true), " "]), el("span", { class: "soft small" }, legible(entry.reason))),
     el("div", { class: "task" }, entry.task),
     entry.expected !== null ? el("p", { class: "small" }, "Expected: ", el("code", {}, legible(entry.expected))) : null,
-    el("div", { class: "sides" }, side(`Direct${of(entry.direct_arm)}`, entry.direct), side(`Recursive${of(entry.arm)}`, entry.rrm, ratio)),
+    el("div", { class: "sides" }, side("Direct", of(entry.direct_arm), entry.direct), side("Recursive", of(entry.arm), entry.rrm, ratio)),
     el("div", { class: "controls" },
       el("button", { id: "play", type: "button", onclick: toggle }, "▶ Replay"),
       el("select", { id: "speed", "aria-label": "Speed", onchange: (event) => { state.speed = event.target.value; } },
@@ -27,11 +27,11 @@ function drawProblem() {
   drawView();
 }
 
-function side(name, job, ratio = null) {
-  if (!job) return el("div", { class: "side" }, el("h3", {}, name), el("p", { class: "soft" }, "no row"));
+function side(name, arm, job, ratio = null) {
+  if (!job) return el("div", { class: "side" }, el("h3", {}, name), arm, el("p", { class: "soft" }, "no row"));
   const verdict = job.correct === null ? el("span", { class: "soft" }, "not graded") : job.correct ? el("span", { class: "good" }, "✓ right") : el("span", { class: "bad" }, "✗ wrong");
   const cut = Object.keys(job.cut ?? {});
-  return el("div", { class: "side" }, el("h3", {}, name, verdict, el("span", { class: "space" }), ratio ? el("span", { class: ratio >= 1 ? "good" : "bad" }, faster(ratio)) : null),
+  return el("div", { class: "side" }, el("h3", {}, name, verdict, el("span", { class: "space" }), ratio ? el("span", { class: ratio >= 1 ? "good" : "bad" }, faster(ratio)) : null), arm,
     el("div", { class: "figures" }, el("span", { class: "big" }, seconds(job.latency)), el("span", {}, plural(job.tokens, "token")),
       el("span", { title: "the longest chain of tokens decoded one after another" }, `path ${count(job.path_tokens)}`),
       job.path_steps ? el("span", { title: "forward passes on that chain" }, `${count(job.path_steps)} steps`) : null,
@@ -160,7 +160,8 @@ function drawOrigin() {
   el("p", {}, `Made by rrm_engine ${DATA.version}, ${DATA.made}. Drawn with d3 (ISC licence, © Mike Bostock).`)));
 }
 
-$("what").textContent = DATA.runs.length === 1 ? `tasks ${legible(DATA.runs[0].tasks)}, model ${legible(DATA.runs[0].model)}` : plural(DATA.runs.length, "run");
+const alike = DATA.runs.every((run) => run.tasks === DATA.runs[0].tasks && run.model === DATA.runs[0].model);
+$("what").textContent = [alike && `tasks ${legible(DATA.runs[0].tasks)}, model ${legible(DATA.runs[0].model)}`, DATA.runs.length > 1 && plural(DATA.runs.length, "run")].filter(Boolean).join(", ");
 $("search").addEventListener("input", (event) => { wanted.words = event.target.value; drawList(); });
 $("sort").addEventListener("change", (event) => { wanted.order = event.target.value; drawList(); });
 $("keys").addEventListener("click", help);

@@ -19,9 +19,9 @@ function drawNode() {
   if (!node) return;
   const total = (name) => node.counters?.[name] ?? 0;
   const facts = [
-    ["task", node.task && legible(node.task)],
+    ["task", node.task && lines(node.task)],
     ["ended", `${node.how}${node.ok === false ? ", without an answer" : ""}${node.why ? `: ${legible(node.why)}` : ""}`],
-    ["answer", node.answer !== null && node.answer !== undefined ? legible(node.answer) : null],
+    ["answer", node.answer !== null && node.answer !== undefined ? lines(node.answer) : null],
     ["used", node.useful ? null : "no: its conclusion reached nobody"],
     ["tokens", `${count(node.tokens)} written${node.counters ? `, ${count(total("prefilled"))} prefilled, ${count(total("reused"))} reused` : ""}`],
     ["KV", node.counters && [["forked_blocks", "blocks forked"], ["copied_blocks", "copied"], ["offloaded_blocks", "offloaded"], ["restored_blocks", "restored"], ["dropped", "times dropped"], ["preemptions", "preemptions"], ["spliced", "tokens attached"]]
