@@ -25,13 +25,20 @@ class RowWriter:
     """
 
     def __init__(
-        self, directory: RunDir, display: Display, expected: Mapping[str, str | None], policy: Mapping[str, Any]
+        self,
+        directory: RunDir,
+        display: Display,
+        expected: Mapping[str, str | None],
+        policy: Mapping[str, Any],
+        grader: Grader | None = None,
     ) -> None:
-        """``expected`` answers are by task; ``policy`` are the settings that every row carries."""
+        """``expected`` answers are by task; ``policy`` are the settings that every row carries. ``grader`` is closed at
+        the end.
+        """
         self.error: RunDirError | None = None
         self._directory, self._display = directory, display
         self._expected, self._policy = expected, policy
-        self._grader = Grader()
+        self._grader = grader or Grader()
         self._results: SimpleQueue[JobResult | None] = SimpleQueue()
         self._thread = Thread(target=self._work, name="rows", daemon=True)
 

@@ -104,8 +104,8 @@ class Engine:
         self._arrivals = 0
 
     def announce_to(self, ranges: Ranges) -> None:
-        """From now on ``ranges`` is told what each part of a step does."""
-        self.ranges = self.runner.ranges = ranges
+        """From now on ``ranges`` is told what each part of a step does, and whose KV it takes."""
+        self.ranges = self.runner.ranges = self.scheduler.ranges = ranges
 
     def draft(self, drafting: Drafting) -> None:
         """From now on run, with the last tokens of sequences, those that ``drafting`` guesses to follow."""

@@ -30,6 +30,9 @@ class Ranges:
         """The packed forward of ``work``."""
         return _NOTHING
 
+    def reclaims(self, victim: "Sequence", needy: "Sequence") -> None:
+        """``victim`` is about to give up its KV, to be recomputed or brought back: ``needy`` needs the blocks."""
+
     def step(self, number: int) -> AbstractContextManager[Any]:
         """The whole of step ``number``, with what is done about its tokens; in a pipeline the launch of later ones."""
         return _NOTHING

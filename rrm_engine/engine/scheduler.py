@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from rrm_engine.engine.draft import Drafting
+from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.engine.settings import EngineSettings
 from rrm_engine.kv.host import HostSpace, SwapCosts, SwapIn, SwapOut
@@ -104,6 +105,7 @@ class Scheduler:
         self.step_tokens = settings.step_tokens
         self.stages = settings.stages
         self.drafting: Drafting | None = None
+        self.ranges = Ranges()
         self.live: list[Sequence] = []  # waiting and running, by priority
         self.paused: dict[str, Sequence] = {}
         self._running = 0
@@ -310,6 +312,7 @@ class Scheduler:
             victim = next(victims, None)
             if victim is None:
                 return False
+            self.ranges.reclaims(victim, sequence)
             self._reclaim(victim)
         return True
 

@@ -82,6 +82,12 @@ class Profile(Ranges):
         name = "+".join(kind for kind, count in tokens.items() if count)
         return self._open(name, {"nodes": nodes, **{f"{kind}_tokens": count for kind, count in tokens.items()}})
 
+    def reclaims(self, victim: Sequence, needy: Sequence) -> None:
+        """A range without length."""
+        if self._on:
+            with self._open("reclaim", {"nodes": [victim.key], "needed_by": needy.key}):
+                pass
+
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         self._seen += 1

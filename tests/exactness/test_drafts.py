@@ -24,6 +24,7 @@ from rrm_engine.engine.draw import draw
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.flight import Flight
 from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.errors import RrmError
 from rrm_engine.kv.table import BlockTable
@@ -131,15 +132,12 @@ def test_a_drafted_row_has_the_bits_of_a_single_decode(dtype: torch.dtype) -> No
     def lived(engine: Engine) -> tuple[dict[str, list[int]], dict[tuple[str, int], torch.Tensor]]:
         """Tokens of some sequences, and by sequence and place the logits of each that was decoded last there."""
         rows: dict[tuple[str, int], torch.Tensor] = {}
-        run = engine.runner.run
 
-        def watched(*args: Any) -> Any:
-            found, order = run(*args)
+        def note(found: torch.Tensor, order: list[Work]) -> None:
             places = [(work.sequence.key, work.start + work.count) for work in order]
             rows.update({place: row.clone() for place, row in zip(places, found, strict=True)})
-            return found, order
 
-        engine.runner.run = watched  # type: ignore[method-assign, assignment]
+        engine.runner.observe = note
         sequences = [engine.submit(f"s{i}", random_prompt(i, 9 + 17 * i), 30, SamplingParams()) for i in range(3)]
         while engine.has_work:
             engine.step()

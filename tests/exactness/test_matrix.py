@@ -4,16 +4,15 @@ One table for everything that may be combined: families, kernels, steps of CUDA,
 policies, small pools, attached KV. Sequences with generation settings have the tokens of ``generate``.
 """
 
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 import torch
 from graph_scripts import again, attaching, crowded, forgetting, live_graph, side_by_side, waiting_graph
-from matrix import CROWDED, SMALL, STATIC, WAITING, Matrix, Row
+from matrix import CROWDED, SHORT, STATIC, WAITING, Matrix, Row, rows
 from oracle import FAMILIES, engine_for
 from rrm_kernels.staging import Staging
 from settled import IN_A_GRAPH, Settled
@@ -31,14 +30,7 @@ POLICIES = get_args(WaitPolicy)
 BOTH = (False, True)
 VARIED = ("qwen3", "gemma2", "gpt_oss", "deepseek_v3", "gpt2")  # soft-caps, windows, sinks, widths, learned positions
 SPLICED = ("qwen3", "llama", "phi3", "gpt_neox", "granite", "gemma3_text")
-SHORT = replace(WAITING, **SMALL)
 ATTACHING = Row(attaching, prefix_cache=False)  # where the child's blocks would be found
-
-
-def rows(row: Row, **choices: Any) -> Iterator[Row]:
-    """``row`` with every combination of ``choices``."""
-    for values in itertools.product(*choices.values()):
-        yield replace(row, **dict(zip(choices, values, strict=True)))
 
 
 ROWS = [

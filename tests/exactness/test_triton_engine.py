@@ -60,9 +60,7 @@ def test_a_broken_shared_run_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 @interpreted
 def test_by_default_nothing_so_short_is_shared() -> None:
     spy = Spy()
-    attend = load_triton(CPU)
-    attend._kernel = spy
-    graph_on(plain_model("llama", num_hidden_layers=1), attend)
+    graph_on(plain_model("llama", num_hidden_layers=1), TritonAttention(spy, load_triton(CPU).sharing))
     assert spy.calls > 0
     assert spy.pieces == 0
 

@@ -92,9 +92,9 @@ def test_a_resume_that_arrives_while_its_parent_is_being_offloaded() -> None:
     life.resume(parent, prompt(3, 1), 2)
     assert parent.counters.restored_blocks == 0
     life.step()
-    assert life._plan is not None
-    assert (len(life._plan.swap_outs), len(life._plan.swap_ins)) == (1, 1)
-    assert life._plan.swap_outs[0][0] is life._plan.swap_ins[0][0]
+    assert life.plan is not None
+    assert (len(life.plan.swap_outs), len(life.plan.swap_ins)) == (1, 1)
+    assert life.plan.swap_outs[0][0] is life.plan.swap_ins[0][0]
     life.end()
 
 

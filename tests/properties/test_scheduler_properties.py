@@ -182,8 +182,8 @@ def test_a_source_may_be_freed_and_copied_into_in_the_same_step(
             life.step()
         return
     life.step()
-    assert life._plan is not None
-    assert life._plan.copies == ((source, first.table.blocks[0]), (other, source))
+    assert life.plan is not None
+    assert life.plan.copies == ((source, first.table.blocks[0]), (other, source))
     life.end()
 
 

@@ -33,7 +33,7 @@ import torch
 from emulated_streams import Event, Graph, Machine, Memory, Stream, Transfer, fill_with_rubbish
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.cpp_extension import include_paths, library_paths
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -122,11 +122,11 @@ class Emulation(Machine, TorchDispatchMode):
         kwargs = dict(kwargs or {})
         pin = kwargs.pop("pin_memory", None)
         wanted = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.device)), None)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = _tensors((args, kwargs))
         there = [x for x in tensors if isinstance(x, OnDevice)]
         packet = func.overloadpacket
         on_cuda = wanted.type == "cuda" if wanted is not None else bool(there)
-        if (on_cuda or there) and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        if (on_cuda or there) and _is_made_of_others(func):
             with self:
                 return func.decompose(*args, **kwargs)
         if packet is aten.copy_ and there:
@@ -138,7 +138,7 @@ class Emulation(Machine, TorchDispatchMode):
             return func(args[0].inner)
         if not on_cuda:
             assert not there or packet in METADATA, f"{func}: from {there[0].device} to {wanted}"
-            out = func(*tree_map_only(OnDevice, _inner, args), **tree_map_only(OnDevice, _inner, kwargs))
+            out = func(*_mapped(args, _inner), **_mapped(kwargs, _inner))
             if pin:
                 self.pin(out)
             return out
@@ -152,12 +152,10 @@ class Emulation(Machine, TorchDispatchMode):
             for tensor in tensors:
                 alone = not isinstance(tensor, OnDevice) and tensor.dim() == 0 and packet is not aten.index
                 assert alone or tensor.device == device, f"{func}: tensors on {device} and {tensor.device}"
-        writes = {
-            id(value)
-            for argument, value in _named(func, args, kwargs)
-            if argument.alias_info is not None and argument.alias_info.is_write
-        }
-        inner_args, inner_kwargs = tree_map_only(OnDevice, _inner, (args, kwargs))
+        positions, names = _written(func)
+        writes = {id(args[i]) for i in positions if i < len(args)}
+        writes |= {id(kwargs[name]) for name in names if name in kwargs}
+        inner_args, inner_kwargs = _mapped((args, kwargs), _inner)
         if "device" in inner_kwargs:
             inner_kwargs["device"] = torch.device("cpu")
         there = [t for t in tensors if isinstance(t, OnDevice)] if packet not in METADATA else []
@@ -165,9 +163,9 @@ class Emulation(Machine, TorchDispatchMode):
         changed = [t for t in there if id(t) in writes]
         out = call() if func.is_view else self.issue(call, there, changed, device, self.cost(func, there))
         if changed:
-            return tree_map_only(torch.Tensor, lambda _: changed[0], out) if out is not None else changed[0]
+            return _mapped(out, lambda _: changed[0]) if out is not None else changed[0]
         known = {t.inner.untyped_storage().data_ptr(): t.memory for t in tensors if isinstance(t, OnDevice)}
-        return tree_map_only(torch.Tensor, lambda t: self.wrap(t, device, known, packet in FRESH), out)
+        return _mapped(out, lambda t: self.wrap(t, device, known, packet in FRESH))
 
     def issue(
         self, call: Callable[[], Any], tensors: list[OnDevice], changed: list[OnDevice], device: Any, cost: float
@@ -195,7 +193,7 @@ class Emulation(Machine, TorchDispatchMode):
         with torch.inference_mode():
             out = call()
         sources = {t.inner.untyped_storage().data_ptr() for t in tensors}
-        fresh = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        fresh = _tensors(out)
         if any(t.untyped_storage().data_ptr() not in sources for t in fresh):
             graph.calls.append(partial(_again, call, fresh))
         return out
@@ -309,10 +307,10 @@ class Emulation(Machine, TorchDispatchMode):
     def kernel(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Launch on the current device; it may write whatever it is given."""
         device = torch.device("cuda", self.now)
-        tensors: list[Any] = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors: list[Any] = _tensors((args, kwargs))
         for tensor in tensors:
             assert tensor.device == device, f"a kernel launched on {device} is given a tensor on {tensor.device}"
-        inner_args, inner_kwargs = tree_map_only(OnDevice, _inner, (args, kwargs))
+        inner_args, inner_kwargs = _mapped((args, kwargs), _inner)
         cost = self.cost(run, tensors)
         return self.issue(partial(_outside, run, *inner_args, **inner_kwargs), tensors, tensors, device, cost)
 
@@ -323,22 +321,46 @@ def _outside(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _again(call: Callable[[], Any], results: list[torch.Tensor]) -> None:
-    for target, value in zip(results, (t for t in tree_leaves(call()) if isinstance(t, torch.Tensor)), strict=True):
+    for target, value in zip(results, _tensors(call()), strict=True):
         target.copy_(value)
 
 
-def _inner(tensor: OnDevice) -> torch.Tensor:
-    return tensor.inner
+def _inner(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.inner if isinstance(tensor, OnDevice) else tensor
 
 
-def _named(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
-    arguments = func._schema.arguments
-    for argument, value in zip(arguments, args, strict=False):
-        yield argument, value
-    by_name = {argument.name: argument for argument in arguments}
-    for name, value in kwargs.items():
-        if name in by_name:
-            yield by_name[name], value
+def _tensors(tree: Any) -> list[Any]:
+    """The tensors in tuples, lists and dicts, in order. Torch's own walk of a tree takes as long as all else here."""
+    found: list[Any] = []
+    _mapped(tree, found.append)
+    return found
+
+
+def _mapped(tree: Any, of: Callable[[Any], Any]) -> Any:
+    """The same with ``of`` each tensor in its place."""
+    if isinstance(tree, torch.Tensor):
+        return of(tree)
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([_mapped(value, of) for value in tree])
+    if kind is dict:
+        return {name: _mapped(value, of) for name, value in tree.items()}
+    if isinstance(tree, tuple):  # what torch.max returns, or a named one
+        return tree_map_only(torch.Tensor, of, tree)
+    return tree
+
+
+@cache
+def _written(func: Any) -> tuple[list[int], list[str]]:
+    """Which arguments an operation writes to: where they stand, and their names."""
+    arguments = enumerate(func._schema.arguments)
+    written = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [i for i, _ in written], [name for _, name in written]
+
+
+@cache
+def _is_made_of_others(func: Any) -> bool:
+    return bool(func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
 
 
 @cache

@@ -25,7 +25,9 @@ class Memory:
     def __del__(self) -> None:
         if self.of_graph:
             return
-        late = {s for s, tick in self.used.items() if s not in self.recorded and not self.stream.knows(s, tick)}
+        done = self.machine.clock  # the host has waited for it
+        used = ((s, tick) for s, tick in self.used.items() if s not in self.recorded and done[s] < tick)
+        late = {s for s, tick in used if not self.stream.knows(s, tick)}
         if late:
             self.machine.errors.append(f"memory of {self.stream} is given back while {late} may still use it")
 
@@ -140,6 +142,7 @@ class Machine:
         Machine.current = self
         self.devices = devices
         self.now = 0  # the current device
+        self.known = {torch.device("cuda", i) for i in range(devices)}
         self.clock: Counter[int] = Counter()  # what the host has waited for
         self.time = 0.0
         self.waited = 0.0  # by the host, for devices that were not done
@@ -155,6 +158,8 @@ class Machine:
     # devices and streams
 
     def device(self, device: Any) -> torch.device:
+        if isinstance(device, torch.device) and device in self.known:
+            return device
         device = torch.device("cuda", self.now) if device is None else device
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         device = torch.device("cuda", self.now) if device.index is None else device

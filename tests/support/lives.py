@@ -6,7 +6,8 @@ given, exactly the tokens of its own sequence. That covers copies, preemption an
 Where a span was attached it must find the histories of the sequence the span was taken from, moved to that place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from rrm_engine.config import WaitPolicy
 from rrm_engine.engine.draft import MOST, SIZES, Drafting
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.packing import Drawn, pack
+from rrm_engine.engine.ranges import Ranges
 from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput, Splice, Work
 from rrm_engine.engine.sequence import Sequence, State
@@ -40,6 +42,7 @@ class Memory:
         self.size = size
         self.slots: list[Content] = [None] * ((blocks + 1) * size)
         self.device = CPU
+        self.ranges = Ranges()
         self.copied = 0
         self.queries = 0  # packed rows, each of which has been checked
         self.kept: dict[Span, list[History]] = {}  # what each span was taken from
@@ -169,6 +172,48 @@ class Guesses(Drafting):
         return [(token, SIZES[0]) for token in allowed]
 
 
+class Plans(Ranges):
+    """Looks at every plan as it is made, and at whose KV is taken for it."""
+
+    def __init__(self, life: "Life") -> None:
+        self.life = life
+        self.reclaimed: list[Sequence] = []  # in the last plan
+        self.in_flight = 0  # times that somebody lost its KV while a step of it was under way
+
+    def __call__(self, name: str, of: Any = ()) -> AbstractContextManager[Any]:
+        return self.schedule() if name == "schedule" else super().__call__(name, of)
+
+    @contextmanager
+    def schedule(self) -> Iterator[None]:
+        life, engine = self.life, self.life.engine
+        live = list(life.scheduler.live)
+        flying = {id(s) for s in live if s.flights}
+        before = {id(s): s.table.length for s in live}
+        decoding = [s for s in live if s.state is State.RUNNING and s.pending == 1]
+        ready = {
+            id(s): s.flights[-1] if s.flights else 0
+            for s in decoding
+            if not s.flights
+            or (engine.settings.lookahead and len(s.flights) == 1 and life.goes_on(s) and not self.waits(s))
+        }
+        self.reclaimed.clear()
+        yield
+        assert engine.plan is not None
+        life.plan = engine.plan
+        life.check_plan(engine.plan, live, flying, ready, before)
+
+    def waits(self, sequence: Sequence) -> bool:
+        drafting = self.life.engine.drafting
+        return drafting is not None and drafting.expects(sequence)
+
+    def reclaims(self, victim: Sequence, needy: Sequence) -> None:
+        assert victim is not needy
+        after = victim.priority > needy.priority
+        assert after or victim.state is State.PAUSED, "memory is taken from the wrong end"
+        self.reclaimed.append(victim)
+        self.in_flight += bool(victim.flights)
+
+
 class Life:
     """An engine over a memory, and the checks of every step."""
 
@@ -213,11 +258,11 @@ class Life:
         self.longest = longest
         self.sequences: list[Sequence] = []
         self.finished: list[Sequence] = []
-        self.reclaimed: list[Sequence] = []
+        self.plan: SchedulerOutput | None = None  # of the step launched last
         self.run_for_nothing = 0  # tokens that were in flight, had been run ahead, and were thrown away
         self.never_run = 0  # tokens that were sampled last, and then their sequence ended or was truncated
-        self._for: Sequence | None = None
-        self._plan: SchedulerOutput | None = None
+        self.plans = Plans(self)
+        self.engine.announce_to(self.plans)
         self._watch()
 
     def __repr__(self) -> str:
@@ -231,59 +276,23 @@ class Life:
         )
 
     def _watch(self) -> None:
-        """Note for whom memory is made, from whom it is taken, what was planned and what is thrown away."""
-        engine, scheduler, memory = self.engine, self.scheduler, self.memory
-        launch, make_room, reclaim, run = engine._launch, scheduler._make_room, scheduler._reclaim, memory.run
-        truncate, remove = engine.truncate, scheduler._remove
+        """Note what is thrown away: tokens that were sampled or run and belong to nobody."""
+        engine, scheduler = self.engine, self.scheduler
+        truncate, pause, finish = engine.truncate, scheduler.pause, scheduler.finish
 
         def watched_truncate(sequence: Sequence, length: int) -> None:
             self.never_run += sequence.unrun_samples if length < len(sequence.tokens) else 0
             truncate(sequence, length)
 
-        def watched_remove(sequence: Sequence) -> None:
-            self.run_for_nothing += len(sequence.flights[1:])  # each ran the token of the one before
-            remove(sequence)
+        def watched(end: Callable[[Sequence], None]) -> Callable[[Sequence], None]:
+            def ending(sequence: Sequence) -> None:
+                self.run_for_nothing += len(sequence.flights[1:])  # each ran the token of the one before
+                end(sequence)
 
-        def watched_make_room(sequence: Sequence, *args: Any, **kwargs: Any) -> bool:
-            self._for = sequence
-            return make_room(sequence, *args, **kwargs)
-
-        def watched_reclaim(victim: Sequence) -> None:
-            assert self._for is not None and victim is not self._for
-            behind = victim.priority > self._for.priority
-            assert behind or victim.state is State.PAUSED, "memory is taken from the wrong end"
-            self.reclaimed.append(victim)
-            reclaim(victim)
-
-        def watched_run(plan: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:
-            self._plan = plan
-            return run(plan, drawn)
-
-        def waits(sequence: Sequence) -> bool:
-            return engine.drafting is not None and engine.drafting.expects(sequence)
-
-        def watched_launch() -> bool:
-            live, flying = list(scheduler.live), {id(s) for s in scheduler.live if s.flights}
-            before = {id(s): s.table.length for s in live}
-            decoding = [s for s in live if s.state is State.RUNNING and s.pending == 1]
-            ready = {
-                id(s): s.flights[-1] if s.flights else 0
-                for s in decoding
-                if not s.flights
-                or (engine.settings.lookahead and len(s.flights) == 1 and self.goes_on(s) and not waits(s))
-            }
-            self.reclaimed.clear()
-            launched = launch()
-            assert self._plan is not None
-            self.check_plan(self._plan, live, flying, ready, before)
-            return launched
+            return ending
 
         engine.truncate = watched_truncate  # type: ignore[method-assign]
-        scheduler._remove = watched_remove  # type: ignore[method-assign]
-        engine._launch = watched_launch  # type: ignore[method-assign]
-        scheduler._make_room = watched_make_room  # type: ignore[method-assign]
-        scheduler._reclaim = watched_reclaim  # type: ignore[method-assign]
-        memory.run = watched_run  # type: ignore[method-assign, assignment]
+        scheduler.pause, scheduler.finish = watched(pause), watched(finish)  # type: ignore[method-assign]
 
     # what a driver may do between steps
 
@@ -377,7 +386,8 @@ class Life:
             front = {h for h in holes if h[0] >= before[id(works[0].sequence)] and h[1] == works[0].start}
             assert gaps <= holes == gaps | front, "something between the work items was neither run nor attached"
         assert scheduled == sorted(scheduled, key=lambda s: s.priority)
-        assert not {id(s) for s in scheduled} & {id(s) for s in self.reclaimed}, "a scheduled sequence lost its blocks"
+        lost = {id(s) for s in self.plans.reclaimed}
+        assert not {id(s) for s in scheduled} & lost, "a scheduled sequence lost its blocks"
         assert sum(w.count for w in plan.work) <= max(self.scheduler.step_tokens, len(ready) + 1)
         for work in plan.work:
             assert work.count >= 1, "a work item with no query"
@@ -392,7 +402,7 @@ class Life:
         if any(w.drafted is not None for w in plan.work):
             assert sum(w.count for w in plan.work) <= self.scheduler.step_tokens, "drafted beyond the step's tokens"
             assert self.engine.pool.num_free >= self.scheduler.running, "drafts leave no block free"
-        if not self.reclaimed and self.engine.pool.num_free:
+        if not self.plans.reclaimed and self.engine.pool.num_free:
             share = -(-len(live) // self.scheduler.stages)
             runs = ready.keys() & {id(s) for s in scheduled}
             lost = [s for s in live if id(s) in ready and s.state is State.WAITING]  # in this step

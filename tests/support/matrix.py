@@ -5,7 +5,8 @@ without any.
 """
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import SimpleNamespace
@@ -65,9 +66,15 @@ class Row:
         return self.lookahead or self.stages > 1 or self.replicas > 1
 
 
-SMALL: dict[str, Any] = {"blocks": 30, "longest": 110}  # memory runs out
 WAITING = Row(waiting_graph, longest=110)
+SHORT = replace(WAITING, blocks=30)  # memory runs out
 CROWDED = Row(crowded, blocks=22, longest=88)
+
+
+def rows(row: Row, **choices: Any) -> Iterator[Row]:
+    """``row`` with every combination of ``choices``."""
+    for values in itertools.product(*choices.values()):
+        yield replace(row, **dict(zip(choices, values, strict=True)))
 
 
 @dataclass
@@ -131,8 +138,8 @@ class Matrix:
 
     @staticmethod
     def _plain(family: str, devices: int) -> Any:
-        """With two layers for each device, so that each may have one of every kind."""
-        return plain_model(family, num_hidden_layers=2 * devices)
+        """Over two devices with two layers on each, so that each may have one of every kind."""
+        return plain_model(family, num_hidden_layers=2 if devices == 1 else 4)
 
     def _model(self, family: str, form: str, devices: int) -> LoadedModel:
         plain = self.plain(family, devices)

@@ -147,9 +147,7 @@ def directory(tmp_path: Path) -> Iterator[RunDir]:
 
 
 def writer(directory: RunDir, shown: Shown, grader: Grader, names: str) -> RowWriter:
-    rows = RowWriter(directory, shown, dict.fromkeys(names, "1"), {"seed": 0})
-    rows._grader = grader
-    return rows
+    return RowWriter(directory, shown, dict.fromkeys(names, "1"), {"seed": 0}, grader)
 
 
 def test_a_slow_grade_holds_nobody_up(directory: RunDir, grader: Grader) -> None:

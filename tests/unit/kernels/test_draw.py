@@ -1,11 +1,11 @@
 """The search for tokens that can win: it leaves the winner that all the noise would give, and few others."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from oracle import VARIANTS, compiled
+from rrm_kernels.build import NativeUnavailable
 from rrm_kernels.draw import ROOM, Leaders, load_leaders
 
 from rrm_engine.engine import sampler
@@ -64,14 +64,16 @@ def test_the_same_tokens_with_and_without_it(
     compiled(load_leaders)
     logits = scores(3000, 4.0, 1).to(dtype)
     searched: list[torch.Tensor | None] = []
-    search: Callable[..., torch.Tensor | None] = sampler._leaders
 
     def noting(*given: Any) -> torch.Tensor | None:
-        searched.append(search(*given))
+        searched.append(load_leaders()(*given))
         return searched[-1]
 
-    monkeypatch.setattr(sampler, "_leaders", noting)
+    def missing() -> Any:
+        raise NativeUnavailable("no compiler")
+
+    monkeypatch.setattr(sampler, "load_leaders", lambda: noting)
     drawn = sampler.choose(logits.clone(), params, KEYS.tolist(), POSITIONS.tolist())
     assert len(searched) == 1 and searched[0] is not None
-    monkeypatch.setattr(sampler, "_leaders", lambda *given: None)
+    monkeypatch.setattr(sampler, "load_leaders", missing)
     assert torch.equal(drawn, sampler.choose(logits, params, KEYS.tolist(), POSITIONS.tolist()))

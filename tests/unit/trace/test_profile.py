@@ -340,6 +340,23 @@ def test_copies_and_swaps_name_whose_blocks_they_move(tmp_path: Path) -> None:
     assert [r.name for r in found.ranges if r.name in FORWARDS] == ["prefill", "prefill", "decode", "prefill+decode"]
 
 
+def test_whose_kv_is_taken_and_for_whom(tmp_path: Path) -> None:
+    engine = engine_for(prepared(plain_model("qwen3")), blocks=8, max_sequence_tokens=32, prefix_cache=False)
+    profile = Profile(torch.device("cpu"), 100, warm_up=0)
+    engine.announce_to(profile)
+    for i in range(2):
+        engine.submit(f"job{i}:root", prompt(i, 12), 18, SamplingParams(), root=i)
+    while engine.has_work:
+        with profile.step(engine.steps + 1):
+            engine.step()
+    profile.write(tmp_path)
+    found = read_profile(tmp_path)
+    assert found is not None
+    taken = [(r.args["nodes"], r.args["needed_by"]) for r in found.ranges if r.name == "reclaim"]
+    one, other = (["job1:root"], "job0:root"), (["job0:root"], "job1:root")  # which has paused by then
+    assert taken == [one, other]
+
+
 # operators
 
 
