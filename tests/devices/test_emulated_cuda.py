@@ -41,7 +41,7 @@ ROWS = [
     )
 ]
 for n in (1, 2):
-    on = {"devices": n, "stages": n, "lookahead": True}
+    on: dict[str, Any] = {"devices": n, "stages": n, "lookahead": True}
     ROWS += [Row(family="gemma2", **on), replace(CROWDED, form="captured", **on)]
     ROWS += rows(replace(SHORT, form="captured", **on), policy=get_args(WaitPolicy))
 

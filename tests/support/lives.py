@@ -292,7 +292,7 @@ class Life:
             return ending
 
         engine.truncate = watched_truncate  # type: ignore[method-assign]
-        scheduler.pause, scheduler.finish = watched(pause), watched(finish)  # type: ignore[method-assign]
+        scheduler.pause, scheduler.finish = watched(pause), watched(finish)  # type: ignore[method-assign, assignment]
 
     # what a driver may do between steps
 
@@ -386,8 +386,8 @@ class Life:
             front = {h for h in holes if h[0] >= before[id(works[0].sequence)] and h[1] == works[0].start}
             assert gaps <= holes == gaps | front, "something between the work items was neither run nor attached"
         assert scheduled == sorted(scheduled, key=lambda s: s.priority)
-        lost = {id(s) for s in self.plans.reclaimed}
-        assert not {id(s) for s in scheduled} & lost, "a scheduled sequence lost its blocks"
+        taken = {id(s) for s in self.plans.reclaimed}
+        assert not {id(s) for s in scheduled} & taken, "a scheduled sequence lost its blocks"
         assert sum(w.count for w in plan.work) <= max(self.scheduler.step_tokens, len(ready) + 1)
         for work in plan.work:
             assert work.count >= 1, "a work item with no query"
