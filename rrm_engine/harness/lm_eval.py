@@ -8,25 +8,21 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from rrm_engine.backends.local import Solver
-from rrm_engine.config import MODES, RunConfig
 from rrm_engine.errors import RrmError
+from rrm_engine.harness.settings import SAMPLING, Settings, config_of, cut, lengths
 from rrm_engine.solver.result import Job
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # called so in both
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 KNOWN = frozenset({"until", "do_sample", *SAMPLING, *LENGTHS})
 IGNORED = ("batch_size", "max_batch_size")  # which the harness gives every model
 UNASKED = "cuda:0"  # the harness's --device where nobody gave one, also on machines without it
-BUDGETS = ("direct_max_tokens", "solver_max_tokens", "planner_max_tokens", "continuation_max_tokens")
-
-Settings = tuple[tuple[str, Any], ...]
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +41,13 @@ class RrmModel(LM):
 
     def __init__(self, mode: str = "rrm", concurrency: int = 8, pretrained: str | None = None, **settings: Any) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise RrmError(f"mode takes {' or '.join(MODES)}, not {mode!r}")
         asked = {name: value for name, value in settings.items() if name not in IGNORED and value is not None}
-        known = {f.name for f in fields(RunConfig)} - {"modes", "samples", "limit", "shard", "backend", "base_urls"}
         if asked.get("device") == UNASKED:
             del asked["device"]
-        if unknown := sorted(asked.keys() - known):
-            raise RrmError(f"--model_args: {unknown[0]} is no setting of a solve; docs/cli.md names them")
         if pretrained is not None:
             asked.setdefault("model", pretrained)
         self.mode, self.concurrency = mode, concurrency
-        self.config = RunConfig(**asked, modes=(mode,))
+        self.config = config_of(mode, asked, "--model_args")
         self._solver = Solver.load(self.config)
 
     @property
@@ -92,7 +83,8 @@ class RrmModel(LM):
         answers = [""] * len(requests)
         for settings, jobs in groups.items():
             for number, text in self._solved(settings, jobs):
-                answers[number] = cut(text, requests[number].args[1].get("until"))
+                until = requests[number].args[1].get("until") or ()
+                answers[number] = cut(text, *([until] if isinstance(until, str) else until))
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, answer)
         return answers
@@ -107,9 +99,7 @@ class RrmModel(LM):
             found = {"temperature": 0.0}
         length = next((asked[name] for name in LENGTHS if asked.get(name) is not None), None)
         if length is not None:
-            own = self._solver.resolved
-            most = {name: min(int(length), getattr(own, name) or int(length)) for name in BUDGETS}
-            found |= most | {"direct_max_tokens": int(length)}
+            found |= lengths(self._solver.resolved, int(length))
         return tuple(sorted(found.items()))
 
     def _solved(self, settings: Settings, jobs: Sequence[tuple[int, Job]]) -> list[tuple[int, str]]:
@@ -127,10 +117,3 @@ class RrmModel(LM):
         if failed:
             log.warning("%d of %d requests failed and are answered with nothing", failed, len(jobs))
         return found
-
-
-def cut(text: str, until: str | Sequence[str] | None) -> str:
-    """``text`` up to the first of the strings."""
-    stops = [until] if isinstance(until, str) else list(until or ())
-    places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
-    return text[: min(places)] if places else text

@@ -19,7 +19,8 @@ from rrm_engine.bench.tasks import load_tasks  # noqa: E402
 from rrm_engine.config import RunConfig  # noqa: E402
 from rrm_engine.errors import RrmError  # noqa: E402
 from rrm_engine.harness.cli import main  # noqa: E402
-from rrm_engine.harness.lm_eval import RrmModel, cut  # noqa: E402
+from rrm_engine.harness.lm_eval import RrmModel  # noqa: E402
+from rrm_engine.harness.settings import cut  # noqa: E402
 
 TASKS = load_tasks("embedded").tasks[:2]
 GREEDY = {"until": ["</s>"], "do_sample": False, "max_gen_toks": 700}
@@ -87,7 +88,7 @@ def test_stop_strings_and_lengths(direct: RrmModel) -> None:
     tokenizer = direct._solver.model.tokenizer
     assert whole.startswith(short) and 10 <= len(tokenizer(short, add_special_tokens=False)["input_ids"]) <= 20
     assert stopped == whole.split("\n")[0] and one == whole.split("FINAL")[0]
-    assert cut("a b", None) == "a b" and cut("a b", ["", "x"]) == "a b" and cut("abc", ["c", "b"]) == "a"
+    assert cut("a b") == "a b" and cut("a b", "", "x") == "a b" and cut("abc", "c", "b") == "a"
 
 
 def test_what_says_nothing_of_sampling_is_greedy(direct: RrmModel) -> None:
