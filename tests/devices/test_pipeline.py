@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import broken
 import pytest
 from hypothesis import given
 from lives import Life, made_up, prompt, submitted
 from random_lives import ACTIONS, SETTINGS, assert_noticed, live_through, lives
 
-from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.table import BlockTable
@@ -219,30 +219,14 @@ def test_a_sequence_in_flight_that_is_run_again_is_noticed(monkeypatch: pytest.M
 
 
 def test_a_token_for_who_does_not_wait_for_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pausing in flight does not call the token off."""
-    remove = Scheduler._remove
-
-    def kept(self: Scheduler, sequence: Sequence) -> None:
-        flights = list(sequence.flights)
-        remove(self, sequence)
-        sequence.flights = flights
-
-    monkeypatch.setattr(Scheduler, "_remove", kept)
+    broken.tokens_that_nobody_waits_for(monkeypatch)
     for end in ("finish", "pause", "wait", "truncate"):
         with pytest.raises((AssertionError, ValueError)):
             test_who_ends_in_flight_does_not_get_the_token(end, "pin")
 
 
 def test_tokens_in_the_wrong_order_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step's tokens are handed to its sequences in another order."""
-    update = Engine.collect
-
-    def swapped(self: Engine) -> Any:
-        if self._flights and self._flights[0].tokens is not None:
-            self._flights[0].order.reverse()
-        return update(self)
-
-    monkeypatch.setattr(Engine, "collect", swapped)
+    broken.tokens_in_another_order(monkeypatch)
     assert_noticed("not the sequence's token", some_lives=lives(stages=(2,)))
 
 

@@ -11,13 +11,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+from broken import Breaks, blocks_of_who_ends_paused
 from driven import NODES, TASK, TOKENS, Driven
 from forked_bench import break_forward
 from lab import engine_of
 
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.session import EngineNode
-from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.types import Phase
@@ -212,24 +212,11 @@ def forget_descendants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(JobRun, "release", lambda self: None)
 
 
-def keep_waiting_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sequence that ends while it is paused does not give its blocks back."""
-    finish = Scheduler.finish
-
-    def forgetful(self: Scheduler, sequence: Sequence) -> None:
-        if sequence.state is State.PAUSED:
-            sequence.table.blocks.clear()
-            sequence.table.length = sequence.table.stored = 0
-        finish(self, sequence)
-
-    monkeypatch.setattr(Scheduler, "finish", forgetful)
-
-
 @pytest.mark.parametrize(
-    ("sabotage", "how"), [(forget_descendants, "still has sequences"), (keep_waiting_blocks, "references kept")]
+    ("sabotage", "how"), [(forget_descendants, "still has sequences"), (blocks_of_who_ends_paused, "references kept")]
 )
 def test_what_is_left_behind_is_noticed(
-    sabotage: Callable[[pytest.MonkeyPatch], None], how: str, driven: Driven, monkeypatch: pytest.MonkeyPatch
+    sabotage: Breaks, how: str, driven: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control of both tests above."""
     sabotage(monkeypatch)

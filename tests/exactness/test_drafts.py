@@ -2,11 +2,11 @@
 of the rest.
 """
 
-from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import broken
 import pytest
 import torch
 from foretold import Foretold
@@ -27,7 +27,6 @@ from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import Work
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.errors import RrmError
-from rrm_engine.kv.table import BlockTable
 from rrm_engine.loading.prepare import prepare_model
 
 DRAFTS = lives(drafts=True)
@@ -236,25 +235,12 @@ def test_what_draft_takes(value: str) -> None:
 
 
 def test_a_wrong_draft_that_is_taken_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def credulous(self: Engine, sequence: Sequence, drawn: list[tuple[int | None, int]]) -> deque[int]:
-        return deque([*(drafted for drafted, _ in drawn[1:] if drafted is not None), drawn[-1][1]])
-
-    monkeypatch.setattr(Engine, "_accepted", credulous)
+    broken.drafts_are_believed(monkeypatch)
     assert_noticed("not the sequence's token", some_lives=DRAFTS)
 
 
 def test_kv_of_a_wrong_draft_that_is_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first token that was not drafted is thought to have KV, that of the guess in its place."""
-    truncate, accepted = BlockTable.truncate, Engine._accepted
-
-    def kept(self: Engine, sequence: Sequence, drawn: list[tuple[int | None, int]]) -> deque[int]:
-        with monkeypatch.context() as patched:
-            patched.setattr(
-                BlockTable, "truncate", lambda table, length: truncate(table, min(length + 1, table.stored))
-            )
-            return accepted(self, sequence, drawn)
-
-    monkeypatch.setattr(Engine, "_accepted", kept)
+    broken.kv_of_wrong_drafts(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         live = Life(30, 4, 60, right=(0,), step_tokens=16)
         submitted(live.submit(prompt(5), 30))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, get_args
 
+import broken
 import pytest
 import torch
 from hypothesis import given
@@ -17,9 +18,7 @@ from rrm_engine.config import RunConfig, WaitPolicy
 from rrm_engine.engine.draw import draw
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.flight import Flight
-from rrm_engine.engine.packing import Drawn
-from rrm_engine.engine.scheduler import Scheduler
-from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.engine.sequence import State
 from rrm_engine.kv.table import BlockTable
 
 AHEAD = lives(lookahead=True)
@@ -101,7 +100,7 @@ def test_the_host_knows_the_tokens_of_one_step_while_the_next_one_runs(
     collect = Engine.collect
 
     def watched(self: Engine) -> Any:
-        behind.append(len(self._flights) - 1)
+        behind.append(self.launched - self.steps - 1)
         return collect(self)
 
     monkeypatch.setattr(Engine, "collect", watched)
@@ -139,25 +138,12 @@ def test_what_auto_means_and_where_it_cannot_be_had(lab: Lab) -> None:
 
 
 def test_tokens_of_other_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = Drawn.fill
-
-    def shifted(self: Drawn, token_ids: torch.Tensor, rows: torch.Tensor) -> None:
-        fill(Drawn(self.tokens.roll(1), self.rows), token_ids, rows)
-
-    monkeypatch.setattr(Drawn, "fill", shifted)
+    broken.tokens_of_other_rows(monkeypatch)
     assert_noticed("not the sequence's token", some_lives=AHEAD)
 
 
 def test_kv_of_a_token_that_was_thrown_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sequence paused in flight keeps the KV of the token it did not get."""
-
-    def kept(self: Scheduler, sequence: Sequence) -> None:
-        sequence.flights.clear()
-        if sequence.state is State.RUNNING:
-            self._running -= 1
-        self.live.remove(sequence)
-
-    monkeypatch.setattr(Scheduler, "_remove", kept)
+    broken.kv_of_tokens_thrown_away(monkeypatch)
     with pytest.raises(AssertionError):
         test_who_pauses_while_two_steps_are_in_flight_keeps_what_is_known("pin")
 

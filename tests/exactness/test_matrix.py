@@ -4,26 +4,18 @@ One table for everything that may be combined: families, kernels, steps of CUDA,
 policies, small pools, attached KV. Sequences with generation settings have the tokens of ``generate``.
 """
 
-from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
+import broken
 import pytest
-import torch
+from broken import Breaks
 from graph_scripts import again, attaching, crowded, forgetting, live_graph, side_by_side, waiting_graph
 from matrix import CROWDED, SHORT, STATIC, WAITING, Matrix, Row, rows
 from oracle import FAMILIES, engine_for
-from rrm_kernels.staging import Staging
 from settled import IN_A_GRAPH, Settled
 
 from rrm_engine.config import WaitPolicy
-from rrm_engine.engine.cuda_graphs import Share
-from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.packing import Drawn
-from rrm_engine.engine.processors import Transcripts
-from rrm_engine.kv.cache import KVCache
-from rrm_engine.models.attention import PagedForward
 from rrm_engine.models.lean import LeanForward
 
 POLICIES = get_args(WaitPolicy)
@@ -110,138 +102,31 @@ def test_a_lean_forward_stays_lean_over_devices(family: str, matrix: Matrix) -> 
     assert not isinstance(two, LeanForward) or [len(stage.layers) for stage in two.stages] == [2, 2]
 
 
-# negative controls: what is broken, how, and in which rows of the table it shows
-
-Broken = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def nothing(_: Any) -> Callable[..., None]:
-    return lambda *_: None
-
-
-def to_one_place(swap_in: Any) -> Any:
-    """Blocks that come back from the host come back to the wrong places."""
-    return lambda self, copied, blocks: swap_in(self, copied, [blocks[0]] * len(blocks))
-
-
-def of_the_first(splice: Any) -> Any:
-    """Every attached token has the KV of the first one; to change them about would change no sum."""
-    return lambda self, sources, *rest: splice(self, [sources[0]] * len(sources), *rest)
-
-
-def of_other_rows(fill: Any) -> Any:
-    """Tokens that the host does not know yet are those of other sequences."""
-    return lambda self, *given: fill(Drawn(self.tokens.roll(1), self.rows), *given)
-
-
-def in_another_order(collect: Any) -> Any:
-    def swapped(self: Engine) -> Any:
-        if self._flights:
-            self._flights[0].order.reverse()
-        return collect(self)
-
-    return swapped
-
-
-def of_the_step_before(batch_on: Any) -> Any:
-    """A stage takes the batch of the step before for its own, as if it had not been brought there yet."""
-    last: dict[str, Any] = {}
-
-    def stale(self: PagedForward, device: torch.device) -> Any:
-        self.brought[device] = self.brought.get(device, 0) + 1
-        batch = batch_on(replace(self, brought={}), device)
-        if self.brought[device] == 1:  # the first layer's
-            last["now"], last["before"] = batch, last.get("now", batch)
-            return batch
-        before = last["before"]
-        return before if [*before.query_lens] == [*batch.query_lens] == [1] * len(batch.query_lens) else batch
-
-    return stale
-
-
-def once(follow: Any) -> Any:
-    """What the second device had in the first step is all it ever has."""
-    seen: set[int] = set()
-
-    def first(self: Staging, *given: Any) -> None:
-        if id(self) not in seen:
-            follow(self, *given)
-        seen.add(id(self))
-
-    return first
-
-
-def left(bring: Any) -> Any:
-    """The hidden states of an earlier step of that size."""
-
-    def known(self: Share, hidden: torch.Tensor, key: Any) -> torch.Tensor:
-        there = key is not None and key.tokens in self._hidden
-        return self._hidden[key.tokens] if there else bring(self, hidden, key)
-
-    return known
-
-
-def credulous(_: Any) -> Any:
-    """Every draft is taken for right."""
-
-    def taken(self: Engine, sequence: Any, drawn: list[tuple[int | None, int]]) -> deque[int]:
-        return deque([*(drafted for drafted, _ in drawn[1:] if drafted is not None), drawn[-1][1]])
-
-    return taken
-
-
-def unread(extend: Any) -> Any:
-    """Processors see a made-up token where the last one is in flight, and where one is drafted."""
-
-    def guessing(self: Any, sequences: Any, lengths: Any, drawn: Drawn | None, drafted: Any, device: Any) -> None:
-        made_up = drawn and Drawn(torch.full_like(drawn.tokens, 3), drawn.rows)
-        extend(self, sequences, lengths, made_up, [None if one is None else 3 for one in drafted], device)
-
-    return guessing
-
+# negative controls: what is broken, and in which rows of the table it shows
 
 TWO_SHARES = Row(form="captured", devices=2, stages=2)
-CONTROLS: list[tuple[Any, str, Broken, list[Row]]] = [
-    (KVCache, "copy", nothing, [Row(), Row(lookahead=True), Row(stages=4), Row(form="captured")]),
-    (KVCache, "swap_in", to_one_place, [replace(WAITING, policy="offload"), replace(SHORT, policy="offload")]),
-    (KVCache, "splice", nothing, [ATTACHING]),
-    (KVCache, "splice", of_the_first, [ATTACHING, replace(ATTACHING, policy="offload", lookahead=True)]),
-    (Drawn, "fill", of_other_rows, [Row(lookahead=True), Row(form="captured", lookahead=True)]),
-    (Engine, "collect", in_another_order, [Row(stages=2), Row(lookahead=True)]),
-    (PagedForward, "batch_on", of_the_step_before, [Row(form="sdpa", stages=2)]),
-    (Staging, "follow", once, [TWO_SHARES]),
-    (Share, "_bring", left, [TWO_SHARES]),
-    (Engine, "_accepted", credulous, [Row(drafts=True), replace(SHORT, drafts=True, policy="drop")]),
-    (Transcripts, "extend", unread, [Row(settled=True, drafts=True)]),
-    (Transcripts, "extend", unread, [Row(settled=True, lookahead=True, stages=stages) for stages in (1, 3)]),
+CONTROLS: list[tuple[Breaks, list[Row]]] = [
+    (broken.no_copies, [Row(), Row(lookahead=True), Row(stages=4), Row(form="captured")]),
+    (broken.swap_ins_to_one_place, [replace(WAITING, policy="offload"), replace(SHORT, policy="offload")]),
+    (broken.swap_outs_too_late, [replace(SHORT, policy="offload")]),
+    (broken.no_splices, [ATTACHING]),
+    (broken.splices_of_one_token, [ATTACHING, replace(ATTACHING, policy="offload", lookahead=True)]),
+    (broken.tokens_of_other_rows, [Row(lookahead=True), Row(form="captured", lookahead=True)]),
+    (broken.tokens_in_another_order, [Row(stages=2), Row(lookahead=True)]),
+    (broken.batches_of_the_step_before, [Row(form="sdpa", stages=2)]),
+    (broken.buffers_of_the_first_step, [TWO_SHARES]),
+    (broken.hidden_states_of_an_earlier_step, [TWO_SHARES]),
+    (broken.drafts_are_believed, [Row(drafts=True), replace(SHORT, drafts=True, policy="drop")]),
+    (broken.processors_that_guess, [Row(settled=True, drafts=True)]),
+    (broken.processors_that_guess, [Row(settled=True, lookahead=True, stages=stages) for stages in (1, 3)]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "broken", "row"),
-    [
-        pytest.param(*control, row, id=f"{control[1]} {control[2].__name__} {row}")
-        for *control, somewhere in CONTROLS
-        for row in somewhere
-    ],
+    ("breaks", "row"),
+    [pytest.param(breaks, row, id=f"{breaks.__name__}: {row}") for breaks, somewhere in CONTROLS for row in somewhere],
 )
-def test_what_is_broken_shows(
-    owner: Any, name: str, broken: Broken, row: Row, matrix: Matrix, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_broken_shows(breaks: Breaks, row: Row, matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix.lived(replace(row, drafts=False))
-    monkeypatch.setattr(owner, name, broken(getattr(owner, name)))
+    breaks(monkeypatch)
     assert matrix.live(row).wrong
-
-
-def test_blocks_that_are_read_too_late_show(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: the copy to the host is made when it is needed again, after others wrote there."""
-    swap_in, read = KVCache.swap_in, KVCache.swap_out
-    sources: dict[int, Any] = {}
-
-    def late(self: KVCache, copied: Any, blocks: Any) -> None:
-        read(self, copied, sources.pop(id(copied)))
-        swap_in(self, copied, blocks)
-
-    monkeypatch.setattr(KVCache, "swap_out", lambda self, copied, blocks: sources.update({id(copied): blocks}))
-    monkeypatch.setattr(KVCache, "swap_in", late)
-    assert matrix.live(replace(SHORT, policy="offload")).wrong

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import broken
 import pytest
 import torch
 from foretold import Foretold
@@ -67,10 +68,10 @@ def test_a_wrong_seed_is_noticed(lab: Lab, reference: Recorded) -> None:
     assert len(wrong_tokens(lab.plain, other)) > 5
 
 
-def test_a_missing_copy_is_noticed(lab: Lab) -> None:
+def test_a_missing_copy_is_noticed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a fork that writes into its parent's block changes tokens."""
     run = Recorded(lab.solver(child_context="parent"))
-    engine_of(run.solver).runner.cache.copy = lambda copies: None  # type: ignore[method-assign]
+    broken.no_copies(monkeypatch)
     assert wrong_tokens(lab.plain, run.run(JOBS, 4)) != {}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import broken
 import pytest
 import torch
 from graph_scripts import GREEDY
@@ -15,7 +16,6 @@ from random_lives import MORE, SETTINGS, SHARE, WHO, assert_noticed, live_throug
 from transformers import DynamicCache
 
 from rrm_engine.engine.engine import Engine
-from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv import cache as kv_cache
 from rrm_engine.kv.pool import BlockPool
@@ -409,25 +409,10 @@ def test_spans_kept_at_any_price_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_spans_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = Scheduler.finish
-
-    def forgetful(self: Scheduler, sequence: Sequence) -> None:
-        sequence.kept = []
-        finish(self, sequence)
-
-    monkeypatch.setattr(Scheduler, "finish", forgetful)
+    broken.spans_of_who_ends(monkeypatch)
     assert_noticed("counted", JOINS, LONG)
 
 
 def test_spans_given_back_before_the_step_has_run_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody else could get their blocks in that very step."""
-    plan = Scheduler._run
-
-    def hasty(self: Scheduler, sequence: Sequence, *args: Any) -> Any:
-        planned = plan(self, sequence, *args)
-        for splice in planned[2]:
-            sequence.let_go(splice.span)
-        return planned
-
-    monkeypatch.setattr(Scheduler, "_run", hasty)
+    broken.spans_go_before_the_step(monkeypatch)
     assert_noticed("given back before", JOINS, LONG)

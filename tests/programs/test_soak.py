@@ -3,18 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-from rrm_engine.engine.scheduler import Scheduler
-from rrm_engine.engine.sequence import Sequence, State
-from rrm_engine.kv.cache import KVCache
-from rrm_engine.kv.table import BlockTable
+from broken import Breaks, blocks_of_who_ends_paused, no_copies, no_swap_ins
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 MOST_LIVES = 60
@@ -63,38 +58,16 @@ def test_a_life_is_its_seed(run: Any, soak: ModuleType) -> None:
 # negative controls
 
 
-def no_copies(patch: pytest.MonkeyPatch) -> None:
-    """A forked block is written before it is copied."""
-    patch.setattr(KVCache, "copy", lambda self, copies: None)
-
-
-def no_swap_ins(patch: pytest.MonkeyPatch) -> None:
-    """What comes back from host memory is not what went there."""
-    patch.setattr(KVCache, "swap_in", lambda self, copy, blocks: None)
-
-
-def blocks_kept(patch: pytest.MonkeyPatch) -> None:
-    """A sequence cancelled while it waits loses its blocks without giving them back."""
-    finish = Scheduler.finish
-
-    def forgetful(self: Scheduler, sequence: Sequence) -> None:
-        if sequence.state is State.PAUSED:
-            sequence.table = BlockTable(self.pool, self.space)
-        finish(self, sequence)
-
-    patch.setattr(Scheduler, "finish", forgetful)
-
-
 @pytest.mark.parametrize(
     ("sabotage", "how"),
     [
         (no_copies, r"token \d+ is \d+, not \d+"),
         (no_swap_ins, r"token \d+ is \d+, not \d+"),
-        (blocks_kept, "references kept|host blocks kept"),
+        (blocks_of_who_ends_paused, "references kept|host blocks kept"),
     ],
 )
 def test_a_broken_engine_fails_with_its_seed(
-    sabotage: Callable[[pytest.MonkeyPatch], None], how: str, run: Any, monkeypatch: pytest.MonkeyPatch
+    sabotage: Breaks, how: str, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sabotage(monkeypatch)
     seed = first_failure(run)

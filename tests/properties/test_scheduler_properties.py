@@ -1,17 +1,16 @@
 """Random lives on the bookkeeping: nothing wedges, nothing leaks, and every query attends to its own history."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import broken
 import pytest
 from hypothesis import given
 from lives import Life, Memory, prompt, submitted, two_waiting_parents
 from random_lives import ACTIONS, SETTINGS, assert_noticed, live_through, lives
 
-from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.kv.pool import BlockPool
-from rrm_engine.kv.table import BlockTable
 
 # random lives
 
@@ -23,12 +22,7 @@ def test_any_life_ends_and_every_query_reads_its_own_history(life: Life, actions
 
 
 def test_reclaiming_a_scheduled_sequence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: victims are taken from everybody, also from those already in this step."""
-
-    def anybody(self: Scheduler, sequence: Sequence, behind: list[Sequence], siblings: bool) -> Iterator[Sequence]:
-        yield from (s for s in [*self.live, *self.paused.values()] if s.table.blocks and s is not sequence)
-
-    monkeypatch.setattr(Scheduler, "_victims", anybody)
+    broken.victims_are_anybody(monkeypatch)
     assert_noticed("taken from the wrong end|a scheduled sequence lost its blocks")
 
 
@@ -50,13 +44,7 @@ def test_skipping_the_copies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_parents_that_keep_their_blocks_at_any_price_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: without reclaiming from paused sequences, waiting parents starve their children."""
-    victims = Scheduler._victims
-
-    def sparing(self: Scheduler, *args: Any, **kwargs: Any) -> Iterator[Sequence]:
-        return (s for s in victims(self, *args, **kwargs) if s.state is not State.PAUSED)
-
-    monkeypatch.setattr(Scheduler, "_victims", sparing)
+    broken.paused_are_spared(monkeypatch)
     assert_noticed("the first sequence runs in every step|nothing to run")
 
 
@@ -68,40 +56,17 @@ def test_a_prefix_hit_without_a_query_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_blocks_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: a sequence that ends while it is paused keeps its blocks."""
-    finish = Scheduler.finish
-
-    def forgetful(self: Scheduler, sequence: Sequence) -> None:
-        if sequence.state is State.PAUSED and len(sequence.table.blocks) > 1:
-            sequence.table = BlockTable(self.pool)
-        finish(self, sequence)
-
-    monkeypatch.setattr(Scheduler, "finish", forgetful)
+    broken.blocks_of_who_ends_paused(monkeypatch)
     assert_noticed("counted")
 
 
 @pytest.mark.parametrize("name", ["pause", "_reclaim"])
 def test_pinned_blocks_that_are_not_counted_anew_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: the blocks that paused sequences held before are taken for those they hold now."""
-    method = getattr(Scheduler, name)
-
-    def stale(self: Scheduler, sequence: Sequence) -> None:
-        before = self.pinned_blocks
-        method(self, sequence)
-        self._held, self._pinned = [(s, len(s.table.blocks), *s.kept) for s in self.paused.values()], before
-
-    monkeypatch.setattr(Scheduler, name, stale)
+    broken.pinned_blocks_are_old(name)(monkeypatch)
     assert_noticed("a wrong number of pinned blocks")
 
 
 def test_a_place_that_is_taken_and_not_used_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: a child gets the place of its parent, and nothing to run in that step."""
-    run = Scheduler._run
-
-    def late(self: Scheduler, sequence: Sequence, *rest: Any) -> Any:
-        newcomer = sequence in self._admitted and sequence.depth > 0
-        return ([], [], []) if newcomer else run(self, sequence, *rest)
-
     def step_with_a_newcomer() -> None:
         life = Life(20, 4, 30, max_sequences=2)
         for root in range(2):
@@ -112,7 +77,7 @@ def test_a_place_that_is_taken_and_not_used_is_noticed(monkeypatch: pytest.Monke
         assert child.state is State.RUNNING
 
     step_with_a_newcomer()
-    monkeypatch.setattr(Scheduler, "_run", late)
+    broken.newcomers_run_nothing(monkeypatch)
     with pytest.raises(AssertionError, match="a place was taken and not used"):
         step_with_a_newcomer()
 
