@@ -38,8 +38,9 @@ that forks), ``max_width``, ``depth_left`` (levels of children the node may stil
 task itself), and the phrases. ``{{ task | asked }}`` is what the task asks for at its end, ``{{ rule |
 with_results(conclusions) }}`` the rule with results for ids, and ``| first_step`` after it the beginning of a sum that
 comes of it. ``{{ conclusions | values_so_far }}`` is ``c1 = 5, c2 =`` where c2's result is a sentence with several
-numbers, of which the model is to take one, and "" where all results are values. A system template may use phrases
-alone: every node that plans has the same system text, so that its KV blocks are shared.
+numbers, of which the model is to take one, and "" where all results are values. ``{{ task | pointed_at(problem) }}`` is
+the item of a list in the problem that "question (2)" names, "" where that is not certain. A system template may use
+phrases alone: every node that plans has the same system text, so that its KV blocks are shared.
 
 A style that builds on another has a name and a description of its own and changes single keys of the other's tables; a
 base may have a base in turn.
@@ -63,6 +64,7 @@ from rrm_engine.errors import RrmError
 from rrm_engine.protocol.answers import read_answer
 from rrm_engine.protocol.asked import asked, first_step, values_so_far, with_results
 from rrm_engine.protocol.events import MAX_TASK_CHARS, Form, PlanShape
+from rrm_engine.protocol.pointing import pointed_at
 
 PHASES: Final = ("direct", "graph", "solver", "continuation")
 BUDGETS: Final = ("direct", "planner", "solver", "continuation")
@@ -311,12 +313,7 @@ class _Loader:
         self.source = source
         self.data = data
         self.jinja = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-        self.jinja.filters |= {
-            "asked": asked,
-            "with_results": with_results,
-            "first_step": first_step,
-            "values_so_far": values_so_far,
-        }
+        self.jinja.filters |= {f.__name__: f for f in (asked, with_results, first_step, values_so_far, pointed_at)}
 
     def style(self) -> Style:
         allowed = (
