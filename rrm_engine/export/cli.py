@@ -59,8 +59,9 @@ def build_parser() -> Parser:
 def _export(options: argparse.Namespace) -> int:
     from rrm_engine.export.conversations import Choice, conversations
     from rrm_engine.runs.arms import arms, read_runs
-    from rrm_engine.runs.directory import ESCAPED
+    from rrm_engine.runs.directory import ESCAPED, refuse_own
 
+    refuse_own(options.out, "--out")
     choice = Choice(options.labels, options.modes, options.clean, options.nodes == "planner")
     found = conversations(arms(read_runs(options.runs)), choice, options.model, options.trust_remote_code)
     lines = [json.dumps(line.as_json(), ensure_ascii=False) + "\n" for line in found]

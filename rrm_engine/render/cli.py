@@ -57,7 +57,9 @@ def _render(options: argparse.Namespace) -> int:
     from rrm_engine.render.document import document
     from rrm_engine.render.page import page
     from rrm_engine.runs.arms import arms, read_runs
+    from rrm_engine.runs.directory import refuse_own
 
+    refuse_own(options.out, "--out")
     scipy_stats()  # before anything is read
     found = document(arms(read_runs(options.runs)), options.longest_text, options.decode)
     text = page(found)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.command import say
 from rrm_engine.errors import RrmError
-from rrm_engine.legible import legible
+from rrm_engine.legible import legible, spelled
 from rrm_engine.runs.manifest import Manifest, read_manifest
 from rrm_engine.runs.reader import read_rows
 from rrm_engine.runs.rows import Row
@@ -168,12 +169,15 @@ class Arm:
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """As `runs_in`. Raises RrmError for a run without a row."""
+    """As `runs_in`, but for those that have no row yet, of which the user is told. Raises RrmError where none has."""
     runs = runs_in(paths)
+    found = [run for run in runs if run.rows]
+    if not found:
+        raise RrmError(f"{runs[0].path} has no finished row to analyse yet")
     for run in runs:
         if not run.rows:
-            raise RrmError(f"{run.path} has no finished row to analyse yet")
-    return runs
+            say(f"{spelled(str(run.path))} has no finished row yet and is left out.")
+    return found
 
 
 def runs_in(paths: Iterable[Path]) -> list[Run]:
@@ -258,10 +262,12 @@ def _name(found: list[Arm]) -> None:
     """By the settings that differ; by the directory where those are many, or none."""
     settings = list(map(_settings, found))
     names = dict.fromkeys(name for one in settings for name in one)
+    models = {str(one["model"]) for one in settings}
+    short = len({Path(model).name for model in models}) == len(models)
     differing = [name for name in names if len({json.dumps(one.get(name)) for one in settings}) > 1]
     for arm, one in zip(found, settings, strict=True):
         arm.settings = {name: one.get(name) for name in differing}
-        said = ", ".join(legible(_said(name, one.get(name))) for name in differing)
+        said = ", ".join(legible(_said(name, one.get(name), short)) for name in differing)
         arm.name = said if 0 < len(differing) <= NAMED else legible(arm.runs[0].path.name)
     if len(found) == 1:
         found[0].name = legible(Path(str(settings[0]["model"])).name)
@@ -271,9 +277,10 @@ def _name(found: list[Arm]) -> None:
                 arm.name = legible(places(arm.runs[0].path))
 
 
-def _said(name: str, value: Any) -> str:
+def _said(name: str, value: Any, short: bool) -> str:
+    """A setting in an arm's name; ``short``: the models' last names tell them apart."""
     if name == "model":
-        return Path(str(value)).name
+        return Path(str(value)).name if short else str(value)
     if name == "tasks":
         return str(value)
     return f"{name.replace('_', '-')} {value}"

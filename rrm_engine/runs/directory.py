@@ -24,6 +24,8 @@ from rrm_engine.runs.rows import Row, read_row, row_key
 from rrm_engine.runs.typed import WrongShape
 
 FILES = ("rows.jsonl", "trace.jsonl", "run.json.tmp")  # that are there before the run.json is
+SUMMARY = "summary.json"
+OWN = (*FILES, NAME, SUMMARY)
 ERRORS = "errors.log"  # tracebacks, if there are any
 # Half of a surrogate pair, which no encoding has, is written as JSON's escape of it.
 ESCAPED = "backslashreplace"
@@ -141,7 +143,7 @@ class RunDir:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json as a whole."""
-        self._replace("summary.json", summary)
+        self._replace(SUMMARY, summary)
 
     def close(self) -> None:
         """Flush the events and let the directory go."""
@@ -310,3 +312,9 @@ def _saying(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunDirError(f"{what}: {error.strerror or error}") from None
+
+
+def refuse_own(path: Path, flag: str) -> None:
+    """Raise RunDirError if ``path``, which ``flag`` names to be written, is one of a run's own files."""
+    if path.name in OWN and (path.parent / NAME).is_file():
+        raise RunDirError(f"{flag} {path} is a file of the run in {path.parent}: name another one")

@@ -1,15 +1,18 @@
 """run.json: what was asked of a run, what that came out as, and what it ran on."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rrm_engine.legible import legible
 from rrm_engine.runs.errors import RunError
 from rrm_engine.runs.typed import WrongShape, read_as
 
 FORMAT = 1  # of the run directory
 NAME = "run.json"
+SHOWN = 3  # directories
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +57,10 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        what = f"holds no {NAME}; pass the directory of a recorded run" if directory.is_dir() else "is not a directory"
+        what = f"holds no {NAME}; {_pass(directory)}" if directory.is_dir() else "is not a directory"
         raise RunError(f"{directory} {what}") from None
+    except NotADirectoryError:
+        raise RunError(f"{directory} is not a directory; {_pass(directory.parent)}") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -65,3 +70,12 @@ def read_manifest(directory: Path) -> Manifest:
     except WrongShape as error:
         raise RunError(f"{path} was written by another version: {error}") from None
     return manifest
+
+
+def _pass(directory: Path) -> str:
+    """What to name instead of a directory that is not a run's, or a file in this one."""
+    below = [directory, *(sorted(directory.iterdir()) if os.access(directory, os.R_OK | os.X_OK) else ())]
+    found = [legible(path) for path in below if (path / NAME).is_file()]
+    more = " and others" if len(found) > SHOWN else ""
+    which = f": {', '.join(found[:SHOWN])}{more}" if found else ""
+    return f"pass the directory of a recorded run{which}"

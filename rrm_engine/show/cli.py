@@ -10,7 +10,8 @@ from rrm_engine.command_line import Parser
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible, legible_key
 from rrm_engine.runs.manifest import read_manifest
-from rrm_engine.runs.reader import RecordedJob, read_jobs, refuse_unknown
+from rrm_engine.runs.reader import TRACE, RecordedJob, read_jobs, read_rows, refuse_unknown
+from rrm_engine.runs.rows import row_key
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +55,10 @@ def _show(options: argparse.Namespace) -> int:
     if options.follow:
         return _follow(console, options)
     read_manifest(options.run)
+    if not (options.row or options.node or (options.run / TRACE).exists()):
+        _print_list(console, [RecordedJob(row_key(row), 0, [], row) for row in read_rows(options.run)])
+        console.print(f"It holds no {TRACE}, and so nothing of nodes.")
+        return OK
     jobs = read_jobs(options.run, [options.row] if options.row else [], tokens=False, flag="ROW")
     if options.node:
         _print_node(console, jobs, options.node)

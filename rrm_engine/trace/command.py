@@ -6,7 +6,7 @@ from typing import Any
 
 from rrm_engine.command_line import Parser
 from rrm_engine.errors import RrmError
-from rrm_engine.runs.directory import ESCAPED
+from rrm_engine.runs.directory import ESCAPED, refuse_own
 
 
 class TraceError(RrmError):
@@ -33,7 +33,8 @@ def names(text: str) -> list[str]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write what a command found. Raises TraceError if that cannot be done."""
+    """Write what a command found. Raises RrmError if that cannot be done, or would end a run's own file."""
+    refuse_own(path, "--json")
     try:
         path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors=ESCAPED)
     except OSError as error:

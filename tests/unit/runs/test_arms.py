@@ -11,10 +11,13 @@ pytest.importorskip("scipy")
 
 from rrm_engine.analyze.analysis import analyse
 from rrm_engine.analyze.cli import main
+from rrm_engine.errors import RrmError
+from rrm_engine.export.cli import main as main_of_export
 from rrm_engine.render.cli import main as main_of_render
 from rrm_engine.render.document import document
 from rrm_engine.runs.arms import Arm, arms, read_runs
 from rrm_engine.runs.rows import Row
+from rrm_engine.trace.command import write_json
 
 TASKS = "abcdef"
 
@@ -96,6 +99,50 @@ def test_other_seeds_are_paired_in_order_and_named(tmp_path: Path) -> None:
     same = only(tmp_path / "same", "rrm", "a", seed=0)
     (arm,) = arms(read_runs([direct, same]))
     assert arm.compared_with is None and len(arm.paired) == 1
+
+
+def test_runs_that_have_no_row_yet_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun, empty = only(tmp_path / "begun", "direct"), save(tmp_path / "empty", [], seed=3)
+    assert [run.path for run in read_runs([empty, begun])] == [begun]
+    assert capsys.readouterr().err == f"{empty} has no finished row yet and is left out.\n"
+    with pytest.raises(RrmError, match="empty has no finished row"):
+        read_runs([empty])
+
+
+def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [
+        only(tmp_path / str(i), "direct", model=model) for i, model in enumerate(("/a/tiny", "/b/tiny", "/b/large"))
+    ]
+    assert [arm.name for arm in arms(read_runs(paths))] == ["/a/tiny", "/b/tiny", "/b/large"]
+    assert [arm.name for arm in arms(read_runs(paths[1:]))] == ["tiny", "large"]
+
+
+def test_a_directory_above_runs_names_them(tmp_path: Path) -> None:
+    for name in "dabc":
+        only(tmp_path / "out" / name, "direct", wait_policy=name)
+    a, b, c = (tmp_path / "out" / name for name in "abc")
+    with pytest.raises(
+        RrmError, match=f"holds no run.json; pass the directory of a recorded run: {a}, {b}, {c} and others$"
+    ):
+        read_runs([tmp_path / "out"])
+    with pytest.raises(RrmError, match=f"rows.jsonl is not a directory; pass the directory of a recorded run: {a}$"):
+        read_runs([a / "rows.jsonl"])
+    with pytest.raises(RrmError, match=r"pass the directory of a recorded run$"):
+        read_runs([tmp_path])
+
+
+def test_no_command_writes_over_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save(tmp_path / "run", both("a"))
+    there = {path.name: path.read_bytes() for path in run.iterdir()}
+    for command in (main_of_render, main_of_export):
+        for name in ("rows.jsonl", "run.json", "trace.jsonl"):
+            assert command([str(run), "--out", str(run / name)]) == 2
+            assert f"{name} is a file of the run in {run}: name another one" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == there
+    with pytest.raises(RrmError, match="is a file of the run"):
+        write_json(run / "summary.json", {})
+    write_json(run / "verify.json", {"checks": []})
+    assert main_of_render([str(run), "--out", str(tmp_path / "rows.jsonl")]) == 0
 
 
 def test_a_page_has_a_problem_once(tmp_path: Path) -> None:

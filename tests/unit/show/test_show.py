@@ -104,6 +104,12 @@ def test_refusals(run: Path, tmp_path: Path, said: Callable[..., str]) -> None:
     assert "name one row with it" in said(run, "--node", "root", code=2)
     assert "leave --node out" in said(run, "--node", "root", "--follow", code=2)
     assert "holds no run.json" in said(tmp_path, code=2)
+    bare = save(tmp_path / "bare", [row("t", "rrm")])
+    listed, without = said(bare).splitlines()
+    assert (
+        listed.startswith("t/rrm/0: graph, correct") and without == "It holds no trace.jsonl, and so nothing of nodes."
+    )
+    assert "holds no trace.jsonl" in said(bare, "t", code=2)
     with (recorded(tmp_path / "run", [], []) / "trace.jsonl").open("a") as file:
         file.write("[]\n")
     assert "line 1: not what a run writes there" in said(tmp_path / "run", code=2)
