@@ -261,7 +261,7 @@ def test_packaged_style(name: str) -> None:
     whole = {**resume, "conclusions": conclusions[:1], "rule": "c1 + 1"}
     assert style.opens("resume", **whole) == "c1 + 1 = 12 + 1 =" and "yourself" not in style.user("resume", **whole)
     wordy = [Conclusion("c1", "FINAL: 3"), Conclusion("c2", "FINAL: Al had 3 hats before the 2 new ones")]
-    assert style.opens("resume", **{**resume, "conclusions": wordy}) == "As values alone: c1 = 3, c2 ="
+    assert style.opens("resume", **{**resume, "conclusions": wordy}) == "RULE with c1 = 3, c2 ="
     assert texts["solver"] == texts["direct"]
     assert "Results that are known" not in user("solver", given=())
     assert "\n\n\n" not in "".join(texts.values())
