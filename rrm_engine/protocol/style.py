@@ -245,7 +245,7 @@ def default_style(model_type: str, name: str) -> str:
     """The packaged style for a model, from its config's ``model_type`` and the name it was asked for by."""
     if name == "embedded":
         return "embedded"
-    return "qwen3" if model_type in ("qwen3", "qwen3_moe") else "instruct"
+    return "qwen3" if model_type in ("qwen3", "qwen3_moe") else "by-reference"
 
 
 def load_style(name_or_path: str | Path) -> Style:

@@ -301,7 +301,7 @@ def test_sampling_is_left_to_the_model_unless_the_style_says() -> None:
 def test_default_style() -> None:
     assert default_style("qwen3", "embedded") == "embedded"
     assert default_style("qwen3", "Qwen/Qwen3-14B") == default_style("qwen3_moe", "x") == "qwen3"
-    assert default_style("llama", "x") == "instruct"
+    assert default_style("llama", "x") == "by-reference"
 
 
 OWN = (Path(__file__).parents[3] / "rrm_engine/protocol/styles/instruct.toml").read_text()
