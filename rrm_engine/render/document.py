@@ -77,6 +77,7 @@ def _entries(
     """A problem's direct and recursive row, in the order of the arm's rows. Direct rows that stand beside another arm's
     recursive ones (``lent``, by identity) are no entry of their own."""
     arm = arms[number]
+    unlike = arm.unlike
     partners = {id(one.row): other for pair in arm.paired for one, other in (pair, pair[::-1])}
     done: set[int] = set()
     for sample in arm.samples:
@@ -86,7 +87,7 @@ def _entries(
         both = {s.mode: s for s in (sample, partner) if s}
         done |= {id(s.row) for s in both.values()}
         direct, recursive = both.get(DIRECT), both.get(RECURSIVE)
-        judged = trust((recursive or sample).row, direct.row if direct else None, arm.unlike)
+        judged = trust((recursive or sample).row, direct.row if direct else None, unlike)
         timed = direct and recursive and has_time(direct.row) and has_time(recursive.row)
         yield {
             "arm": number,

@@ -15,7 +15,8 @@ from rrm_engine.errors import RrmError
 from rrm_engine.export.cli import main as main_of_export
 from rrm_engine.render.cli import main as main_of_render
 from rrm_engine.render.document import document
-from rrm_engine.runs.arms import Arm, arms, read_runs
+from rrm_engine.runs import arms as module
+from rrm_engine.runs.arms import Arm, arms, matched, read_runs
 from rrm_engine.runs.rows import Row
 from rrm_engine.trace.command import write_json
 
@@ -177,3 +178,16 @@ def test_the_commands_say_what_is_compared(
     assert "6 problems" in capsys.readouterr().out
     data = (tmp_path / "page.html").read_text().partition('type="application/json">')[2].partition("</script>")[0]
     assert json.loads(data)["analysis"]["arms"][1]["compared_with"].startswith("compared with the direct rows")
+
+
+def test_pairs_are_looked_for_as_often_whatever_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of thousands of rows is made in time that grows as they do."""
+    counts = []
+    for name, tasks in (("few", "ab"), ("many", "abcdefghijklmnopqrstuvwxyz")):
+        looked: list[int] = []
+        monkeypatch.setattr(module, "matched", lambda *sides, found=looked: found.append(1) or matched(*sides))
+        folder = tmp_path / name
+        paths = [only(folder / "direct", "direct", tasks), only(folder / "rrm", "rrm", tasks, wait_policy="drop")]
+        document(arms(read_runs(paths)), 1000)
+        counts.append(len(looked))
+    assert counts[0] == counts[1] > 0
