@@ -24,7 +24,7 @@ ALL = 10_000  # boundary tokens
 
 @pytest.fixture(scope="module")
 def spliced(lab: Lab) -> Recorded:
-    return recorded(lab, join="splice")
+    return recorded(lab, join="splice", seed=2)  # where it shows
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from short_task import written
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton (Linux)")
 from emulated_cuda import emulated
@@ -24,9 +25,14 @@ def transcripts(run: Path) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return written(tmp_path_factory.mktemp("tasks") / "tasks.jsonl")
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory, tasks: str) -> dict[str, list[int]]:
     run = tmp_path_factory.mktemp("run")
-    assert main(["embedded", "--limit", "1", "--modes", "rrm", "--out", str(run)]) == 0
+    assert main([tasks, "--modes", "rrm", "--out", str(run)]) == 0
     return transcripts(run)
 
 
@@ -41,6 +47,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 def test_the_bench(
     devices: int,
     options: list[str],
+    tasks: str,
     on_cpu: dict[str, list[int]],
     fast: None,
     tmp_path: Path,
@@ -49,7 +56,7 @@ def test_the_bench(
     """Weights go straight to their devices, in this thread: what other threads do is not emulated."""
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
     with emulated(devices, monkeypatch) as cuda:
-        assert main(["embedded", "--limit", "1", "--modes", "rrm", "--out", str(tmp_path), *options]) == 0
+        assert main([tasks, "--modes", "rrm", "--out", str(tmp_path), *options]) == 0
         assert cuda.launches > 1000
     assert transcripts(tmp_path) == on_cpu
 

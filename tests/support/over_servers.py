@@ -1,17 +1,14 @@
 """One task over servers and on the engine in this process, and what is compared of it."""
 
-import re
 from typing import Any
 
 from served import Server
+from short_task import TASK
 
 from rrm_engine.backends.http.solver import HttpSolver
-from rrm_engine.bench.tasks import load_tasks
 from rrm_engine.config import RunConfig
 from rrm_engine.solver.result import Job, JobResult
 
-PARTS = (task.problem for task in load_tasks("embedded").tasks if task.problem.startswith("(a)"))
-TASK = re.sub(r"(in each of|exactly) \d+", r"\1 4", min(PARTS, key=len))  # as short as the model still can do
 JOB = Job("t", TASK)
 Events = list[dict[str, Any]]
 

@@ -19,8 +19,9 @@ from rrm_engine.errors import RrmError
 from rrm_engine.solver.result import JobResult
 
 pytest.importorskip("openai", reason="the client of the servers: pip install 'rrm-engine[servers]'")
-from over_servers import JOB, TASK, Events, graph, over, run, tokens
+from over_servers import JOB, Events, graph, over, run, tokens
 from served import served
+from short_task import TASK
 
 from rrm_engine.backends.http.solver import HttpSolver
 

@@ -151,7 +151,8 @@ def test_an_id_may_be_any_string(lab: Lab) -> None:
 
 def test_a_template_that_fails_for_one_task(lab: Lab, reference: Recorded, tmp_path: Any) -> None:
     style = tmp_path / "picky.toml"
-    style.write_text(STYLE.replace('graph = "Problem', 'graph = "{% if 1 // (task|length - 6) %}{% endif %}Problem'))
+    fails = "{% if 1 // (0 if task == 'abcdef' else 1) %}{% endif %}"
+    style.write_text(STYLE.replace('graph = "Problem', f'graph = "{fails}Problem'))
     results = run_beside(lab.solver(prompt_style=str(style)), reference, Job("six", "abcdef"))
     (error,) = [r.error for r in results.values() if r.error]
     assert error is not None and error.startswith("prompt style terse, user.graph: ") and "zero" in error
