@@ -57,8 +57,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        what = f"holds no {NAME}; {_pass(directory)}" if directory.is_dir() else "is not a directory"
-        raise RunError(f"{directory} {what}") from None
+        raise RunError(f"{directory} {_instead(directory)}") from None
     except NotADirectoryError:
         raise RunError(f"{directory} is not a directory; {_pass(directory.parent)}") from None
     except (OSError, ValueError) as error:
@@ -70,6 +69,16 @@ def read_manifest(directory: Path) -> Manifest:
     except WrongShape as error:
         raise RunError(f"{path} was written by another version: {error}") from None
     return manifest
+
+
+def _instead(directory: Path) -> str:
+    """What there is where no run.json is."""
+    if not directory.is_dir():
+        return "is not a directory"
+    rows = directory / "rows.jsonl"
+    if rows.is_file() and not rows.stat().st_size:
+        return f"holds no {NAME} yet: its run is about to begin, or was ended before it did"
+    return f"holds no {NAME}; {_pass(directory)}"
 
 
 def _pass(directory: Path) -> str:

@@ -24,8 +24,8 @@ from rrm_engine.runs.events import (
     WroteChild,
     WroteMalformed,
 )
-from rrm_engine.runs.manifest import read_manifest
-from rrm_engine.runs.reader import Appended, is_named
+from rrm_engine.runs.manifest import NAME, Manifest, read_manifest
+from rrm_engine.runs.reader import ROWS, Appended, is_named
 from rrm_engine.runs.rows import row_key
 from rrm_engine.runs.timeline import NAMES
 
@@ -40,9 +40,10 @@ class BrokenOff(RunError):
 def follow(directory: Path, wanted: str | None) -> Iterator[str]:
     """Lines about the job named, or about all, until every row of the run is there.
 
+    A run that still loads its model is waited for.
     Raises BrokenOff if rows are missing and no process writes any, and RunError.
     """
-    manifest, began = read_manifest(directory), dict[str, float]()
+    manifest, began = _manifest(directory), dict[str, float]()
     settings = manifest.settings
     missing = manifest.tasks.used * int(settings.get("samples", 1)) * len(settings.get("modes", ()))
     appended, keys = Appended(directory), [wanted] if wanted else []
@@ -68,6 +69,15 @@ def follow(directory: Path, wanted: str | None) -> Iterator[str]:
                 f"{directory}: the run is over without its last {plural(missing, 'row')}: no process writes them any "
                 f"more; python -m rrm_engine.bench --resume {shlex.quote(str(directory))} goes on with it"
             )
+        time.sleep(PAUSE_S)
+
+
+def _manifest(directory: Path) -> Manifest:
+    """The run.json, as soon as there is one."""
+    while True:
+        loads = (directory / ROWS).is_file() and is_written(directory)  # before the look: nothing comes after it
+        if (directory / NAME).exists() or not loads:
+            return read_manifest(directory)
         time.sleep(PAUSE_S)
 
 

@@ -17,6 +17,7 @@ from rrm_engine.render.cli import main as main_of_render
 from rrm_engine.render.document import document
 from rrm_engine.runs import arms as module
 from rrm_engine.runs.arms import Arm, arms, matched, read_runs
+from rrm_engine.runs.directory import RunDir
 from rrm_engine.runs.rows import Row
 from rrm_engine.trace.command import write_json
 
@@ -130,6 +131,9 @@ def test_a_directory_above_runs_names_them(tmp_path: Path) -> None:
         read_runs([a / "rows.jsonl"])
     with pytest.raises(RrmError, match=r"pass the directory of a recorded run$"):
         read_runs([tmp_path])
+    RunDir.create(tmp_path / "loading")
+    with pytest.raises(RrmError, match=r"loading holds no run\.json yet: its run is about to begin"):
+        read_runs([tmp_path / "loading"])
 
 
 def test_no_command_writes_over_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

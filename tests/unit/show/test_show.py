@@ -150,6 +150,23 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path, said: Callable[..., str]) 
     assert "\x1b" not in told and said(path, "--follow") == told
 
 
+def test_a_run_that_loads_its_model_is_waited_for(tmp_path: Path, said: Callable[..., str]) -> None:
+    directory = RunDir.create(tmp_path / "run")
+    assert "holds no run.json yet: its run is about to begin" in said(tmp_path / "run", code=2)
+
+    def go_on() -> None:
+        time.sleep(3 * PAUSE_S)
+        directory.write_manifest(by_hand.manifest())
+        directory.close()
+
+    loading = threading.Thread(target=go_on)
+    loading.start()
+    assert said(tmp_path / "run", "--follow") == ""  # it has no modes, and so no rows
+    loading.join()
+    RunDir.create(tmp_path / "ended").close()
+    assert "was ended before it did" in said(tmp_path / "ended", "--follow", code=2)
+
+
 WRITER = """
 import json, sys, time
 from pathlib import Path
