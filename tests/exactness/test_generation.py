@@ -104,6 +104,17 @@ def test_rows_with_settings_of_their_own_in_one_batch(tiny: LoadedModel, alone: 
     assert wrong == []
 
 
+def test_the_longest_sequence_ends_a_phase_as_a_budget_does(plain: Any, tiny: LoadedModel) -> None:
+    """What is forced at the end comes where the sequence may not grow any more, with budget left."""
+    engine = engine_for(tiny, max_sequence_tokens=40)
+    settings = {"forced_eos_token_id": 4}
+    sequence = engine.submit("root", prompt(1, 30), BUDGET, SamplingParams.of(settings))
+    while engine.has_work:
+        engine.step()
+    assert sequence.tokens[30:] == generated(plain, prompt(1, 30), settings, 10, None)
+    assert sequence.tokens[-1] == 4
+
+
 # in the life of a graph
 
 

@@ -146,7 +146,11 @@ def test_same_rows_and_tokens(
     assert run.rows() == base.rows()
     if name.endswith("plenty"):
         assert counted(run) == counted(base)
-    if name.startswith("drafts"):
+    paths = [(r.critical_path_steps, r.critical_path_tokens) for r in run.results.values()]
+    if not name.startswith("drafts"):
+        assert all(steps == tokens for steps, tokens in paths)
+    else:
+        assert all(steps <= tokens for steps, tokens in paths) and sum(a for a, _ in paths) < sum(b for _, b in paths)
         counters = [end["counters"] for end in run.ends().values()]
         came_true = sum(c["accepted"] for c in counters) / sum(c["decoded"] for c in counters)
         assert came_true > (0.5 if "foretold" in changes else 0.02)

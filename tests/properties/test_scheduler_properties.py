@@ -91,6 +91,16 @@ def test_two_waiting_parents_that_fill_the_pool_do_not_starve_their_children(pre
     assert sum(p.counters.dropped for p in parents) > 0
 
 
+def test_of_two_paused_sequences_that_of_the_younger_root_loses_its_kv() -> None:
+    life = Life(6, 4, 24, prefix_cache=False)
+    older, younger = (submitted(life.submit(prompt(7, i), 1, root=i)) for i in range(2))
+    life.drain()
+    submitted(life.submit(prompt(11, 5), 1, root=0, depth=1))
+    life.drain()
+    assert (older.counters.dropped, younger.counters.dropped) == (0, 1)
+    life.end()
+
+
 def test_a_victim_that_shares_everything_frees_nothing_and_the_next_one_is_taken() -> None:
     """A child's fork holds only blocks that its paused parent holds too; taking them gives no block back."""
     life = Life(4, 2, 8, prefix_cache=False)

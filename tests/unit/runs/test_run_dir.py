@@ -5,9 +5,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import by_hand
 import pytest
@@ -33,6 +36,49 @@ def filled(path: Path, rows: int = 3) -> RunDir:
         directory.event({"t": 0.5, "job": f"{number}/direct/0", "event": "start"})
         directory.add(row(number))
     return directory
+
+
+class Watched:
+    """A file that counts how often it is called while somebody else calls it."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.busy, self.met = file, False, 0
+        self.close = file.close
+
+    def write(self, text: str) -> None:
+        self._alone(lambda: self.file.write(text))
+
+    def flush(self) -> None:
+        self._alone(self.file.flush)
+
+    def _alone(self, do: Callable[[], Any]) -> None:
+        self.met += self.busy
+        self.busy = True
+        time.sleep(0.001)
+        do()
+        self.busy = False
+
+
+def test_events_and_flushes_of_two_threads_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Watched] = []
+    real = Path.open
+
+    def opening(self: Path, *args: Any, **options: Any) -> Any:
+        file = real(self, *args, **options)
+        if self.name != "trace.jsonl":
+            return file
+        opened.append(Watched(file))
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", opening)
+    directory = filled(tmp_path / "run", 0)
+    flushing = threading.Thread(target=lambda: [directory.flush() for _ in range(40)])
+    flushing.start()
+    for number in range(40):
+        directory.event({"t": 0.5, "job": f"{number}/direct/0", "event": "start"})
+    flushing.join()
+    directory.close()
+    assert [file.met for file in opened] == [0]
 
 
 def test_rows_and_events_come_back(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from scripted import Scripted, Text, pieces, solve
 
 from rrm_engine.graph.types import EndReason
 from rrm_engine.runs.directory import FLUSH_S, RunDir, is_written
+from rrm_engine.runs.reader import Appended
 from rrm_engine.show.cli import main
 from rrm_engine.show.follow import PAUSE_S
 from rrm_engine.solver.result import Job
@@ -165,6 +166,34 @@ def test_a_run_that_loads_its_model_is_waited_for(tmp_path: Path, said: Callable
     loading.join()
     RunDir.create(tmp_path / "ended").close()
     assert "was ended before it did" in said(tmp_path / "ended", "--follow", code=2)
+
+
+def test_what_is_written_between_two_looks_is_told_of(
+    tmp_path: Path, said: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends right after the follower's first look at whatever it looks at first: events before their row."""
+    events = events_of(Job("t", "Add one and two."))
+    directory = RunDir.create(tmp_path / "run")
+    manifest = by_hand.manifest()
+    manifest.settings.update(modes=["rrm"], samples=1)
+    directory.write_manifest(manifest)
+
+    def ending(look: Callable[[Appended], Any]) -> Callable[[Appended], Any]:
+        def looked(self: Appended) -> Any:
+            found = look(self)
+            while events:
+                directory.event(events.pop(0))
+                if not events:
+                    directory.add(row("t", "rrm"))
+                    directory.close()
+            return found
+
+        return looked
+
+    monkeypatch.setattr(Appended, "rows", ending(Appended.rows))
+    monkeypatch.setattr(Appended, "events", ending(Appended.events))
+    told = said(tmp_path / "run", "--follow")
+    assert told.index("begins: Add") < told.index("FINAL: 3") < told.index("t/rrm/0: graph, correct")
 
 
 WRITER = """
