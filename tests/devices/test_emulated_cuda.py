@@ -30,7 +30,7 @@ from rrm_engine.models.lean import LeanForward
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="real devices are there")
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
-SMALL = [JOBS[0], JOBS[2]]
+SMALL = JOBS[:2]
 BOTH = (False, True)
 ROWS = [
     row
