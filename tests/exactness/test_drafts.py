@@ -69,6 +69,14 @@ def test_a_step_gives_what_came_true_and_one_token_more(right: tuple[int, ...]) 
     life.end()
 
 
+def test_no_draft_is_longer_than_a_sequence_may_become() -> None:
+    life = Life(30, 4, 12, right=(100,), step_tokens=30)
+    sequence = submitted(life.submit(prompt(5), 30))
+    life.drain()
+    assert (len(sequence.tokens), sequence.counters.drafted) == (12, 12 - 6 - 1)
+    life.end()
+
+
 @pytest.mark.parametrize("taken", range(1, MOST + 1, 3))
 def test_who_pauses_between_the_tokens_of_a_step_has_those_that_were_handed_out(taken: int) -> None:
     life = Life(30, 4, 60, right=(100,), step_tokens=30)

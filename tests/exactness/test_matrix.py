@@ -37,6 +37,7 @@ ROWS = [
     *rows(Row(forgetting), policy=POLICIES),
     *rows(Row(replicas=2), family=("qwen3", "gemma2"), lookahead=BOTH, drafts=BOTH),
     *rows(Row(settled=True), lookahead=BOTH, stages=(1, 3), drafts=BOTH),
+    *rows(Row(forgetting, settled=True), lookahead=BOTH),
     Row(settled=True, replicas=2, lookahead=True),
     *rows(Row(), form=STATIC, devices=(1, 2), stages=(1, 2), lookahead=BOTH),
     *rows(WAITING, family=VARIED[:4], policy=POLICIES, prefix_cache=BOTH),

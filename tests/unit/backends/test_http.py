@@ -1,5 +1,6 @@
 """The same graphs over servers: real ones over HTTP, with the packaged model, that break in every way there is."""
 
+import asyncio
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from over_servers import JOB, Events, graph, over, run, tokens
 from served import served
 from short_task import TASK
 
+from rrm_engine.backends.http.pool import Gate
 from rrm_engine.backends.http.solver import HttpSolver
 
 
@@ -209,6 +211,20 @@ def test_places_are_kept_and_waiting_is_told() -> None:
     waits = {e["node"]: e["queued_s"] for e in events if e["event"] == "first_token"}
     assert result.status == "graph" and waits["root"] < waits["root.a"] and result.parallel_s > 0
     assert result.servers["queued_s"] >= waits["root.a"] > 0
+
+
+def test_a_place_is_not_lost_with_who_was_just_let_in() -> None:
+    async def cancelled() -> int:
+        gate = Gate(1)
+        await gate.enter(0)
+        waiting = asyncio.create_task(gate.enter(0))
+        await asyncio.sleep(0)
+        gate.leave()  # lets it in
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        return gate.free
+
+    assert asyncio.run(cancelled()) == 1
 
 
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_content", ""])

@@ -72,7 +72,12 @@ def test_events_and_flushes_of_two_threads_do_not_meet(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Path, "open", opening)
     directory = filled(tmp_path / "run", 0)
-    flushing = threading.Thread(target=lambda: [directory.flush() for _ in range(40)])
+
+    def flush() -> None:
+        for _ in range(40):
+            directory.flush()
+
+    flushing = threading.Thread(target=flush)
     flushing.start()
     for number in range(40):
         directory.event({"t": 0.5, "job": f"{number}/direct/0", "event": "start"})
