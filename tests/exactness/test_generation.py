@@ -115,6 +115,21 @@ def test_the_longest_sequence_ends_a_phase_as_a_budget_does(plain: Any, tiny: Lo
     assert sequence.tokens[-1] == 4
 
 
+def test_what_is_cut_off_is_not_read_any_more(tiny: LoadedModel) -> None:
+    """A 9 follows every 5: also a 5 that stands where another token has been read before."""
+    engine = engine_for(tiny)
+    params = SamplingParams.of({"sequence_bias": [[[5, 9], 90.0]]})
+    sequence = engine.submit("root", prompt(1, 20), 12, params)
+    while engine.has_work:
+        engine.step()
+    assert 9 not in sequence.tokens[20:]
+    engine.truncate(sequence, 27)
+    engine.resume(sequence, [7, 5], 2)
+    while engine.has_work:
+        engine.step()
+    assert sequence.tokens[29] == 9
+
+
 # in the life of a graph
 
 
