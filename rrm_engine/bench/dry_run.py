@@ -87,7 +87,7 @@ class Kinds:
         system, user, opens = self.style.start(phase.value, task=task, problem=problem, **values)
         thinking = thinks_in(self.config, phase)
         ids = self.chat.opening(system, user, thinking)
-        if not thinking and phase is not Phase.GRAPH:
+        if not thinking:
             ids += self.chat.opens(opens)
         return Told(what, phase, ids, phase is Phase.GRAPH)
 

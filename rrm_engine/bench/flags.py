@@ -90,6 +90,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     )
     if options.out and options.resume and options.out.resolve() != options.resume.resolve():
         parser.error("--out and --resume name two directories; give only one of them")
+    if options.dry_run and options.resume:
+        parser.error("--dry-run shows what a new run would tell its nodes: leave --resume out")
     if options.profile is not None and options.profile < 1:
         parser.error("--profile must be at least 1")
     try:

@@ -59,13 +59,15 @@ def value_of(final: str) -> str:
 
 def values_so_far(results: Sequence[Result]) -> str:
     """``c1 = 50, c2 =`` where the second of some results has several numbers in words: the values up to the first such
-    result, whose value is left to the reader; "" if there is none.
+    result, whose value is left to the reader; "" if there is none, or a long result before it.
     """
     told: list[str] = []
     for one in results:
         value = value_of(one.final)
         if one.ok and _WORDS_WITH_NUMBERS.search(value):
             return ", ".join([*told, f"{one.id} ="])
+        if len(value) > SHORT:
+            return ""
         told.append(f"{one.id} = {value}")
     return ""
 

@@ -13,14 +13,22 @@ _OTHERS: Final = re.compile(
     r"(?:answer|result|question|problem|part|item)s?\b",
     re.IGNORECASE,
 )
+# A sentence after a list that only says what to do with the answers. Others may hold what all items need.
+_ASKS: Final = re.compile(
+    r"(?:(?:then|finally|and),? )?"
+    r"(?:solve|answer|report|give|add|return|state|write|find|compute|calculate|what (?:is|are))\b"
+    r".*\b(?:answers?|results?|sum|total|product|difference|average|them|all|both|each)\b.*",
+    re.IGNORECASE,
+)
+_SENTENCE: Final = re.compile(r"(?<=[.?!])\s+")
 
 
 def pointed_at(task: str, problem: str) -> str:
     """The item of a list in ``problem`` that ``task`` names, after what stands in front of the list.
 
     A list has its items on neighbouring lines, one line each, numbered from 1 or a on. "" where ``problem`` has no such
-    list, ``task`` does not name exactly one item of it, or the item seems to speak of others: then nothing but the
-    whole problem is certain to say what is meant.
+    list, ``task`` does not name exactly one item of it, the item seems to speak of others, or what follows the list is
+    more than a request for the answers: then nothing but the whole problem is certain to say what is meant.
     """
     lines = [line for line in problem.splitlines() if line.strip()]
     labels = {i: found[1] for i, line in enumerate(lines) if (found := _ITEM.match(line))}
@@ -29,8 +37,10 @@ def pointed_at(task: str, problem: str) -> str:
     if len(named) != 1 or len(places) != 1 or not _is_list(labels):
         return ""
     item = lines[places[0]].strip()
-    text = item.split(maxsplit=1)[1]
-    return "" if _OTHERS.search(text) else "\n".join([*lines[: min(labels)], item])
+    tail = _SENTENCE.split(" ".join(lines[max(labels) + 1 :]).strip())
+    if _OTHERS.search(item.split(maxsplit=1)[1]) or not all(_ASKS.fullmatch(one) for one in tail if one):
+        return ""
+    return "\n".join([*lines[: min(labels)], item])
 
 
 def _is_list(labels: dict[int, str]) -> bool:

@@ -71,7 +71,10 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "=== root, planning: " in printed and "then at most 600" in printed and "Zeno has 702 frogs" in printed
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--dry-run", "--resume", str(tmp_path)])
+    assert caught.value.code == 2 and "leave --resume out" in capsys.readouterr().err
     tasks = TaskSet("t", "t", (Task("a", "Add.", "1"),))
     with pytest.raises(RrmError, match="there is no prompt style 'x'"):
         list(describe(RunConfig(prompt_style="x"), tasks))

@@ -93,6 +93,7 @@ def test_a_sum_begins_with_its_first_two_numbers(rule: str, begins: str) -> None
             {"c1": "2 of 3", "c2": "x + 1/2", "c3": "(1, 2)", "c4": "2 hours 5 minutes", "c5": "the red one", "c6": ""},
             "",
         ),
+        ({"c1": "x" * 41, "c2": "Erin had 10 points before scoring 14"}, ""),
         ({}, ""),
     ],
 )

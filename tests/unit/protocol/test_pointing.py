@@ -14,10 +14,15 @@ LIST = "Here are 3 problems.\n(1) Two cats.\n(2) A dog has 4 legs. How many have
         ("question (2)", LIST, "Here are 3 problems.\n(2) A dog has 4 legs. How many have 2 dogs?"),
         ("Question 3", LIST, "Here are 3 problems.\n(3) A hen."),
         ("solve part (1) of it", LIST, "Here are 3 problems.\n(1) Two cats."),
-        ("question (b)", "a) One.\n\nb) Two.\nWhat is a - b?", "b) Two."),
+        ("question (b)", "a) One.\n\nb) Two.\nWhat is the difference of both?", "b) Two."),
+        ("question 1", "1. One.\n2. Two.\nSolve each of them. Then report the sum of the 2 answers.", "1. One."),
+        ("question 1", "1. One.\n2. Two.\nAll cars go 60 mph.", ""),  # what the items may need
+        ("question 1", "1. One.\n2. Two.\nReport the sum of both answers. Each box has 6 eggs.", ""),
+        ("question 1", "1. One.\n2. Two.\nWhat is 1 - 2?", ""),
         ("problem 2", "1. One.\n2. Two.", "2. Two."),
         ("question (4)", LIST, ""),  # there is none
         ("questions (1) and (2)", LIST, ""),  # more than one
+        ("questions (1) and (9)", LIST, ""),
         ("the dogs", LIST, ""),  # no label
         ("question (2)", "Here: (1) Two cats. (2) A dog. Report the sum.", ""),  # one line: where does (2) end?
         ("question (2)", "(1) One.\n(2) Two,\nor is it?\n(3) Three.", ""),  # an item of two lines
