@@ -41,7 +41,7 @@ examples:
       AIME 2024, directly and recursively; interrupt it whenever you like
   {PROGRAM} --resume runs/aime
       go on with the rows that are missing, under the recorded settings
-  {PROGRAM} my.jsonl --model Qwen/Qwen3-14B --prompt-style my.toml --dry-run
+  {PROGRAM} --model Qwen/Qwen3-14B --dry-run
       every kind of prompt, before a GPU is asked for
 
 exit code: 0 all rows done, 1 a row has an error or the run broke off,

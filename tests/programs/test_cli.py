@@ -97,7 +97,7 @@ def test_help_teaches_and_fits(
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert all(flag(f.name) in text for f in fields(RunConfig))
-    assert text.count("  python -m rrm_engine.bench") == 3
+    assert text.count("  python -m rrm_engine.bench") == 4
     assert "(default: on)" in text and "KV memory:" in text
     assert max(map(len, text.splitlines())) <= columns
 
