@@ -14,7 +14,7 @@ from rrm_engine.kv.cache import bytes_per_block
 from rrm_engine.loading.engines import build_engine, build_runner
 from rrm_engine.loading.prepare import LoadedModel
 
-# What becomes of the host's work: hidden behind the device's, in its way with few launches, or with all of them.
+# The host's work: overlapped with the device's, or not, and then with few kernel launches or with all of them.
 HOST_WORK = {"lookahead": (False, True), "graphs": (False, False), "eager": (True, False)}
 BATCHES, CONTEXTS = (1, 4, 16, 32, 64, 128), (512, 2048, 8192)
 WARM, TIMED = 4, 16

@@ -44,7 +44,7 @@ class NodeTokens(Generic[S]):
     def wrote(self, token: int | None, last: bool) -> str:
         """Note one more token of the phase, None for an end of sequence; the text that is certain with it.
 
-        Behind the ``last`` token nothing is held back any more.
+        With the ``last`` token, all text that was held back is given out.
         """
         piece = "" if token is None else self.detokenizer.step(token)
         if last:

@@ -17,8 +17,8 @@ Scores = torch.Tensor  # fp32 [rows, vocabulary]
 
 @dataclass(slots=True)
 class Transcripts:
-    """Sequences' tokens on one device, int64 ``[rows, capacity]``, a row each. What a step adds to all of them goes up
-    in one transfer. Behind its tokens there is anything in a row.
+    """Sequences' tokens on one device, int64 ``[rows, capacity]``, one row per sequence. What a step adds to all of
+    them is uploaded in one transfer. What a row holds after its sequence's tokens is undefined.
     """
 
     _tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))

@@ -80,7 +80,7 @@ class ObjectScanner:
             if not self._quote:
                 outcome = self._structure(text, limit)
             elif self._closing is not None:
-                outcome = self._behind_quote(text, limit)
+                outcome = self._after_quote(text, limit)
             else:
                 outcome = self._string(text, limit)
             if outcome is not Scan.MORE:
@@ -106,7 +106,7 @@ class ObjectScanner:
             self._closing = at
         return Scan.MORE
 
-    def _behind_quote(self, text: str, limit: int) -> Scan:
+    def _after_quote(self, text: str, limit: int) -> Scan:
         found = _NOT_SPACE.search(text, self.pos, limit)
         if found is None:
             self.pos = limit

@@ -81,10 +81,10 @@ def detail(check: NodeCheck) -> str:
     if (at := check.divergence) is None:
         return f"{line}."
     near = f"near tie: up to {at.near:.2g}"
-    behind = f"{at.gap:.3g} logits behind ({near})" if math.isfinite(at.gap) else "ruled out by the grammar"
+    how_far = f"{at.gap:.3g} logits lower ({near})" if math.isfinite(at.gap) else "ruled out by the grammar"
     return (
         f"{line}; position {at.position} ({at.phase}): recorded {at.token} {at.text!r}, plain transformers gives "
-        f"{at.plain_token} {at.plain_text!r}, the recorded one is {behind}."
+        f"{at.plain_token} {at.plain_text!r}, the recorded one is {how_far}."
     )
 
 

@@ -54,9 +54,9 @@ def test_one_device_computes_while_the_host_works(cuda: Emulation, fast: None, l
 @pytest.mark.parametrize("lookahead", [True, False])
 @pytest.mark.parametrize("sequences", [1, 4, 8])
 def test_all_stages_of_a_pipeline_compute_at_once(cuda: Emulation, fast: None, sequences: int, lookahead: bool) -> None:
-    """A step takes each of four devices 4: so long does a token of a sequence take, whatever others do beside it.
+    """A step takes each of four devices 4 units: a token takes as long as all four together, whatever others run.
 
-    Without lookahead the host's work comes on top, for the step behind is launched when the token is known.
+    Without lookahead the host's work comes on top, for the next step is launched when the token is known.
     """
     model = on_cuda(plain_model("qwen3", num_hidden_layers=4), 4)
     engine = engine_on(model, lookahead=lookahead, stages=4)

@@ -169,7 +169,7 @@ def test_a_fork_of_a_sequence_in_flight(length: int) -> None:
 
 
 def test_chunks_of_one_prompt_follow_each_other_through_the_stages() -> None:
-    """Nobody waits for a chunk that samples nothing: the next one is launched behind it."""
+    """Nobody waits for a chunk that samples nothing: the next one is launched right after it."""
     life = Life(20, 4, 60, stages=4, step_tokens=8)
     submitted(life.submit(prompt(32), 2))
     life.step()

@@ -1,4 +1,4 @@
-"""A job that ends early, in whatever state it is, takes its descendants with it and leaves not one block behind.
+"""A job that ends early, in whatever state it is, takes its descendants with it and frees every block.
 
 Several copies of one nested task run side by side. Each copy is ended in another state; the last one is left alone and
 must come out, token by token, as if it had run by itself. The graph's shape is fixed by grammars (``driven.py``), so

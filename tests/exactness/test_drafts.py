@@ -176,7 +176,7 @@ def test_look_up_takes_the_longest_match_and_of_equals_the_last_one() -> None:
     assert after([7, 2, 3, 4, 9, 2, 3, 8, 8, 8, 1, 2, 3]) == ([8, 8, 8, 1], 2)
     assert after([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7, 8, 1, 2, 3]) == ([5, 6, 7, 8], 3)
     assert after([1, 2, 3, 4]) == after([1]) == after([]) == ([], 0)
-    assert after([1, 2, 3, 4, 9, 1], [2, 3]) == ([4, 9, 1, 2], 3), "behind what was guessed"
+    assert after([1, 2, 3, 4, 9, 1], [2, 3]) == ([4, 9, 1, 2], 3), "after what was guessed"
     assert after([5, 1, 2, 1, 2], most=7) == ([1, 2, 1, 2, 1, 2, 1], 2), "on and on"
     assert after([1, 2, 3, 9, 1], [2], most=8) == ([3, 9, 1, 2, 3, 9, 1, 2], 2), "over what was guessed"
 

@@ -30,7 +30,7 @@ BUDGET = 16
 WIDE = [[*range(2, 302, 2)], [*range(1, 301, 2)]]  # prompts with many tokens of the vocabulary
 AFTER_SEVEN = [*(i for other in range(2, 182) for i in (7, other)), 7]
 SHORT = {"no_repeat_ngram_size": 1, "suppress_tokens": [*range(0, 500, 3)]}
-# By setting: some that show it, and what to write them behind where an ordinary prompt would not.
+# By setting: values for which it makes a difference, and prompts to use where an ordinary one would show none.
 CASES: dict[str, tuple[Settings, list[list[int]]]] = {
     "repetition_penalty": ({"repetition_penalty": 1.4}, WIDE),
     "encoder_repetition_penalty": ({"encoder_repetition_penalty": 2.0}, WIDE),
@@ -74,7 +74,7 @@ def test_every_setting_has_a_case() -> None:
 
 @pytest.fixture(scope="module")
 def alone(plain: Any) -> list[tuple[str, Settings, list[int], list[int]]]:
-    """Each case behind several prompts: its name, settings, prompt and what ``generate`` writes."""
+    """Each case after several prompts: its name, settings, prompt and what ``generate`` writes."""
     rows, shown = [], set()
     for number, (name, (settings, prompts)) in enumerate(CASES.items()):
         for tokens in [*(prompt(number + i, 5 + i) for i in (0, 4, 9)), *prompts]:
@@ -154,7 +154,7 @@ def asked_of(plain: Any, settings: Settings) -> SamplingParams:
 
 
 def drawn(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """The token of each row, behind all tokens of its sequence."""
+    """The token of each row, sampled after all tokens of its sequence."""
     lengths = [len(s.tokens) for s in sequences]
     rows = [row for row, s in enumerate(sequences) if s.sampling.further]
     processed = Processors(frozenset(ENDS)).of(rows, sequences, lengths) if rows else None

@@ -197,7 +197,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_verification_promises_what_lies_in_front(
+def test_verification_promises_what_comes_before_a_splice(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checks = {check.key: check for check in verify_run(run)}
@@ -205,18 +205,18 @@ def test_verification_promises_what_lies_in_front(
     assert main([str(run), "--quiet"]) == 0
     assert "KV was attached" in " ".join(capsys.readouterr().out.split())
     key = next(key for key, check in checks.items() if check.verdict == "spliced" and check.splice_kl)
-    for behind in (True, False):
-        copied = Path(shutil.copytree(run, tmp_path / str(behind)))
+    for after in (True, False):
+        copied = Path(shutil.copytree(run, tmp_path / str(after)))
 
-        def change(event: dict[str, Any], behind: bool = behind) -> None:
+        def change(event: dict[str, Any], after: bool = after) -> None:
             if f"{event['job']}:{event['node']}" == key and "token_ids" in event:
-                event["token_ids"][event["sampled"][-1 if behind else 0][0]] ^= 1
+                event["token_ids"][event["sampled"][-1 if after else 0][0]] ^= 1
 
         rewrite(copied, change)
         found = {check.key: check for check in verify_run(copied)}[key]
-        assert found.verdict == ("spliced" if behind else "broken")
+        assert found.verdict == ("spliced" if after else "broken")
         assert found.spliced == checks[key].spliced > 0
-        if not behind:
+        if not after:
             assert found.divergence is not None
     rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
     assert any(
@@ -225,7 +225,7 @@ def test_verification_promises_what_lies_in_front(
 
 
 def test_a_run_that_hides_what_was_attached_fails(run: Path, tmp_path: Path) -> None:
-    """Control: a wrong token behind a splice is forgiven, but not in a node that is said to be exact."""
+    """Control: a wrong token after a splice is forgiven, but not in a node that is said to be exact."""
     copied = Path(shutil.copytree(run, tmp_path / "run"))
 
     def hide(event: dict[str, Any]) -> None:

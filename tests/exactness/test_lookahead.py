@@ -1,4 +1,4 @@
-"""A step launched before the tokens of the one before are known: nothing is mixed up, and nothing is kept too much."""
+"""A step launched before the tokens of the one before are known: nothing is mixed up or held longer than needed."""
 
 from dataclasses import replace
 from typing import Any, get_args
@@ -95,17 +95,17 @@ def test_who_pauses_while_two_steps_are_in_flight_keeps_what_is_known(policy: Wa
 def test_the_host_knows_the_tokens_of_one_step_while_the_next_one_runs(
     stages: int, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Grammar or not: whenever tokens are collected in the middle of a run another step is under way behind them."""
-    behind: list[int] = []
+    """Grammar or not: whenever tokens are collected in the middle of a run, the next step is already running."""
+    running: list[int] = []
     collect = Engine.collect
 
     def watched(self: Engine) -> Any:
-        behind.append(self.launched - self.steps - 1)
+        running.append(self.launched - self.steps - 1)
         return collect(self)
 
     monkeypatch.setattr(Engine, "collect", watched)
     recorded(replace(lab, model=replace(lab.model, stages=stages)), lookahead="on")
-    assert set(behind) <= set(range(stages + 1)) and sum(map(bool, behind)) > 0.8 * len(behind)
+    assert set(running) <= set(range(stages + 1)) and sum(map(bool, running)) > 0.8 * len(running)
 
 
 @pytest.mark.parametrize("count", [1, 2])

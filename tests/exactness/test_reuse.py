@@ -37,7 +37,7 @@ def test_a_fork_prefills_nothing_that_is_computed_and_copies_one_block(model: Lo
 
 
 def test_a_wrong_position_is_noticed(model: LoadedModel) -> None:
-    """Negative control: KV that is truncated one token short of what was forgotten leaves a stale token behind."""
+    """Negative control: KV that is truncated one token too late still holds a stale token."""
     script = Script(engine_for(model, prefix_cache=False))
     root = script.submit("root", prompt(1, 20), 6)
     script.run()

@@ -62,7 +62,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def plain_logits(plain: Any, ids: list[int]) -> torch.Tensor:
-    """What plain transformers puts behind the last of ``ids``."""
+    """Plain transformers' logits for the token after ``ids``."""
     return plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 
@@ -113,7 +113,7 @@ def test_kv_copied_to_where_it_is_equals_the_text(family: str, attention: str) -
 
 
 @torch.inference_mode()
-def reference(plain: Any, before: list[int], attached: list[int], behind: list[int]) -> torch.Tensor:
+def reference(plain: Any, before: list[int], attached: list[int], after: list[int]) -> torch.Tensor:
     """Plain transformers with a hand-made cache: ``attached`` was run alone, at its later positions."""
     at, end = len(before), len(before) + len(attached)
     parts = []
@@ -123,8 +123,8 @@ def reference(plain: Any, before: list[int], attached: list[int], behind: list[i
     cache = DynamicCache()
     for index, (own, other) in enumerate(zip(parts[0].layers, parts[1].layers, strict=True)):
         cache.update(torch.cat([own.keys, other.keys], 2), torch.cat([own.values, other.values], 2), index)
-    places = torch.arange(end, end + len(behind))[None]
-    return plain(input_ids=torch.tensor([behind]), position_ids=places, past_key_values=cache).logits[0, -1]
+    places = torch.arange(end, end + len(after))[None]
+    return plain(input_ids=torch.tensor([after]), position_ids=places, past_key_values=cache).logits[0, -1]
 
 
 def alone(engine: Engine, block: int = 0) -> tuple[Sequence, torch.Tensor]:
@@ -290,7 +290,7 @@ def test_a_span_goes_where_its_tokens_are_and_nowhere_else() -> None:
     at = [(1, span)]
     for appended, splices in (
         ([1, *CHILD[2:5], 9, 9], at),  # other tokens
-        ([1, *CHILD[2:6]], at),  # nothing to run behind it
+        ([1, *CHILD[2:6]], at),  # nothing to run after it
         ([1, *CHILD[2:9], 9], [*at, (5, other)]),  # nothing to run in between
     ):
         with pytest.raises(ValueError, match=r"root: a span cannot go to tokens"):

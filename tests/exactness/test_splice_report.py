@@ -48,7 +48,7 @@ class Attached:
     def recompute(self, plain: Any, run: Recorded, key: str) -> tuple[DynamicCache, torch.Tensor]:
         """Plain transformers on a node's transcript, its children's KV attached by hand: cache, logits by token.
 
-        Keys that are rotated once more by a distance are those of the position that far behind.
+        Rotating a key once more by some distance gives the key of the position that much later.
         """
         tokens, cache, at = run.ends()[key]["token_ids"], DynamicCache(), 0
         logits = torch.zeros(len(tokens), plain.config.vocab_size)
@@ -69,7 +69,7 @@ class Attached:
 
     @torch.inference_mode()
     def differences(self, plain: Any, run: Recorded, key: str, limit: int) -> list[tuple[list[float], list[bool]]]:
-        """Behind every resume of a node with a span: by token the KL divergence and whether the likeliest agree."""
+        """After every resume of a node with a span: by token the KL divergence and whether the likeliest agree."""
         end, found = run.ends()[key], []
         tokens, (_, attached) = end["token_ids"], self.recompute(plain, run, key)
         text = plain(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
@@ -127,7 +127,7 @@ def check_reports(lab: Lab, join: str, limit: int, monkeypatch: pytest.MonkeyPat
 def test_reports_are_those_of_plain_transformers(
     lab: Lab, join: str, limit: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also behind several awaits, and where a node ends or pauses before it has written that many tokens."""
+    """Also after several awaits, and where a node ends or pauses before it has written that many tokens."""
     seen = check_reports(lab, join, limit, monkeypatch, **changes)
     assert seen["equal"] > 5 and seen["several awaits"]
     assert limit == 1 or seen["early end"]
@@ -180,7 +180,7 @@ def test_the_report_disturbs_nothing(lab: Lab, join: str, policy: str, monkeypat
 
 
 def test_a_cancelled_node_reports_what_it_has(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted behind the fifth token of a resume: five are in the report, and every block is free."""
+    """Interrupted after the fifth token of a resume: five are in the report, and every block is free."""
     solver, on_token = lab.solver(join="transcript"), Shadows.on_token
     events: list[dict[str, Any]] = []
 

@@ -97,7 +97,7 @@ class KVMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sequences)
     @rule(index=st.integers(0, 99), share=st.floats(0, 1), other=st.lists(TOKENS, max_size=5))
     def truncate(self, index: int, share: float, other: list[int]) -> None:
-        """Forget an end and write something else there, as a resume behind an event's boundary does."""
+        """Forget an end and write something else there, as a resume after an event's boundary does."""
         sequence = self.pick(index)
         sequence.table.truncate(round(share * sequence.table.length))
         sequence.tokens = sequence.tokens[: sequence.table.length]

@@ -54,7 +54,7 @@ def live_graph(engine: Driven) -> Script:
     root = script.submit("root", prompt(1, 37), 9)
     other = script.submit("other", prompt(2, 5), 30, root=1)
     script.run(until=12)
-    at = len(root.tokens)  # not a multiple of the block size in general; the root goes on behind it
+    at = len(root.tokens)  # not a multiple of the block size in general; the root goes on after it
     forked = script.submit("root.a", [*root.tokens, *prompt(3, 6)], 20, depth=1, fork_of=(root, at))
     fresh = script.submit("root.b", prompt(1, 24) + prompt(4, 9), 15, depth=1)
     script.run()
@@ -120,7 +120,7 @@ def forgetting(engine: Engine) -> Script:
 
 
 def attaching(engine: Engine) -> Script:
-    """A parent that is given KV of its child: made behind the very tokens that it has, for the places where it goes."""
+    """A parent that is given KV of its child, computed after the parent's own tokens and for the same positions."""
     script = Script(engine)
     parent = script.submit("root", prompt(1, 21), 4)
     other = script.submit("other", prompt(4, 9), 25, root=1)

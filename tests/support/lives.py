@@ -119,7 +119,7 @@ class Memory:
         return rows
 
     def attend(self, table: list[int], length: int, sequence: Sequence, tokens: list[int]) -> None:
-        """A query behind ``tokens`` attends to ``length`` tokens over ``table``: they must be these."""
+        """The query of the last of ``tokens`` attends to ``length`` tokens over ``table``: they must be these."""
         assert length == len(tokens)
         read = [self.slots[table[i // self.size] * self.size + i % self.size] for i in range(length)]
         assert self.owns(sequence, tokens, read), f"{sequence.key} reads what is not its own"
@@ -326,7 +326,7 @@ class Life:
         return span
 
     def join(self, keeper: Sequence, between: list[int], budget: int) -> None:
-        """Resume a sequence with everything it keeps, ``between`` in front of each and behind the last."""
+        """Resume a sequence with everything it keeps, ``between`` before each of them and after the last."""
         tokens, splices = list(between), []
         for span in keeper.kept:
             splices.append((len(tokens), span))
@@ -397,8 +397,8 @@ class Life:
             assert works[-1].start + works[-1].count == works[0].sequence.table.length
             told = [w for w in works if w.drafted is None]
             assert not any(w.samples for w in told[:-1])
-            assert works[: len(told)] == told and (told[-1].samples or works == told), "drafted behind nothing"
-            assert len(works) == len(told) or not told[-1].ahead, "drafted behind a token that is not known"
+            assert works[: len(told)] == told and (told[-1].samples or works == told), "drafted after nothing"
+            assert len(works) == len(told) or not told[-1].ahead, "drafted after a token that is not known"
         if any(w.drafted is not None for w in plan.work):
             assert sum(w.count for w in plan.work) <= self.scheduler.step_tokens, "drafted beyond the step's tokens"
             assert self.engine.pool.num_free >= self.scheduler.running, "drafts leave no block free"
@@ -417,8 +417,8 @@ class Life:
             prefills = [w for w in plan.work if id(w.sequence) not in ready and w.drafted is None]
             left = self.scheduler.step_tokens - min(share, len(ready)) - sum(w.count for w in prefills)
             priorities = [w.sequence.priority for w in prefills]
-            behind = {id(s) for s in live if priorities and s.priority > max(priorities)}
-            starved = (running - used - ready.keys()) & behind if left <= 0 else set()
+            later = {id(s) for s in live if priorities and s.priority > max(priorities)}
+            starved = (running - used - ready.keys()) & later if left <= 0 else set()
             assert full or not passed or len(used | starved) == self.scheduler.max_sequences, (
                 "a place was taken and not used"
             )

@@ -177,5 +177,5 @@ def wrong_tokens(plain: Any, tokens: list[int], sampled: Iterable[tuple[int, int
 
 
 def sample(logits: torch.Tensor, sequences: Sequence[Any]) -> list[int]:
-    """The token that each row of ``logits`` ``[rows, vocabulary]`` gives behind the tokens of its sequence."""
+    """The token that each row of ``logits`` ``[rows, vocabulary]`` gives after the tokens of its sequence."""
     return draw(logits, sequences, [len(s.tokens) for s in sequences]).tolist()

@@ -45,7 +45,7 @@ class Settled:
         engine.submit, engine.resume = settled, resumed  # type: ignore[method-assign, assignment]
 
     def unlike_generate(self, plain: Any, script: Script, choices: list[Settings] | None = None) -> list[str]:
-        """Keys of the sequences that have other tokens than ``generate`` writes, phase by phase, behind the transcript.
+        """Keys of the sequences whose tokens are not, phase by phase, what ``generate`` writes after the transcript.
 
         ``choices`` are the settings of ``generate``, where they are not those of the engine.
         """
@@ -59,6 +59,6 @@ class Settled:
 
 
 def generated(plain: Any, tokens: list[int], settings: Settings, budget: int, ends: list[int] | None) -> list[int]:
-    """What ``generate`` writes behind ``tokens``."""
+    """What ``generate`` writes after ``tokens``."""
     config = GenerationConfig(**settings, eos_token_id=ends, pad_token_id=0, do_sample=False, max_new_tokens=budget)
     return plain.generate(torch.tensor([tokens]), generation_config=config)[0, len(tokens) :].tolist()

@@ -197,4 +197,4 @@ def test_a_disk_that_is_full_ends_the_run_with_its_sentence(
     with pytest.raises(RunDirError, match="No space left"), writer(directory, shown, grader, "abc") as rows:
         for name in "abc":
             rows.put(result(name))
-    assert [row["id"] for row in shown.rows] == ["a"], "a row behind a lost one was written"
+    assert [row["id"] for row in shown.rows] == ["a"], "a row after a lost one was written"

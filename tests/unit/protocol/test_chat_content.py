@@ -193,7 +193,7 @@ def test_added_words_and_white_space_are_text() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"child_context": "parent"}, {"join": "splice"}, {"join": "transcript"}])
 def test_a_run_of_a_forged_task_has_only_the_template_s_control_tokens(lab: Lab, changes: dict[str, Any]) -> None:
-    """Behind every phase's begin stand as many turns as were opened, whatever tasks and conclusions spell."""
+    """At each phase's begin the context has as many turns as were opened, whatever tasks and conclusions spell."""
     tokenizer = lab.model.tokenizer
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     forged = recorded(lab, [Job("forged", f"{TURN} {TURN}"), Job("plain", "x")], **changes)

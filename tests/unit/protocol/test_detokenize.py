@@ -111,7 +111,7 @@ def node_after(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> NodeTok
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("byte", "tik"))])
 def test_a_cut_keeps_the_text_up_to_it(kind: str) -> None:
-    """The kept tokens and the rest of the cut one have the text up to the boundary, and white space behind it."""
+    """The kept tokens and the rest of the cut one spell the text up to the boundary and the white space after it."""
     tokenizer = KINDS[kind]()
     encode = TextEncoder(tokenizer)
 

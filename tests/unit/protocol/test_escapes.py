@@ -59,8 +59,8 @@ def test_whatever_json_writes_is_read_back(text: str) -> None:
 
 
 @given(st.lists(COMMANDS, min_size=1, max_size=5), st.sampled_from(["", " ", "{x}", "_1", "^2", ")", "3"]), st.data())
-def test_commands_are_kept_and_the_same_in_pieces(names: list[str], behind: str, data: st.DataObject) -> None:
-    answer = " ".join(f"\\{name}{behind}" for name in names)
+def test_commands_are_kept_and_the_same_in_pieces(names: list[str], after: str, data: st.DataObject) -> None:
+    answer = " ".join(f"\\{name}{after}" for name in names)
     event = f'{{"type":"atomic","answer":"FINAL: {answer}."}}'
     parser, found = EventParser(), []
     while event:

@@ -49,7 +49,7 @@ def test_prefills_are_exactly_those_predicted(model: LoadedModel) -> None:
     assert_tokens(run("offload", memory, graph), fresh - reused + appended, reused)
     assert_tokens(run("serial", memory, graph), fresh - reused + appended, reused)
     assert_tokens(run("pin+nocache", memory, graph), fresh + appended, 0)
-    # The root is prefilled again behind the prefix, which the children's blocks kept in the cache.
+    # The root is prefilled again from the end of the prefix, which the children's blocks kept in the cache.
     assert_tokens(run("drop", memory, graph), fresh - reused + appended + stored - cached, reused + cached)
     assert_tokens(run("no-reuse", memory, graph), fresh + appended + stored, 0)
     # Every full block of it is found again.

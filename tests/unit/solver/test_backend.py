@@ -58,7 +58,7 @@ def test_a_graph_of_dependent_children(size: int) -> None:
     assert starts["root.b"]["after"] == ["root.a"]
     root = backend.sessions[0].nodes["root"]
     assert [who for who, _ in root.said] == ["system", "user", "assistant", "user"]
-    assert root.said[2][1] == PLAN.removesuffix("\nnever read")  # cut behind the event
+    assert root.said[2][1] == PLAN.removesuffix("\nnever read")  # cut after the event
     assert "1" in root.said[3][1] and "2" in root.said[3][1]
     assert "1" in backend.sessions[0].nodes["root.b"].said[1][1].partition("two")[2]  # what it depends on is given
     assert events[-1]["event"] == "finish" and events[-1]["events"] == len(events)
@@ -256,7 +256,7 @@ def by_job(events: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.parametrize("mode", ["rrm", "direct"])
 @pytest.mark.parametrize("name", ["max_row_tokens", "max_row_seconds"])
 def test_a_row_ends_at_its_limit_with_what_it_has(mode: str, name: str) -> None:
-    """Nothing of it is left behind, it says which limit that was, and its neighbour goes on to its end."""
+    """It leaves nothing allocated, it says which limit that was, and its neighbour goes on to its end."""
     endless = [Text(pieces("FINAL: 7 and on and on" + " and on" * 50_000))]
     backend = Scripted({"t": {**GRAPH, "root.b": endless} if mode == "rrm" else {"root": endless}, "u": GRAPH})
     limit: Any = 200 if name == "max_row_tokens" else 0.5

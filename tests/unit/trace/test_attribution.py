@@ -132,7 +132,7 @@ def test_the_parts_of_a_known_graph() -> None:
     """Two children, one of them slower by itself; every time is a power of two, so that each part is one sum."""
     found = attribute(known_graph())
     assert found.parts == {
-        "root": 8 + 16 + 4096,  # 4096 behind the resume
+        "root": 8 + 16 + 4096,  # 4096 after the resume
         "children": 128,
         "straggler": 512,
         "prefill": 4 + 32 + 2048,

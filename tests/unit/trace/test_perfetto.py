@@ -32,7 +32,7 @@ def exported(each: Path, tmp_path: Path) -> tuple[RunTrace, Any]:
 
 
 def tracks_of(parsed: Any) -> dict[int, str]:
-    """Each track's name behind that of its parents: ``flat-000/rrm/0:root.c1``."""
+    """Each track's name, preceded by those of its parents: ``flat-000/rrm/0:root.c1``."""
     found = {p.track_descriptor.uuid: p.track_descriptor for p in parsed.packet if p.HasField("track_descriptor")}
     assert len({d.process.pid for d in found.values() if d.HasField("process")} - {0}) == sum(
         d.HasField("process") for d in found.values()

@@ -318,7 +318,7 @@ def test_copies_and_swaps_name_whose_blocks_they_move(tmp_path: Path) -> None:
     engine.pause(child)
     assert engine.scheduler.pinned_blocks == 3  # shared, so counted once
     engine.scheduler.add(child)
-    step()  # the child writes behind the shared prefix
+    step()  # the child writes after the shared prefix
     engine.wait(parent)
     moved = engine.space.num_used
     assert moved > 0 and engine.scheduler.pinned_blocks == 3 - moved
