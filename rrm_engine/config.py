@@ -23,6 +23,8 @@ IN_PROCESS_ONLY = (
     *("generation_config", "block_size", "kv_blocks", "step_tokens", "wait_policy", "host_kv_blocks", "prefix_cache"),
     *("draft", "join", "boundary_tokens", "splice_report"),
 )
+Attention = Literal["native", "triton", "varlen", "flash", "sdpa"]
+Placement = Literal["single", "pipeline", "replicate"]
 WaitPolicy = Literal["pin", "offload", "drop", "lru", "auto"]
 Join = Literal["text", "splice", "transcript"]
 ChildContext = Literal["task", "parent"]
@@ -62,14 +64,14 @@ class RunConfig:
         "model",
         "of the model on --devices: pipeline, its layers in turn; replicate, a copy on each; single, on the first; "
         "auto: single if it fits there with room for KV, else pipeline",
-        choices=("auto", "single", "pipeline", "replicate"),
+        choices=("auto", *get_args(Placement)),
     )
     attention: str = setting(
         "auto",
         "model",
         "native: compiled, CPU; triton: CUDA; varlen: torch's FlashAttention, flash: the flash-attn package, both CUDA "
         "and --block-size 256; sdpa: torch reference, any device; auto: native or triton where they are, else sdpa",
-        choices=("auto", "native", "triton", "varlen", "flash", "sdpa"),
+        choices=("auto", *get_args(Attention)),
     )
     lookahead: str = setting(
         "auto",
@@ -307,14 +309,21 @@ class Resolved(RunConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig(Resolved):
-    """The same for the engine in this process."""
+    """The same for the engine in this process.
+
+    ``device`` is where the model's layers begin. What ``auto`` of ``wait_policy`` and of ``draft`` means is decided
+    while a run goes on, from measured costs.
+    """
 
     dtype: str
     device: str
+    placement: Placement
+    attention: Attention
     lookahead: Literal["on", "off"]
     step_tokens: int
     max_sequence_tokens: int
     kv_blocks: int
+    host_kv_blocks: int
     wait_policy: WaitPolicy
     join: Join
 

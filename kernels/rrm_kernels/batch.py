@@ -130,6 +130,7 @@ class PagedAttention(Protocol):
     What it can do beyond that it says in the attributes.
     """
 
+    name: str = "custom"  # what ``--attention`` calls it
     block_multiple: int = 1  # tokens that KV blocks must be a multiple of
     capturable: bool = False  # launches depend on the batch's capacity and device buffers alone, and may be replayed
     sharing: SharingCost | None = None  # when it reads what several sequences share once for all; None: never

@@ -43,6 +43,7 @@ def check_supported(
 class FlashAttention(PagedAttention):
     """As ``reference.paged_attention``, without sinks. ``function`` is ``flash_attn.flash_attn_varlen_func``."""
 
+    name = "flash"
     block_multiple = FLASH_BLOCK
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:

@@ -21,6 +21,8 @@ POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class NativeAttention(PagedAttention):
     """``reference.paged_attention`` with the decodes at the front done by the compiled kernel."""
 
+    name = "native"
+
     def __init__(self, library: ctypes.CDLL) -> None:
         self._decode = library.rrm_paged_decode
         self._decode.restype = None

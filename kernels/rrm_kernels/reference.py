@@ -16,6 +16,8 @@ def store_kv(cache: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> Non
 class ReferenceAttention(PagedAttention):
     """Decodes of similar length together, prefill chunks one by one."""
 
+    name = "sdpa"
+
     def __call__(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:

@@ -17,16 +17,19 @@ class TritonUnavailable(RuntimeError):
 
 
 class TritonAttention(PagedAttention):
-    """``sharing`` decides where shared-prefix attention pays; None: never. ``name`` says in words what it is."""
+    """``sharing`` decides where shared-prefix attention pays; None: never. ``interpreted``: in Triton's slow
+    interpreter, without a GPU.
+    """
 
+    name = "triton"
     capturable = True
 
     def __init__(
-        self, kernel: Callable[..., torch.Tensor], sharing: SharingCost | None, name: str = "Triton kernels"
+        self, kernel: Callable[..., torch.Tensor], sharing: SharingCost | None, interpreted: bool = False
     ) -> None:
         self._kernel = kernel
         self.sharing = sharing
-        self.name = name
+        self.interpreted = interpreted
 
     def __call__(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
@@ -43,8 +46,7 @@ def load_triton(device: torch.device, sharing: SharingCost | None = None) -> Tri
     interpreted = _check_triton(device)
     from rrm_kernels.ragged import ragged_attention
 
-    name = "Triton kernels, interpreted" if interpreted else "Triton kernels"
-    return TritonAttention(ragged_attention, sharing or SharingCost(), name)
+    return TritonAttention(ragged_attention, sharing or SharingCost(), interpreted)
 
 
 def load_triton_layer(device: torch.device) -> "TritonLayer":

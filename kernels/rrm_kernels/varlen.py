@@ -15,6 +15,8 @@ NEEDED = {"block_table", "seqused_k", "enable_gqa", "window_size", "scale"}
 class VarlenAttention(PagedAttention):
     """As ``reference.paged_attention``, without sinks and soft-caps. ``function`` is torch's ``varlen_attn``."""
 
+    name = "varlen"
+
     def __init__(self, function: Callable[..., Any], block_multiple: int = FLASH_BLOCK) -> None:
         self._function = function
         self.block_multiple = block_multiple

@@ -173,7 +173,7 @@ def _engine_settings(config: EngineConfig, model: LoadedModel, eos_ids: frozense
         eos_ids=eos_ids,
         seed=config.seed,
         wait_policy=config.wait_policy,
-        host_blocks=config.host_kv_blocks or 0,
+        host_blocks=config.host_kv_blocks,
         stages=model.stages,
         lookahead=config.lookahead == "on",
         eager=config.eager,

@@ -27,6 +27,7 @@ from rrm_engine.solver.outcome import BUDGETS
 
 CONCLUSION_RESERVE = 256  # tokens set aside for each child's conclusion in its parent's context
 HOST = torch.device("cpu")
+OFFLOADING = ("offload", "auto")  # wait policies that may move KV to host memory
 
 
 def resolve(
@@ -56,7 +57,9 @@ def resolve(
     blocks = config.kv_blocks or _blocks(used, longest, sizes)
     values: dict[str, Any] = {
         "dtype": str(model.dtype).removeprefix("torch."),
-        **_where(config, model, replicas),
+        "device": str(model.device),
+        "placement": "replicate" if len(replicas) > 1 else "pipeline" if model.stages > 1 else "single",
+        "attention": model.attend.name,
         "lookahead": _lookahead(config, model),
         "step_tokens": config.step_tokens or (4096 if model.device.type == "cuda" else 512),
         "max_sequence_tokens": longest,
@@ -66,14 +69,6 @@ def resolve(
     resolved = EngineConfig(**{**values_of(used), **values})
     _refuse_more_than_memory(resolved, sizes)
     return resolved
-
-
-def _where(config: RunConfig, model: LoadedModel, replicas: Sequence[LoadedModel]) -> dict[str, Any]:
-    """The settings that say where the model runs."""
-    placement = "replicate" if len(replicas) > 1 else "pipeline" if model.stages > 1 else "single"
-    if config.devices is None:
-        return {"device": str(model.device), "placement": config.placement}
-    return {"placement": placement}
 
 
 def _lookahead(config: RunConfig, model: LoadedModel) -> str:
@@ -152,20 +147,20 @@ def _blocks(config: Resolved, longest: int, sizes: Mapping[torch.device, int]) -
     return min(room, one * (config.max_concurrency + 1))
 
 
-def _host_blocks(config: RunConfig, blocks: int, size: int) -> int | None:
-    """Blocks that may be offloaded: as many as the pool has, if the host's memory allows. None: nothing is."""
-    if config.wait_policy not in ("offload", "auto"):
-        return config.host_kv_blocks
+def _host_blocks(config: RunConfig, blocks: int, size: int) -> int:
+    """Blocks that may be offloaded: as many as the pool has, if the host's memory allows."""
+    if config.wait_policy not in OFFLOADING:
+        return config.host_kv_blocks or 0
     return config.host_kv_blocks or max(1, min(blocks, kv_room(HOST) // size))
 
 
 def _refuse_more_than_memory(config: EngineConfig, sizes: Mapping[torch.device, int]) -> None:
     """The pool may be as large as memory, no larger: on CPU it would be granted now and the process killed later."""
-    host = config.host_kv_blocks if config.wait_policy in ("offload", "auto") else None
+    host = config.host_kv_blocks if config.wait_policy in OFFLOADING else 0
     asked = [("--kv-blocks", config.kv_blocks, device, size) for device, size in sizes.items()]
     for flag, blocks, device, size in [*asked, ("--host-kv-blocks", host, HOST, sum(sizes.values()))]:
         room = free_memory(device)
-        if blocks and blocks * size > room:
+        if blocks * size > room:
             raise RrmError(
                 f"{blocks:,} KV blocks take {in_units(blocks * size)} and {in_units(room)} are free on {device}: "
                 f"{flag} may be {room // size} at most"

@@ -42,6 +42,9 @@ from rrm_engine.runs.environment import environment, package_version
 from rrm_engine.runs.manifest import FORMAT, Manifest, TaskSource
 from rrm_engine.trace.profile_reader import PROFILE, SUMMARY, ProfileError
 
+# What records of older versions may leave open, as it was asked.
+OPEN_ONCE = ("device", "placement", "attention", "host_kv_blocks")
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -120,11 +123,12 @@ def _resume(directory: RunDir, options: Options) -> int:
         say("Cut a half-written row off rows.jsonl; it runs again.")
     if not _missing(tasks, config, directory):
         return _close(directory, config, options.quiet)
-    # The pool's size is read off free memory, which is never twice the same: keep the first run's.
-    pinned = RunConfig(**{**asdict(config), "kv_blocks": recorded.resolved.get("kv_blocks")})
+    # The pools' sizes are read off free memory, which is never twice the same: keep the first run's.
+    sizes = {name: recorded.resolved.get(name) or None for name in ("kv_blocks", "host_kv_blocks")}
+    pinned = RunConfig(**{**asdict(config), **sizes})
     solver = _load(pinned, tasks, _announce(options))
-    drift = [*_drift(recorded.resolved, solver.resolved), *_sampling_drift(recorded.solver, solver)]
-    _refuse_differences(drift, directory.path)
+    found = [*drift(recorded.resolved, solver.resolved), *_sampling_drift(recorded.solver, solver)]
+    _refuse_differences(found, directory.path)
     session = {"started": _now(), "command": _command(), **environment()}
     directory.write_manifest(replace(recorded, resumed=[*recorded.resumed, session]))
     return _run(solver, tasks, config, directory, options)
@@ -143,12 +147,17 @@ def differences(given: dict[str, Any], tasks: TaskSet, recorded: Manifest) -> li
     return found
 
 
-def _drift(recorded: dict[str, Any], resolved: Resolved) -> list[str]:
-    """Where the same settings come out as others here: another device, another default."""
+def drift(recorded: dict[str, Any], resolved: Resolved) -> list[str]:
+    """Where the same settings come out as others here: another device, another default.
+
+    What an older version left open in its record is no difference.
+    """
     return [
         f"{flag(f.name)} comes out as {show(value)}, was {show(recorded[f.name])}"
         for f in fields(RunConfig)
-        if f.name in recorded and show(value := getattr(resolved, f.name)) != show(recorded[f.name])
+        if f.name in recorded
+        and not (f.name in OPEN_ONCE and recorded[f.name] in (None, "auto"))
+        and show(value := getattr(resolved, f.name)) != show(recorded[f.name])
     ]
 
 

@@ -138,7 +138,7 @@ def paged_attention_forward(
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, PagedAttention]:
-    """The attention backend of ``--attention``, and what it turned out to be, in words.
+    """The attention backend that ``--attention`` asks for: what it is, in words, and the backend.
 
     ``auto`` is the compiled kernel on CPU and Triton's on CUDA where it can be had, else the torch reference; then the
     words say why. Raises RrmError if a backend is asked for by name and cannot be had.
@@ -150,7 +150,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
             return "compiled CPU kernel", _native(device, dtype)
         if wanted == "triton":
             kernels = load_triton(device)
-            return kernels.name, kernels
+            return "Triton kernels, interpreted" if kernels.interpreted else "Triton kernels", kernels
         if wanted == "varlen":
             return "torch's FlashAttention", load_varlen(device)
         if wanted == "flash":
@@ -178,7 +178,7 @@ class OnOwnDevice(PagedAttention):
     """An attention with CUDA's current device that of its arguments, as kernels compiled outside torch need it."""
 
     def __init__(self, attend: PagedAttention) -> None:
-        self.attend = attend
+        self.attend, self.name = attend, attend.name
         self.block_multiple, self.capturable, self.sharing = attend.block_multiple, attend.capturable, attend.sharing
 
     def __call__(
