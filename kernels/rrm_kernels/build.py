@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("common.h", "decode.cpp", "draw.cpp", "layer.cpp", "products.cpp")
+SOURCES = ("common.h", "kernels.h", "decode.cpp", "decoder.cpp", "draw.cpp", "layer.cpp", "products.cpp")
 COMPILE = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 WIDE = ("-mprefer-vector-width=512",) if ON_X86 else ()  # compilers stop at 256 bits otherwise

@@ -4,6 +4,7 @@
 // Called through ctypes by native.py, which checks shapes.
 
 #include "common.h"
+#include "kernels.h"
 
 namespace {
 

@@ -81,6 +81,7 @@ class NativeLayer:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
         self._norm, self._silu, self._rope = library.rrm_norm, library.rrm_silu_mul, library.rrm_rope_store
         for function in (self._norm, self._silu, self._rope):
             function.restype = None

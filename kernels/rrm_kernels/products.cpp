@@ -6,6 +6,7 @@
 // tiles, parts and threads there are: a row's result does not depend on its batch. Called through ctypes by products.py.
 
 #include "common.h"
+#include "kernels.h"
 
 #include <omp.h>
 
@@ -14,6 +15,13 @@
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
+
+struct Linear {  // as in products.py
+    const Bits* panels;
+    const float* bias;
+    int64_t columns, depth;
+    int32_t kind;
+};
 
 namespace {
 
@@ -198,13 +206,6 @@ void finish(const Sums& sums, int64_t rows, const float* bias, T* out, int64_t c
 }
 
 constexpr int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
-
-struct Linear {
-    const Bits* panels;
-    const float* bias;
-    int64_t columns, depth;
-    int32_t kind;
-};
 
 // A tile's panels are read once, part by part, each part for all rows. Where the inputs of all rows are too many for the
 // second cache, that is done for some of the depth after the other, and the sums of all tiles are kept in between.

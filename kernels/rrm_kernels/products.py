@@ -67,11 +67,11 @@ class NativeLinear:
         self._bias = None if bias is None else torch.nn.functional.pad(bias.detach().float(), (0, padding))
         bias_at = None if self._bias is None else self._bias.data_ptr()
         self._linear = _Linear(self._panels.data_ptr(), bias_at, self.columns, self.depth, kind)
-        self._at = ctypes.addressof(self._linear)
+        self.address = ctypes.addressof(self._linear)  # what the library calls a Linear*
         self._multiply = library.rrm_linear
         self._multiply.restype = ctypes.c_bool
         self._multiply.argtypes = [POINTER, POINTER, POINTER, NUMBER]
-        if not self._multiply(self._at, None, None, 0):
+        if not self._multiply(self.address, None, None, 0):
             raise NativeUnavailable(f"this processor or compiler has no {kind.name} product")
 
     @property
@@ -85,5 +85,5 @@ class NativeLinear:
             raise ValueError(f"expected [..., {self.depth}] {self.dtype}, got {list(x.shape)} {x.dtype}")
         x = x.contiguous()
         out = x.new_empty(*rows, self.columns)
-        self._multiply(self._at, x.data_ptr(), out.data_ptr(), x.numel() // depth)
+        self._multiply(self.address, x.data_ptr(), out.data_ptr(), x.numel() // depth)
         return out

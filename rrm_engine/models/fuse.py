@@ -27,10 +27,10 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         # A plain attribute: nn.Module looks parameters up the slow way, and this is read in every step.
-        self._product = _native(weight, bias) or onednn_product(weight, bias) or _unpacked(weight, bias)
+        self.product = _native(weight, bias) or onednn_product(weight, bias) or _unpacked(weight, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product(x)
+        return self.product(x)
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]

@@ -9,16 +9,19 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from rrm_kernels.batch import PagedAttention, Scores
-from rrm_kernels.native import DTYPES, NativeLayer, NativeUnavailable, load_native_layer
+from rrm_kernels.native import DTYPES, NativeAttention, NativeLayer, NativeUnavailable, load_native_layer
+from rrm_kernels.native_decoder import DecoderLayer, NativeDecoder, Norm
+from rrm_kernels.products import NativeLinear
 from rrm_kernels.triton_attention import TritonAttention, TritonUnavailable, load_triton_layer
 from torch import nn
 
 from rrm_engine.device.transfer import hand_over
-from rrm_engine.kv.cache import LayerShape
+from rrm_engine.kv.cache import KVCache, LayerShape
 from rrm_engine.models.attention import PagedForward
 from rrm_engine.models.fuse import FusedRMSNorm, MergedPart, PackedLinear
 
@@ -55,8 +58,11 @@ class Layer:
 class Stage:
     """Consecutive layers on one device. ``norms``: each one's first, and the model's last after the last layer.
 
-    The first one has the ``embedding``, the last one the ``head``.
+    The first one has the ``embedding``, the last one the ``head``. With ``in_one_call`` the compiled kernels run all
+    layers of a step of decodes in one call; without, they are called one by one, as a profile needs it to name them.
     """
+
+    in_one_call: ClassVar[bool] = True
 
     device: torch.device
     kernels: "NativeLayer | TritonLayer"
@@ -65,6 +71,7 @@ class Stage:
     tables: Tables = (torch.empty(0), torch.empty(0))
     embedding: torch.Tensor | None = None
     head: Linear | None = None
+    decoders: WeakKeyDictionary[KVCache, NativeDecoder | None] = field(default_factory=WeakKeyDictionary)
 
     def __call__(
         self,
@@ -86,6 +93,10 @@ class Stage:
     def _run(self, residual: torch.Tensor, positions: torch.Tensor, paged: PagedForward) -> torch.Tensor:
         kernels, slots = self.kernels, paged.batch.slots
         normed = torch.empty_like(residual)
+        if (decoder := self._decoder(len(residual), paged)) is not None:
+            kernels.norm(residual, self.norms[0].weight, self.norms[0].eps, normed)
+            decoder(residual, normed, self.tables, positions, paged.batch)
+            return normed
         query = residual.new_empty(len(residual), self.layers[0].heads, self.layers[0].shape.key_width)
         gated = residual.new_empty(len(residual), self.layers[0].down.in_features)
         if paged.exchange is not None:
@@ -108,6 +119,15 @@ class Stage:
                     residual.copy_(paged.exchange("inputs", layer.index + 1, residual[None])[0])
                     kernels.norm(residual, norm.weight, norm.eps, normed)
         return normed
+
+    def _decoder(self, rows: int, paged: PagedForward) -> NativeDecoder | None:
+        """What runs this step's layers in one call, if that can be done."""
+        one_by_one = not self.in_one_call or paged.exchange is not None or paged.batch.decodes < rows
+        if one_by_one or not isinstance(paged.attend, NativeAttention):
+            return None
+        if paged.cache not in self.decoders:
+            self.decoders[paged.cache] = _native_decoder(self, paged.cache)
+        return self.decoders[paged.cache]
 
 
 class LeanForward:
@@ -189,6 +209,29 @@ def _kernels(device: torch.device, attend: PagedAttention) -> "NativeLayer | Tri
     """Raises NativeUnavailable or TritonUnavailable."""
     on_triton = device.type != "cpu" or isinstance(attend, TritonAttention)
     return load_triton_layer(device) if on_triton else load_native_layer()
+
+
+def _native_decoder(stage: Stage, cache: KVCache) -> NativeDecoder | None:
+    """The stage's layers over that cache, if the model ends with them and all their products are compiled ones."""
+    if not isinstance(stage.kernels, NativeLayer) or len(stage.norms) == len(stage.layers):
+        return None
+    layers = []
+    for layer, norm in zip(stage.layers, stage.norms[1:], strict=True):
+        linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
+        products = [linear.product for linear in linears if isinstance(linear, PackedLinear)]
+        native = [p for p in products if isinstance(p, NativeLinear) and p.library is stage.kernels.library]
+        if len(native) < len(linears):
+            return None
+        qkv, output, gate_up, down = native
+        norms = layer.norms and (Norm(layer.norms[0], layer.norm_eps), Norm(layer.norms[1], layer.norm_eps))
+        mlp_norm, next_norm = Norm(layer.mlp_norm.weight, layer.mlp_norm.eps), Norm(norm.weight, norm.eps)
+        pools = cache.pools(layer.index, layer.shape)
+        layers.append(
+            DecoderLayer(
+                qkv, norms, layer.heads, layer.scores, *pools, output, mlp_norm, gate_up, down, next_norm=next_norm
+            )
+        )
+    return NativeDecoder(stage.kernels.library, layers)
 
 
 def _plain(module: Any) -> bool:

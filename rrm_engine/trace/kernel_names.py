@@ -10,6 +10,8 @@ from rrm_kernels.native import NativeAttention, NativeLayer
 from rrm_kernels.products import NativeLinear
 from torch.profiler import record_function
 
+from rrm_engine.models.lean import Stage
+
 KERNELS = (
     ("rrm::linear", NativeLinear, "__call__"),
     ("rrm::paged_attention", NativeAttention, "__call__"),
@@ -26,14 +28,18 @@ _OPERATOR = getattr(torch._C._profiler, "_RecordFunctionFast", record_function)
 def named_kernels() -> Iterator[None]:
     """While this lasts, torch's profiler sees each call of a compiled kernel under the name above.
 
-    The methods are exchanged for it, so that at any other time a call costs nothing more.
+    The methods are exchanged for it, so that at any other time a call costs nothing more; and layers are not run in one
+    call, which would have one name.
     """
+    in_one_call = Stage.in_one_call
     originals = [(owner, method, getattr(owner, method)) for _, owner, method in KERNELS]
     try:
+        Stage.in_one_call = False
         for name, owner, method in KERNELS:
             setattr(owner, method, _named(name, getattr(owner, method)))
         yield
     finally:
+        Stage.in_one_call = in_one_call
         for owner, method, original in originals:
             setattr(owner, method, original)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from oracle import FAMILIES, VARIANTS, compiled, engine_for, plain_model, prepared, prompt, wrong_tokens
 from rrm_kernels.native import NativeLayer, load_native_layer
+from rrm_kernels.native_decoder import NativeDecoder
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from rrm_engine.engine.sampler import SamplingParams
-from rrm_engine.loading.prepare import prepare_model
-from rrm_engine.models.lean import LeanForward
+from rrm_engine.loading.prepare import LoadedModel, prepare_model
+from rrm_engine.models.lean import LeanForward, Stage
 
 LEAN = {"llama", "mistral", "qwen2", "qwen3"}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -124,6 +125,79 @@ def test_variants_of_a_known_class_are_run_exactly(native: NativeLayer, changes:
     while engine.has_work:
         engine.step()
     assert wrong_tokens(plain, sequence.tokens, [(30, 50)]) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "family, changes",
+    [*((family, {}) for family in sorted(LEAN)), ("llama", {"attention_bias": True, "rms_norm_eps": 0.5})],
+    ids=str,
+)
+def test_layers_in_one_call_write_the_bits_of_layers_one_by_one(
+    family: str, changes: dict[str, Any], dtype: torch.dtype, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of one to six decodes, over contexts beyond a window of 16; a rotation by other angles shows in them."""
+    model = prepared(plain_model(family, **changes).to(dtype))
+    in_one_call = logits_of_decodes(model)
+    assert {1, 5} <= set(calls)
+    calls.clear()
+    monkeypatch.setattr(Stage, "in_one_call", False)
+    one_by_one = logits_of_decodes(model)
+    assert not calls and len(in_one_call) == len(one_by_one)
+    assert all(map(torch.equal, in_one_call, one_by_one))
+    monkeypatch.setattr(Stage, "in_one_call", True)
+    assert isinstance(model.forward, LeanForward)
+    stage = model.forward.stages[0]
+    stage.tables = stage.tables[0], -stage.tables[1]
+    assert not all(map(torch.equal, in_one_call, logits_of_decodes(model)))
+
+
+@pytest.fixture
+def calls(native: NativeLayer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every call that runs all layers."""
+    rows: list[int] = []
+    run = NativeDecoder.__call__
+
+    def noted(self: NativeDecoder, residual: torch.Tensor, *others: Any) -> None:
+        rows.append(len(residual))
+        run(self, residual, *others)
+
+    monkeypatch.setattr(NativeDecoder, "__call__", noted)
+    return rows
+
+
+def logits_of_decodes(model: LoadedModel) -> list[torch.Tensor]:
+    """Those of every step of six sequences that begin one after the other."""
+    logits: list[torch.Tensor] = []
+    engine = engine_for(model)
+    engine.runner.observe = lambda found, _: logits.append(found.clone())
+    for i in range(6):
+        engine.submit(f"s{i}", prompt(i, 15 + i), 12, SamplingParams())
+        for _ in range(2):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    return logits
+
+
+def test_only_steps_of_decodes_run_in_one_call(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts do not, nor does a model with a product that is not compiled."""
+
+    def write(model: LoadedModel) -> list[int]:
+        engine = engine_for(model)
+        sequence = engine.submit("root", prompt(1, 40), 3, SamplingParams())
+        while engine.has_work:
+            engine.step()
+        return sequence.tokens
+
+    model = prepared(plain_model("qwen3"))
+    calls.clear()  # those of the check at load
+    tokens = write(model)
+    assert calls == [1, 1]
+    assert isinstance(model.forward, LeanForward)
+    output = model.forward.stages[0].layers[-1].output
+    monkeypatch.setattr(output, "product", lambda x, compiled=output.product: compiled(x))
+    assert write(model) == tokens and calls == [1, 1]
 
 
 def test_positions_behind_the_first_table(native: NativeLayer) -> None:

@@ -174,7 +174,7 @@ def test_without_the_kernel_torch_multiplies(dtype: torch.dtype, reason: str, mo
         monkeypatch.setattr(load_library(), "rrm_linear_kind", lambda is_bf16: Kind.NONE)
     weight, bias, x = (random(*shape, dtype=dtype) for shape in ((96, 64), (96,), (3, 64)))
     linear = PackedLinear(weight, bias)
-    assert not isinstance(linear._product, NativeLinear)
+    assert not isinstance(linear.product, NativeLinear)
     assert torch.equal(linear(x), torch.nn.functional.linear(x, weight, bias))
     if dtype == torch.float32:
         assert tokens_differ() == []
@@ -183,7 +183,7 @@ def test_without_the_kernel_torch_multiplies(dtype: torch.dtype, reason: str, mo
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_engine_on_the_kernels_is_exact(variant: str, kernels: Callable[[str], None]) -> None:
     kernels(variant)
-    product = PackedLinear(torch.randn(8, 8), None)._product
+    product = PackedLinear(torch.randn(8, 8), None).product
     assert isinstance(product, NativeLinear)
     assert product.library is load_library(variant)
     assert tokens_differ() == []

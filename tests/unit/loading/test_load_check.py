@@ -150,8 +150,8 @@ def skipped_bias(index: int) -> Change:
 
     def skip(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         merged = case.layers[-1].self_attn.q_proj.merged
-        product, bias = merged._product, case.biases[index]
-        monkeypatch.setattr(merged, "_product", lambda x: product(x) - bias)
+        product, bias = merged.product, case.biases[index]
+        monkeypatch.setattr(merged, "product", lambda x: product(x) - bias)
 
     return skip
 
