@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include <array>
+#include <atomic>
 #include <utility>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -224,6 +225,7 @@ void multiply_chunk(const Linear& s, const typename P::Value* x, typename P::Val
     kept.resize(blocks * (once ? omp_get_max_threads() : tiles));
     Input* const inputs = memory.data();
     Sums* const sums = kept.data();
+    std::atomic<int64_t> taken{0};
 #pragma omp parallel if (rows * s.columns * s.depth > WORTH_THREADS)
     {
 #pragma omp for
@@ -231,16 +233,21 @@ void multiply_chunk(const Linear& s, const typename P::Value* x, typename P::Val
             const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
             arrange<P>(x + first * s.depth, count, s.depth, inputs + first * width);
         }
+        // In a single pass a thread takes the next tile that nobody has, so that one which is held up delays only what it
+        // has; in several it has the same ones in each. What is next is known a tile ahead, to be fetched.
+        const int64_t threads = omp_get_num_threads();
+        const auto after = [&](int64_t tile) { return once ? taken++ : tile + threads; };
         for (int64_t begin = 0; begin < runs; begin += pass) {
             const int64_t end = std::min(begin + pass, runs);
-#pragma omp for schedule(static) nowait  // each thread has the same tiles in every pass
-            for (int64_t tile = 0; tile < tiles; tile++) {
+            int64_t following;
+            for (int64_t tile = once ? taken++ : omp_get_thread_num(); tile < tiles; tile = following) {
+                following = after(tile);
                 const Bits* panel = s.panels + tile * LINES * length;
                 Sums* const tile_sums = sums + (once ? omp_get_thread_num() : tile) * blocks;
                 for (int64_t at = begin; at < end; at += PART_RUNS) {
                     const int64_t count = std::min(PART_RUNS, end - at), bytes = count * RUN_LINES<P> * VECTOR;
                     const Bits* next = panel + (at + count < end ? (at + count) * RUN_LINES<P>
-                                                                 : LINES * length + begin * RUN_LINES<P>);
+                                                                 : (following - tile) * LINES * length + begin * RUN_LINES<P>);
                     for (int64_t block = 0; block < blocks; block++) {
                         const int64_t row = rows * block / blocks, n = rows * (block + 1) / blocks - row;
                         const Ahead ahead{(const char*)next + bytes * block / blocks, 64 / blocks};
