@@ -134,6 +134,9 @@ struct Dot {  // the processor's own product of pairs
 template <typename P>
 constexpr int64_t RUN_LINES = RUN / P::DEPTHS * STEP;  // vectors of a panel for one run of inputs
 
+template <typename P>
+constexpr int64_t PART_RUNS = std::max<int64_t>(1, PART / (RUN_LINES<P> * VECTOR));
+
 // Where what will be read next lies, and how many bytes of it to fetch for 64 bytes read.
 struct Ahead {
     const char* from;
@@ -208,57 +211,74 @@ void finish(const Sums& sums, int64_t rows, const float* bias, T* out, int64_t c
 
 constexpr int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
 
-// A tile's panels are read once, part by part, each part for all rows. Where the inputs of all rows are too many for the
-// second cache, that is done for some of the depth after the other, and the sums of all tiles are kept in between.
+// Some rows by some of the depth: what a tile's panels are multiplied with. `blocks` are of at most ROWS rows.
+template <typename P>
+struct Inputs {
+    const typename P::Input* x;  // [blocks][runs][rows of the block][RUN]
+    int64_t rows, blocks, width;
+
+    int64_t first(int64_t block) const { return rows * block / blocks; }
+    int64_t count(int64_t block) const { return first(block + 1) - first(block); }
+};
+
+// Adds up all rows and one tile of columns over the runs from `begin` to `end`, part by part, each part for all rows;
+// what comes after the tile is at `next`.
+template <typename P>
+void multiply_parts(const Bits* panel, int64_t length, int64_t begin, int64_t end, const Bits* next,
+                    const Inputs<P>& inputs, Sums* sums) {
+    static constexpr auto multiply = tiles_by_rows<P>(std::make_integer_sequence<int, ROWS>());
+    for (int64_t at = begin; at < end; at += PART_RUNS<P>) {
+        const int64_t count = std::min(PART_RUNS<P>, end - at), bytes = count * RUN_LINES<P> * VECTOR;
+        const char* then = (const char*)(at + count < end ? panel + (at + count) * RUN_LINES<P> : next);
+        for (int64_t block = 0; block < inputs.blocks; block++) {
+            const int64_t n = inputs.count(block);
+            const Ahead ahead{then + bytes * block / inputs.blocks, 64 / inputs.blocks};
+            multiply[n - 1](panel + at * RUN_LINES<P>, length, count, ahead,
+                            inputs.x + inputs.first(block) * inputs.width + at * RUN * n, at == 0, sums[block]);
+        }
+    }
+}
+
+// A tile's panels are read once. Where the inputs of all rows are too many for the second cache, that is done for some of
+// the depth after the other, and the sums of all tiles are kept in between.
 template <typename P>
 void multiply_chunk(const Linear& s, const typename P::Value* x, typename P::Value* out, int64_t rows) {
     using Input = typename P::Input;
-    static constexpr auto multiply = tiles_by_rows<P>(std::make_integer_sequence<int, ROWS>());
-    constexpr int64_t PART_RUNS = std::max<int64_t>(1, PART / (RUN_LINES<P> * VECTOR));
     const int64_t runs = whole(s.depth, RUN), length = runs * RUN_LINES<P>, width = runs * RUN;
     const int64_t tiles = whole(s.columns, TILE), blocks = whole(rows, ROWS);
-    const int64_t pass = std::max<int64_t>(1, NEAR / (rows * RUN * sizeof(Input)) / PART_RUNS) * PART_RUNS;
+    const int64_t pass = std::max<int64_t>(1, NEAR / (rows * RUN * sizeof(Input)) / PART_RUNS<P>) * PART_RUNS<P>;
     const bool once = pass >= runs;
     thread_local std::vector<Input> memory;
     thread_local std::vector<Sums> kept;
     memory.resize(rows * width);
     kept.resize(blocks * (once ? omp_get_max_threads() : tiles));
-    Input* const inputs = memory.data();
+    Input* const arranged = memory.data();
     Sums* const sums = kept.data();
+    const Inputs<P> inputs{arranged, rows, blocks, width};
     std::atomic<int64_t> taken{0};
 #pragma omp parallel if (rows * s.columns * s.depth > WORTH_THREADS)
     {
 #pragma omp for
         for (int64_t block = 0; block < blocks; block++) {
-            const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-            arrange<P>(x + first * s.depth, count, s.depth, inputs + first * width);
+            const int64_t first = inputs.first(block);
+            arrange<P>(x + first * s.depth, inputs.count(block), s.depth, arranged + first * width);
         }
-        // In a single pass a thread takes the next tile that nobody has, so that one which is held up delays only what it
-        // has; in several it has the same ones in each. What is next is known a tile ahead, to be fetched.
-        const int64_t threads = omp_get_num_threads();
-        const auto after = [&](int64_t tile) { return once ? taken++ : tile + threads; };
+        // In a single pass a thread takes the next tile that nobody has: one that other programs hold up delays no more
+        // than that. In several it has the same tiles in each. Either way it knows the tile after, which is fetched.
+        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const auto tile_after = [&](int64_t tile) { return once ? taken++ : tile + threads; };
         for (int64_t begin = 0; begin < runs; begin += pass) {
             const int64_t end = std::min(begin + pass, runs);
-            int64_t following;
-            for (int64_t tile = once ? taken++ : omp_get_thread_num(); tile < tiles; tile = following) {
-                following = after(tile);
-                const Bits* panel = s.panels + tile * LINES * length;
-                Sums* const tile_sums = sums + (once ? omp_get_thread_num() : tile) * blocks;
-                for (int64_t at = begin; at < end; at += PART_RUNS) {
-                    const int64_t count = std::min(PART_RUNS, end - at), bytes = count * RUN_LINES<P> * VECTOR;
-                    const Bits* next = panel + (at + count < end ? (at + count) * RUN_LINES<P>
-                                                                 : (following - tile) * LINES * length + begin * RUN_LINES<P>);
-                    for (int64_t block = 0; block < blocks; block++) {
-                        const int64_t row = rows * block / blocks, n = rows * (block + 1) / blocks - row;
-                        const Ahead ahead{(const char*)next + bytes * block / blocks, 64 / blocks};
-                        multiply[n - 1](panel + at * RUN_LINES<P>, length, count, ahead,
-                                        inputs + row * width + at * RUN * n, at == 0, tile_sums[block]);
-                    }
-                }
+            for (int64_t tile = tile_after(thread - threads), following; tile < tiles; tile = following) {
+                following = tile_after(tile);
+                const auto panels = [&](int64_t of) { return s.panels + of * LINES * length; };
+                Sums* const tile_sums = sums + (once ? thread : tile) * blocks;
+                multiply_parts(panels(tile), length, begin, end, panels(following) + begin * RUN_LINES<P>, inputs,
+                               tile_sums);
                 if (end < runs) continue;
                 for (int64_t block = 0; block < blocks; block++) {
-                    const int64_t row = rows * block / blocks, n = rows * (block + 1) / blocks - row;
-                    finish(tile_sums[block], n, s.bias, out + row * s.columns, s.columns, tile * TILE);
+                    finish(tile_sums[block], inputs.count(block), s.bias, out + inputs.first(block) * s.columns,
+                           s.columns, tile * TILE);
                 }
             }
         }
