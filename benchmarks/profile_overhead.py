@@ -165,7 +165,7 @@ class Lockstep:
         self._owners = [type(part) for part in self._parts[0]]
 
     def cast(self, turn: int) -> dict[str, Solver]:
-        """Who plays which arm in a round."""
+        """Which engine is which arm in a round."""
         cast = {arm: (turn + i) % len(ARMS) for i, arm in enumerate(ARMS)}
         for arm, index in cast.items():
             for part, owner in zip(self._parts[index], self._owners, strict=True):

@@ -93,7 +93,7 @@ class RunConfig:
     )
     prompt_style: str = setting("auto", "model", "a packaged style's name or a TOML file; auto: by model")
 
-    # who decodes
+    # backend and servers
     backend: str = setting(
         "local",
         "servers",
@@ -285,7 +285,7 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved(RunConfig):
-    """Settings as a run uses them: what a `RunConfig` may leave open, and is the same whoever decodes, is decided.
+    """Settings as a run uses them: what a `RunConfig` may leave open, and is the same for every backend, is decided.
 
     Made from one that was checked, so only types are checked again: None and "auto" are none of them.
     """

@@ -13,7 +13,7 @@ import torch
 from searched import load_profiles
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read while triton is imported, by whoever imports it first
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read as triton is imported, which may happen anywhere
 
 load_profiles()
 # Where tests run whole engines, models or programs, or compilers of other machines.
@@ -127,7 +127,7 @@ def record_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def calm(record_tiny: Callable[..., Path]) -> Path:
-    """Two tasks at a time, a place for everybody."""
+    """Two tasks at a time, and room for all their nodes."""
     return record_tiny(4, task_concurrency=2)
 
 

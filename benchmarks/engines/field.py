@@ -1,4 +1,4 @@
-"""Who takes part in benchmarks/peers.py: every engine is started here, or left out with a reason."""
+"""The engines of benchmarks/peers.py: each is started here, or left out with a reason."""
 
 import argparse
 import json

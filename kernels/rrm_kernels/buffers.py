@@ -1,4 +1,4 @@
-"""Buffers of fixed capacity in which one step after another is described, and brought to the device in one transfer."""
+"""Buffers of fixed capacity, filled anew for each step and uploaded to the device in one transfer."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,12 +12,12 @@ from rrm_kernels.batch import Capacity, PagedBatch
 from rrm_kernels.sharing import SharingPlan, Tables
 from rrm_kernels.staging import Arrays, Staging
 
-PIECE = 1024  # tokens of a shared run that one program reads; a longer run is cut, so that it fills the device
-PADDING_SLOT = -1  # stores nothing
+PIECE = 1024  # tokens of a shared run that one program reads; longer runs are cut, to keep the whole device busy
+PADDING_SLOT = -1  # kernels store nothing for it
 
 
 class StepShape:
-    """A step's sequences and shared runs, these cut into pieces, as the buffers describe them."""
+    """A step's sequences and its shared runs, cut into pieces, in the form that the buffers hold."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class StepShape:
         self.first_keys = [n * block_size for n in sharing.private_from] if sharing else [0] * len(tables)
         self.pieces: list[tuple[int, ...]] = []
         self.members: list[int] = []
-        covering = [0] * len(tables)  # pieces that cover a sequence so far
+        covering = [0] * len(tables)  # how many pieces each sequence attends to so far
         for run in sharing.runs if sharing else ():
             first_member, owner = len(self.members), run.members[0]
             for member in run.members:
@@ -42,14 +42,14 @@ class StepShape:
             count = len(self.members) - first_member
             stop = run.stop * block_size
             for key in range(run.first * block_size, stop, PIECE):
-                # The same number for all members: they are in the same runs before this one.
+                # Equal for all members, because they are members of the same earlier runs.
                 self.pieces.append((first_member, count, owner, key, min(key + PIECE, stop), covering[owner]))
                 for member in run.members:
                     covering[member] += 1
         self.partials = max(covering, default=0)
 
     def size(self) -> Capacity:
-        """What exactly this step takes."""
+        """The smallest capacity that holds this step."""
         return Capacity(
             seqs=len(self.query_lens),
             tokens=self.starts[-1],
@@ -63,13 +63,13 @@ class StepShape:
 
 
 class BatchBuffers:
-    """Where batches within a capacity lie, one after the other. ``before`` are a step's other arrays."""
+    """Buffers for batches within a capacity, reused from step to step. ``before`` are further arrays of a step."""
 
     def __init__(self, capacity: Capacity, block_size: int, device: torch.device, before: Arrays | None = None) -> None:
         self.capacity = capacity
         self.block_size = block_size
         self.staging = Staging({**(before or {}), **capacity.arrays()}, device)
-        self._rows: list[list[int]] = []  # what stands in the host's block table
+        self._rows: list[list[int]] = []  # content of the host's block table
 
     def update(
         self,
@@ -78,7 +78,9 @@ class BatchBuffers:
         tables: Tables,
         sharing: SharingPlan | None = None,
     ) -> PagedBatch:
-        """Describe the next step, whose tokens are stored nowhere. Raises ValueError if it exceeds the capacity."""
+        """Write and upload a step without slots: its tokens' KV is not stored. Raises ValueError if it exceeds the
+        capacity.
+        """
         shape = StepShape(query_lens, context_lens, tables, self.block_size, sharing)
         for name, wanted in asdict(shape.size()).items():
             if wanted > (most := getattr(self.capacity, name)):
@@ -93,8 +95,8 @@ class BatchBuffers:
         return PagedBatch.over(self.staging, self.capacity, self.block_size, *lens, rows=rows, longest=longest)
 
     def write_tables(self, tables: Tables) -> npt.NDArray[np.integer]:
-        """Write the block tables on the host, of each only what was not there in the step before; the null block after
-        each.
+        """Write the block tables to the host's array, of each only what differs from the step before. After a table's
+        end the null block is written.
         """
         host = self.staging.host["block_table"]
         for i, table in enumerate(tables):
@@ -114,7 +116,7 @@ class BatchBuffers:
         return host
 
     def write(self, shape: StepShape, slots: Sequence[int] = ()) -> None:
-        """Write everything but the block tables on the host."""
+        """Write everything but the block tables to the host's arrays."""
         host, seqs = self.staging.host, len(shape.query_lens)
         starts = host["query_start"], host["context_start"]
         for array, sums in zip(starts, (shape.starts, [0, *accumulate(shape.context_lens)]), strict=True):
@@ -132,7 +134,7 @@ class BatchBuffers:
         host["num_seqs"][0] = seqs
 
     def upload(self, shape: StepShape) -> int:
-        """Send what was written to the device, block tables as far as they are live. Returns the bytes."""
+        """Upload what was written, of the block tables only the live rows. Returns the number of bytes."""
         return self.staging.upload("block_table", len(shape.query_lens))
 
 
@@ -144,6 +146,6 @@ def batch_of(
     device: torch.device,
     sharing: SharingPlan | None = None,
 ) -> PagedBatch:
-    """One step, in buffers of the size that it takes; its tokens are stored nowhere."""
+    """A batch for one step without slots, in buffers exactly as large as it needs."""
     capacity = StepShape(query_lens, context_lens, tables, block_size, sharing).size()
     return BatchBuffers(capacity, block_size, device).update(query_lens, context_lens, tables, sharing)

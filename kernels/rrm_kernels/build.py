@@ -1,9 +1,9 @@
 """Compiling the CPU kernels: C++ without dependencies, built by the machine's own compiler on first use.
 
-That takes a few seconds. The library is kept in the user's cache directory, or a temporary one where there is none,
-under a name made of its sources, flags and processor. The sources are the same for every processor: their vectors are
-as wide as the compiler's flags allow. The environment variable ``RRM_CPU_KERNELS`` names another variant than the one
-made for this processor.
+That takes a few seconds. The library is kept in the user's cache directory, or in a temporary one if there is none,
+under a hash of sources, flags and processor. The sources are the same for every processor; vectors are as wide as the
+compiler's flags allow. The environment variable ``RRM_CPU_KERNELS`` selects another variant than the one for this
+processor.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ import torch
 SOURCES = ("common.h", "kernels.h", "decode.cpp", "decoder.cpp", "draw.cpp", "layer.cpp", "products.cpp")
 COMPILE = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
-WIDE = ("-mprefer-vector-width=512",) if ON_X86 else ()  # compilers stop at 256 bits otherwise
+WIDE = ("-mprefer-vector-width=512",) if ON_X86 else ()  # without it compilers use at most 256 bits
 VARIANTS = {  # compiler flags
     "native": ("-march=native", *WIDE) if ON_X86 else ("-mcpu=native",),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", *WIDE),
     "avx2": ("-mavx2", "-mfma"),
-    "plain": (),  # whatever every processor of the architecture has
+    "plain": (),  # only what every processor of the architecture has
 }
 
 
@@ -40,7 +40,7 @@ class NativeUnavailable(RuntimeError):
 
 
 def runnable_variants() -> tuple[str, ...]:
-    """The names of the variants that this processor can run, ``native`` first."""
+    """Names of the variants that this processor can run, ``native`` first."""
     has = set(_processor().split())
     return tuple(
         name
@@ -50,7 +50,7 @@ def runnable_variants() -> tuple[str, ...]:
 
 
 def load_library(variant: str | None = None) -> ctypes.CDLL:
-    """The kernels, compiled if they have not been yet; ``variant``: default ``RRM_CPU_KERNELS``, else ``native``.
+    """The kernels, compiled on first use. ``variant`` defaults to ``RRM_CPU_KERNELS``, else ``native``.
 
     Raises NativeUnavailable with the reason, ValueError for a variant that is not known or cannot run here.
     """
@@ -58,16 +58,16 @@ def load_library(variant: str | None = None) -> ctypes.CDLL:
     if variant not in runnable_variants():
         known = ", ".join(runnable_variants())
         raise ValueError(f"RRM_CPU_KERNELS={variant}: this processor has no such kernels; choose one of {known}")
-    return _load(variant)
-
-
-@cache
-def _load(variant: str) -> ctypes.CDLL:
-    flags = (*COMPILE, *VARIANTS[variant])
-    sources = {name: files("rrm_kernels").joinpath(name).read_text() for name in SOURCES}
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise NativeUnavailable("no C++ compiler found (install g++, or name one in CXX)")
+    return _load(variant, compiler)
+
+
+@cache
+def _load(variant: str, compiler: str) -> ctypes.CDLL:
+    flags = (*COMPILE, *VARIANTS[variant])
+    sources = {name: files("rrm_kernels").joinpath(name).read_text() for name in SOURCES}
     key = hashlib.sha256(repr((sources, flags, compiler, _processor(), sys.platform)).encode()).hexdigest()[:16]
     try:
         library = _place_of(f"kernels-{key}.so")
@@ -79,19 +79,19 @@ def _load(variant: str) -> ctypes.CDLL:
 
 
 def _complaint(error: OSError | subprocess.SubprocessError) -> str:
-    """The compiler's first error, or what kept it from running."""
+    """The compiler's first error message, or the error that kept it from running."""
     lines = [line.strip() for line in (getattr(error, "stderr", None) or "").splitlines() if line.strip()]
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else str(error))
 
 
 def _compile(compiler: str, flags: tuple[str, ...], sources: dict[str, str], library: Path) -> None:
-    """Build beside the target and rename, so that two processes never see half a file."""
+    """Build in another folder and rename, so that no other process sees a half-written file."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         for name, text in sources.items():
             Path(folder, name).write_text(text)
         units = [str(Path(folder, name)) for name in sources if name.endswith(".cpp")]
         built = Path(folder, "kernels.so")
-        # torch's own OpenMP runtime where it has one: two of them would fight over the cores.
+        # Link torch's own OpenMP runtime if it has one: two runtimes would compete for the cores.
         runtime = [str(p) for p in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))][:1]
         command = [compiler, *flags, "-shared", "-o", str(built), *units, *runtime]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
@@ -99,7 +99,7 @@ def _compile(compiler: str, flags: tuple[str, ...], sources: dict[str, str], lib
 
 
 def _place_of(name: str) -> Path:
-    """Where the library ``name`` is, or can be written: in the user's cache, else in a folder of temporary files."""
+    """Path of the library ``name``, existing or writable: in the user's cache, else among temporary files."""
     for folder in _cache_folders():
         if (folder / name).exists() or _is_writable(folder):
             return folder / name
@@ -115,7 +115,7 @@ def _place_of(name: str) -> Path:
 
 def _cache_folders() -> list[Path]:
     found = [Path(base)] if (base := os.environ.get("XDG_CACHE_HOME")) else []
-    with contextlib.suppress(RuntimeError):  # neither HOME nor an entry in the list of users, as in containers
+    with contextlib.suppress(RuntimeError):  # the user has no home directory, as in some containers
         found.append(Path.home() / ".cache")
     return [folder / "rrm_engine" for folder in found]
 
@@ -129,7 +129,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _temporary_folder() -> Path:
-    """One for this user alone: what lies in it is loaded and run."""
+    """A folder that only this user can write, because libraries in it are loaded and run."""
     if not hasattr(os, "getuid"):
         return Path(tempfile.mkdtemp(prefix="rrm_engine-"))
     folder = Path(tempfile.gettempdir(), f"rrm_engine-{os.getuid()}")
@@ -138,11 +138,11 @@ def _temporary_folder() -> Path:
     status = folder.lstat()
     if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
         return folder
-    return Path(tempfile.mkdtemp(prefix="rrm_engine-"))  # another user's
+    return Path(tempfile.mkdtemp(prefix="rrm_engine-"))  # that one belongs to another user
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on."""
+    """A description of this processor: all that ``-march=native`` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-// What the compiled CPU kernels share: bf16, vectors as wide as the processor's, an exponential that vectorises.
+// Shared by the compiled CPU kernels: bf16, vectors as wide as the processor's, an exponential that vectorises.
 
 #pragma once
 
@@ -55,7 +55,8 @@ inline Lanes load(const bf16* from) {
     return (Lanes)(__builtin_convertvector(bits, Bits) << 16);
 }
 
-// 2 * LANES neighbours as two vectors: fp32 as they lie, of bf16 the even ones and the odd ones, which costs less.
+// Loads 2 * LANES consecutive numbers as two vectors: fp32 in order; of bf16 the even ones and the odd ones, which is
+// faster. store_pair reverses it.
 inline void load_pair(const float* from, Lanes& first, Lanes& second) {
     first = load(from);
     second = load(from + LANES);
@@ -68,7 +69,7 @@ inline void load_pair(const bf16* from, Lanes& first, Lanes& second) {
     second = (Lanes)(bits & 0xffff0000u);
 }
 
-inline Bits bf16_above(Lanes x) {  // the upper halves are x rounded to nearest, ties to even
+inline Bits bf16_above(Lanes x) {  // the upper 16 bits of each are x as bf16, rounded to nearest, ties to even
     const Bits bits = (Bits)x;
     return bits + 0x7fff + ((bits >> 16) & 1);
 }
@@ -90,7 +91,7 @@ inline void store_pair(Lanes first, Lanes second, bf16* out) {
     std::memcpy(out, &bits, sizeof bits);
 }
 
-// Lanes STEP apart added up; those of b take the place of a's second.
+// Sums of lanes that are STEP apart: where bit STEP of the index is 0 those of a, where it is 1 those of b.
 template <int STEP>
 inline Lanes sum_neighbours(Lanes a, Lanes b) {
     typedef int32_t Order __attribute__((vector_size(VECTOR)));
@@ -109,7 +110,7 @@ inline Lanes sum_neighbours(Lanes a, Lanes b) {
 #endif
 }
 
-// Lane i: the sum of x[i].
+// A vector whose lane i is the sum over all lanes of x[i].
 template <int STEP = 1>
 inline Lanes sum_each(Lanes (&x)[LANES]) {
     for (int i = 0; i < LANES / 2 / STEP; i++) x[i] = sum_neighbours<STEP>(x[2 * i], x[2 * i + 1]);
@@ -117,9 +118,10 @@ inline Lanes sum_each(Lanes (&x)[LANES]) {
     return x[0];
 }
 
-constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.92596303e-8f;  // together as exact as a double
+constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.92596303e-8f;  // together as precise as a double
 
-// e^x for x <= 0, within 2e-7 relative: 2^floor times a polynomial for 2^fraction. Written out so that it vectorises.
+// e^x for x <= 0, with a relative error below 2e-7: 2^floor times a polynomial for 2^fraction. Written out, because calls
+// of std::exp do not vectorise.
 inline float exp_nonpositive(float x) {
     x = std::max(x, -87.3f);
     const float whole = std::floor(x * LOG2_E);

@@ -1,4 +1,4 @@
-// Paged decode attention on CPU: one query token a sequence, K and V read in place from the blocks.
+// Paged decode attention on CPU: one query token per sequence, K and V read in place from the blocks.
 //
 // Caches are [blocks, block_size, kv_heads, width]; query and out are [rows, heads, width]. Scores and sums are fp32
 // whatever the caches hold. Called through ctypes by native.py, which checks shapes.
@@ -16,17 +16,19 @@ struct Shape {
     int64_t window;        // 0: none
 };
 
-// Tokens that are worked on at once, by one group of heads after another: their lines stay in the cache meanwhile. A
-// multiple of every LANES.
+// Tokens that are processed at once, by one group of heads after another, while their keys or values stay in the
+// processor's cache. A multiple of LANES for every vector width.
 constexpr int64_t TILE = 64;
 
-// What is fetched meanwhile: of the lines a tile ahead, before the token `known`, one of `every`, from number `phase` on.
+// What to prefetch meanwhile: of the keys or values one tile ahead, up to the token `known`, every `every`-th, beginning
+// with number `phase`.
 struct Fetch {
     int64_t known = 0;
     int every = 1, phase = 0;
 };
 
-// Calls f(token - first, pointer to its line) for the tokens first..length of one kv head; lines are `stride` apart.
+// Calls f(token - first, pointer to its key or value) for the tokens first..length of one kv head. These vectors are
+// `stride` elements apart, and of LINE bytes if they are to be prefetched.
 template <int LINE = 0, typename T, typename F>
 inline void each_token(const T* cache, const int32_t* table, int64_t first, int64_t length, int64_t block_size,
                        int64_t stride, F f, const Fetch& fetch = {}) {
@@ -64,13 +66,13 @@ inline void store_line(const Lanes (&line)[WIDTH / LANES], T* out) {
     if (i < WIDTH / LANES) store(line[i], out + i * LANES);
 }
 
-// scores[h][i] = query[h] . key[i] for HEADS query heads, fp32 as load_line orders them; rows of scores are `room` apart,
-// a multiple of LANES. WIDTH is known at compile time and a multiple of LANES.
+// scores[h][i] = query[h] . key[i] for HEADS query heads; queries are fp32 in the order of load_line, and rows of scores
+// are `room` apart, a multiple of LANES. WIDTH is a multiple of LANES.
 template <typename T, int WIDTH, int HEADS>
 void score(const float* query, const T* keys, float* scores, int64_t room, const int32_t* table, int64_t first,
            int64_t length, int64_t block_size, int64_t stride, const Fetch& fetch) {
     Lanes q[HEADS][WIDTH / LANES], sums[HEADS][LANES];
-    if ((length - first) % LANES) std::memset(sums, 0, sizeof sums);  // the last ones would have sums of nothing
+    if ((length - first) % LANES) std::memset(sums, 0, sizeof sums);  // the last vector may be partial
     for (int h = 0; h < HEADS; h++) {
         for (int d = 0; d < WIDTH / LANES; d++) q[h][d] = load(query + h * WIDTH + d * LANES);
     }
@@ -89,7 +91,7 @@ void score(const float* query, const T* keys, float* scores, int64_t room, const
     each_token<WIDTH * sizeof(T)>(keys, table, first, length, block_size, stride, one, fetch);
 }
 
-// sums[h] += sum over i of weights[h][i] * value[i], fp32 as load_line orders them, kept in registers meanwhile.
+// sums[h] += sum over i of weights[h][i] * value[i], fp32 in the order of load_line, in registers during the loop.
 template <typename T, int WIDTH, int HEADS>
 void mix(const float* weights, int64_t room, const T* values, float* sums, const int32_t* table, int64_t first,
          int64_t length, int64_t block_size, int64_t stride, const Fetch& fetch) {
@@ -110,7 +112,7 @@ void mix(const float* weights, int64_t room, const T* values, float* sums, const
     }
 }
 
-// The same for any width, one head at a time.
+// score and mix for any width, one head at a time.
 template <typename T>
 void score_any(const float* q, const T* keys, float* scores, const int32_t* table, int64_t first, int64_t length,
                int64_t block_size, int64_t stride, int64_t width) {
@@ -132,7 +134,8 @@ void mix_any(const float* weights, const T* values, float* out, const int32_t* t
     });
 }
 
-// Scores to weights; `room`, a multiple of LANES, is how many there is space for: whole vectors are worked on.
+// Softmax of `count` scores in place. The row has space for `room` of them, a multiple of LANES, so that only whole vectors
+// are computed.
 void soften(float* row, int64_t count, int64_t room, float softcap, const float* sink) {
     if (softcap > 0) {
         for (int64_t i = 0; i < count; i++) row[i] = softcap * std::tanh(row[i] / softcap);
@@ -153,7 +156,7 @@ void soften(float* row, int64_t count, int64_t room, float softcap, const float*
     for (int64_t i = 0; i < room; i++) row[i] *= inverse;
 }
 
-// What all heads of one kv head of one row share; `first` to `length` are the tokens they see.
+// What all query heads of one row share. `first` to `length` are the tokens they attend to.
 struct Context {
     const int32_t* table;
     int64_t first, length, count, room;
@@ -181,7 +184,8 @@ void attend(const Shape& s, const T* query, const T* keys, const T* values, T* o
         for (int d = 0; d < WIDTH / LANES; d++) store(line[d] * s.scale, q + g * WIDTH + d * LANES);
     }
     std::fill(sums, sums + group * WIDTH, 0.0f);
-    // As many heads at once as their sums fit into the registers; each step has its share of the next tile fetched.
+    // As many heads at once as have room for their sums in registers. Each of these steps prefetches its share of the next
+    // tile.
     const auto in_steps = [&](auto four, auto three, auto two, auto one) {
         constexpr int64_t most = WIDTH / LANES <= 6 ? 4 : 2;
         Fetch fetch{c.length, int((group + most - 1) / most), 0};
@@ -218,7 +222,7 @@ void attend(const Shape& s, const T* query, const T* keys, const T* values, T* o
     }
 }
 
-// The same for widths that are not known at compile time.
+// attend for widths that are not known at compile time.
 template <typename T>
 void attend_any(const Shape& s, const T* query, const T* keys, const T* values, T* out, const Context& c,
                 const float* sinks) {

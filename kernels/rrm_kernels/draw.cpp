@@ -1,8 +1,9 @@
-// Which tokens of a vocabulary can still be ahead once their noise is added: nearly none, and the others need no logarithm.
+// Finds the tokens of a vocabulary that may have the largest score plus noise. They are very few, and only they need
+// logarithms.
 //
-// The noise is that of rrm_engine.engine.sampler: -log(-log(u)), u made of (key, position, token id). It exceeds g where u
-// exceeds exp(-exp(-g)), so what a token's u must reach follows from the best sum so far: a comparison of whole numbers.
-// Called through ctypes by draw.py.
+// The noise is that of rrm_engine.engine.sampler: -log(-log(u)), with u made from (key, position, token id). It exceeds g
+// if and only if u exceeds exp(-exp(-g)). So the best sum so far gives the least u that a token needs to reach it, and
+// whether a token does is a comparison of integers. Called through ctypes by draw.py.
 
 #include "common.h"
 
@@ -10,8 +11,8 @@ namespace {
 
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15, MIX_1 = 0xBF58476D1CE4E5B9, MIX_2 = 0x94D049BB133111EB;
 constexpr double ONE = 9007199254740992.0;  // 2^53
-constexpr double SLACK = 1e-6;              // more than logarithms of different libraries differ by
-constexpr int64_t BLOCK = 64;               // tokens that are compared with one bound
+constexpr double SLACK = 1e-6;              // more than the logarithms of two libraries can differ
+constexpr int64_t BLOCK = 64;               // tokens compared with the same bound
 
 inline uint64_t mix(uint64_t x) {
     x = (x ^ (x >> 30)) * MIX_1;
@@ -21,7 +22,7 @@ inline uint64_t mix(uint64_t x) {
 
 inline double gumbel(uint64_t bits) { return -std::log(-std::log((double(bits) + 0.5) / ONE)); }
 
-// Writes the ascending places of all tokens whose sum may be the largest, at most `room`; returns how many there are.
+// Writes the indices, ascending, of the tokens whose sum may be the largest, `room` at most; returns how many there are.
 int64_t leaders(const float* scores, const int64_t* ids, int64_t count, int64_t key, int64_t position, int64_t* places,
                 int64_t room) {
     const uint64_t state = mix(uint64_t(key) + uint64_t(position) * GOLDEN);
@@ -61,8 +62,8 @@ int64_t leaders(const float* scores, const int64_t* ids, int64_t count, int64_t 
 
 }  // namespace
 
-// scores [rows, count], ids the same or null for 0, 1, 2, ...; places [rows, room], filled up with a row's first one.
-// False where a row has no leader, or more than there is room for.
+// scores [rows, count], ids likewise or null for 0, 1, 2, ...; places [rows, room], padded with the row's first index.
+// Returns false if some row has no candidate, or more than `room`.
 extern "C" bool rrm_leaders(const float* scores, const int64_t* ids, const int64_t* keys, const int64_t* positions,
                             int64_t* places, int64_t rows, int64_t count, int64_t room) {
     bool all = true;

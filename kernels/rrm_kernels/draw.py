@@ -1,4 +1,4 @@
-"""Keyed sampling on CPU by the compiled kernels: which tokens' noise has to be looked at."""
+"""Keyed sampling on CPU: a compiled kernel finds the few tokens that may win, so that only they need noise in torch."""
 
 import ctypes
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 from rrm_kernels.build import load_library
 
-ROOM = 8  # places a row; nearly always one is taken
+ROOM = 8  # candidates for each row; nearly always one is found
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 Leaders = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -16,12 +16,11 @@ Leaders = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tenso
 
 @cache
 def load_leaders(variant: str | None = None) -> Leaders:
-    """A function that finds the places in each row that may have the largest score plus noise.
+    """A function that finds in each row the columns that may have the largest score plus noise.
 
     It takes scores fp32 ``[rows, n]``, token ids int64 of that shape (None: 0, 1, 2 ...) and keys and positions int64
-    ``[rows]``, all contiguous on CPU, and returns int64 ``[rows, places]``, of which some may be named twice; None
-    where rows have nothing but -inf, not-a-numbers or too many alike. ``variant`` and what is raised: as
-    ``load_library``.
+    ``[rows]``, all contiguous on CPU. It returns int64 ``[rows, ROOM]``, columns that may be repeated; None if some row
+    holds only -inf, holds NaN, or has too many candidates. ``variant`` and exceptions: as ``load_library``.
     """
     function = load_library(variant).rrm_leaders
     function.restype = ctypes.c_bool

@@ -10,13 +10,13 @@ import torch
 
 from rrm_kernels.batch import PagedAttention, PagedBatch, Scores
 
-FLASH_BLOCK = 256  # FlashAttention-2 reads K and V in tiles that must not cross a block
+FLASH_BLOCK = 256  # tokens: FlashAttention-2 reads K and V in tiles that must not cross a block
 DTYPES = (torch.float16, torch.bfloat16)
 MOST_WIDTH = 256
 
 
 class FlashUnavailable(RuntimeError):
-    """The kernels cannot be had here; the message says what to install or to use."""
+    """The kernels are not available here; the message says what to install or to use."""
 
 
 class FlashUnsupported(ValueError):
@@ -26,7 +26,7 @@ class FlashUnsupported(ValueError):
 def check_supported(
     query: torch.Tensor, value_cache: torch.Tensor, sinks: torch.Tensor | None, block_multiple: int
 ) -> None:
-    """Raises FlashUnsupported for what FlashAttention's paged kernels would get wrong or refuse."""
+    """Raises FlashUnsupported for inputs that FlashAttention's paged kernels refuse or compute wrongly."""
     reason = None
     if sinks is not None:
         reason = "attention sinks are not supported by it"

@@ -1,6 +1,7 @@
-// What a decoder layer does between its matrix products, for packed rows on CPU.
+// A decoder layer's operations between its matrix products, for packed rows on CPU.
 //
-// Every step is rounded to the tensors' type where transformers rounds it, so that bf16 results agree to the last bit.
+// Intermediate results are rounded to the tensors' type where transformers rounds them, so that bf16 results agree to the
+// last bit.
 // Called through ctypes by native.py, which checks shapes.
 
 #include "common.h"
@@ -8,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t WORTH_THREADS = 1 << 16;  // elements
+constexpr int64_t WORTH_THREADS = 1 << 16;  // elements from which on several threads are faster than one
 
 template <typename T>
 inline float rounded(float x) {

@@ -1,10 +1,10 @@
-"""Loads the compiled CPU kernels: decode attention that reads K and V in place, and what lies between products.
+"""The compiled CPU kernels: decode attention that reads K and V in place, and a layer's operations between its
+products.
 
-Where they cannot be compiled, the loaders raise NativeUnavailable and callers stay with torch.
+Where they cannot be compiled, the loaders raise NativeUnavailable and callers fall back to torch.
 """
 
 import ctypes
-from functools import cache
 
 import torch
 
@@ -19,7 +19,7 @@ POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class NativeAttention(PagedAttention):
-    """``reference.paged_attention`` with the decodes at the front done by the compiled kernel."""
+    """``reference.paged_attention``, with decodes computed by the compiled kernel."""
 
     name = "native"
 
@@ -31,7 +31,7 @@ class NativeAttention(PagedAttention):
     def __call__(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
-        """As ``reference.paged_attention``; other dtypes than fp32 and bf16 are left to it altogether."""
+        """As ``reference.paged_attention``, which is called for other dtypes than fp32 and bf16."""
         if query.dtype not in DTYPES or key_cache.dtype != query.dtype or query.device.type != "cpu":
             return reference.paged_attention(query, key_cache, value_cache, batch, scores)
         query = query.contiguous()
@@ -75,9 +75,10 @@ class NativeAttention(PagedAttention):
 
 
 class NativeLayer:
-    """The row-wise parts of a decoder layer; fp32 or bf16, contiguous CPU tensors, rounded where transformers rounds.
+    """The row-wise operations of a decoder layer, rounded where transformers rounds. Tensors are fp32 or bf16,
+    contiguous and on CPU.
 
-    Nothing is checked here: ``rrm_engine.models.lean`` calls it with what it has allocated itself.
+    Arguments are not checked: ``rrm_engine.models.lean`` allocates them itself.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -149,13 +150,11 @@ class NativeLayer:
         )
 
 
-@cache
 def load_native(variant: str | None = None) -> NativeAttention:
-    """Decode attention. ``variant`` and what is raised: as ``load_library``."""
+    """Decode attention. ``variant`` and exceptions: as ``load_library``."""
     return NativeAttention(load_library(variant))
 
 
-@cache
 def load_native_layer(variant: str | None = None) -> NativeLayer:
-    """What lies between a layer's products. ``variant`` and what is raised: as ``load_library``."""
+    """A layer's operations between its matrix products. ``variant`` and exceptions: as ``load_library``."""
     return NativeLayer(load_library(variant))

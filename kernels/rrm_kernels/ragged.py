@@ -1,8 +1,8 @@
 """Ragged paged attention in Triton: prefill chunks and decodes of a step in one launch.
 
-A program takes a tile of one sequence's query tokens and one kv head. Where that gives too few programs to fill the
+A program computes a tile of one sequence's query tokens and one kv head. If these are too few programs to fill the
 device, the keys are split over several (flash-decoding, Dao et al. 2023), and a second kernel merges their partial
-results by log-sum-exp; so it does where leading keys are read for several sequences at once (shared.py).
+results by log-sum-exp. It also merges results over leading keys that several sequences share (shared.py).
 """
 
 import torch
@@ -14,8 +14,8 @@ from rrm_kernels.shared import attend_shared
 from rrm_kernels.tile import LOG2_E, Attention, Tile, attend_tile, load_query, padded, store_partial, store_rows
 
 MAX_SPLITS = 32
-SPLIT_KEYS = 256  # fewer keys than this are not worth a program of their own
-FEWEST_SEQS = 64  # searched at once; rounded up to this, so that few sizes have to be compiled
+SPLIT_KEYS = 256  # the fewest keys worth a program of their own
+FEWEST_SEQS = 64  # a program searches at least this many sequences for its own, so that few sizes are compiled
 
 
 def ragged_attention(
@@ -29,14 +29,15 @@ def ragged_attention(
 ) -> torch.Tensor:
     """``reference.paged_attention`` of the sequences in ``batch``: ``[tokens, heads, value width]``.
 
-    ``query`` may hold more rows than are live; what stands in theirs is undefined. ``splits`` and ``tile`` are chosen
-    from the capacity if not given. Shared runs are used in layers without a window.
+    ``query`` may have more rows than are live; the results of these rows are undefined. ``splits`` and ``tile`` are
+    chosen from the capacity if not given. Shared runs are used in layers without a window.
     """
     call = Attention(query, key_cache, value_cache, scores)
     capacity, window = batch.capacity, scores.window
     tile = tile or call.tile(capacity.queries)
     queries = tile.rows // call.per_kv
-    # Sequence i's tiles start at number query_start[i] // queries + i: as many as it needs or more, without a list.
+    # Sequence i's tiles start at number query_start[i] // queries + i. That leaves each at least as many as it needs,
+    # and a program finds its sequence from query_start alone.
     tiles = capacity.tokens // queries + capacity.seqs
     longest = capacity.blocks * batch.block_size
     splits = splits or _splits(tiles * call.kv_heads, min(longest, window or longest), query.device)
@@ -75,9 +76,9 @@ def ragged_attention(
 
 
 def _splits(programs: int, keys: int, device: torch.device) -> int:
-    """Over how many programs to spread the keys, so that twice the device's multiprocessors have something to do.
+    """Over how many programs to split the keys, so that there are two programs for each multiprocessor.
 
-    A power of two, for each number is compiled anew.
+    A power of two, because each number is compiled separately.
     """
     if device.type != "cuda":
         return 1
@@ -151,7 +152,7 @@ def _ragged_kernel(
     PER_KV: tl.constexpr = HEADS // KV_HEADS
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
-    # Which sequence: the last one whose first tile does not come after this one.
+    # This tile's sequence: the last one whose first tile does not come after it.
     number = tl.arange(0, SEQS)
     exists = number < tl.load(num_seqs)
     starts = tl.load(query_start + number, mask=exists, other=0)

@@ -1,11 +1,11 @@
-"""Paged attention in plain torch: the reference every kernel is tested against, and what works everywhere."""
+"""Paged attention in plain torch, which runs everywhere: the reference that every kernel is tested against."""
 
 import torch
 import torch.nn.functional as F
 
 from rrm_kernels.batch import PagedAttention, PagedBatch, Scores
 
-CAUSAL_PIECE = 128  # rows of a prefill chunk that are attended at once
+CAUSAL_PIECE = 128  # queries of a prefill chunk that are computed at once
 
 
 def store_kv(cache: torch.Tensor, new: torch.Tensor, slots: torch.Tensor) -> None:
@@ -38,7 +38,9 @@ paged_attention = ReferenceAttention()
 
 
 def groups(batch: PagedBatch) -> list[tuple[int, int, int]]:
-    """(first, stop, blocks) of the decodes at the front, cut where padding to the most blocks would waste too much."""
+    """The decodes as groups (first, stop, blocks) that are computed together, padded to the most ``blocks`` of a group.
+    A new group begins where that would waste too much.
+    """
     blocks = [-(-length // batch.block_size) for length in batch.context_lens[: batch.decodes]]
     found, start = [], 0
     for stop in range(1, len(blocks) + 1):
@@ -56,7 +58,7 @@ def attend_chunks(
     batch: PagedBatch,
     scores: Scores,
 ) -> None:
-    """The part of all sequences but the decodes at the front, written to their rows of ``out``."""
+    """Attention of all sequences after the decodes, written to their rows of ``out``."""
     stop = batch.decodes
     for i in range(batch.decodes, len(batch.query_lens)):
         start, stop = stop, stop + batch.query_lens[i]
@@ -75,7 +77,9 @@ def attend_chunk(
     mask: torch.Tensor,
     scores: Scores,
 ) -> torch.Tensor:
-    """Of a sequence's last queries over its ``length`` tokens; ``table`` ``[1, blocks]``, see ``chunk_mask``."""
+    """Attention of a sequence's last queries over its ``length`` tokens. ``table`` ``[1, blocks]``, ``mask`` of
+    ``chunk_mask``.
+    """
     count, heads, width = query.shape
     kv_heads, value_width = value_cache.shape[2], value_cache.shape[3]
     per_kv = heads // kv_heads
@@ -83,7 +87,7 @@ def attend_chunk(
     out = query.new_empty(count, heads, value_width)
     for start in range(0, count, CAUSAL_PIECE):
         stop = min(start + CAUSAL_PIECE, count)
-        # What no row of the piece sees is left out: keys after the last row's, and before the first one's window.
+        # Leave out keys that no row of the piece sees: those after its last row, and before its first row's window.
         end = length - (count - stop)
         first = max(0, end - (stop - start) + 1 - scores.window) if scores.window else 0
         k, v = keys[:, :, first:end], values[:, :, first:end]
@@ -103,7 +107,7 @@ def _gather(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
 def _decode_mask(
     batch: PagedBatch, start: int, stop: int, span: int, window: int | None, like: torch.Tensor
 ) -> torch.Tensor:
-    """Of decodes ``start`` to ``stop`` over ``span`` keys; made once a step."""
+    """The mask of decodes ``start`` to ``stop`` over ``span`` keys; computed once a step."""
     key = (start, window)
     if key not in batch.derived:
         lengths = batch.context_len[start:stop, None]
@@ -117,7 +121,7 @@ def _decode_mask(
 
 
 def _chunk_mask(batch: PagedBatch, i: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """Of sequence ``i``, made once a step."""
+    """The mask of sequence ``i``; computed once a step."""
     key = (i, window)
     if key not in batch.derived:
         batch.derived[key] = chunk_mask(batch.query_lens[i], batch.context_lens[i], window, like)
@@ -126,7 +130,9 @@ def _chunk_mask(batch: PagedBatch, i: int, window: int | None, like: torch.Tenso
 
 
 def chunk_mask(queries: int, length: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """What the last ``queries`` of ``length`` tokens see, to be added to scores: ``[queries, length]``."""
+    """The additive mask ``[queries, length]`` of the last ``queries`` of ``length`` tokens: 0 where one attends, else
+    -inf.
+    """
     key = torch.arange(length, device=like.device)
     query = key[length - queries :, None]
     seen = key <= query
@@ -140,7 +146,7 @@ def _additive(seen: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scores: Scores) -> torch.Tensor:
-    """Attention of ``q`` ``[rows, kv heads, queries, width]``; queries of one kv head are ordered head-major."""
+    """Attention of ``q`` ``[rows, kv heads, queries, width]``; a kv head's queries are ordered by query head first."""
     softcap, sinks = scores.softcap, scores.sinks
     if softcap is None and sinks is None and v.shape[-1] == k.shape[-1]:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale)

@@ -1,7 +1,7 @@
-"""The torch references of what runs on static buffers: a layer's row-wise parts, and attention from a batch's buffers.
+"""Torch references of what runs on static buffers: a layer's row-wise operations, and attention from a batch's buffers.
 
-Slow and plain. They read the same buffers as the kernels do and honour the same padding, so that a step's path can be
-followed without a GPU.
+Slow and simple. They read the same buffers as the kernels and treat padding in the same way, so that padded steps can
+be tested without a GPU.
 """
 
 import torch
@@ -42,7 +42,7 @@ class ReferenceLayer:
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
     ) -> None:
-        """As ``TritonLayer.rope_store``; waits for the device, for a negative slot is left out on the host."""
+        """As ``TritonLayer.rope_store``, but waits for the device, because the host leaves out negative slots."""
         rows, heads, width = query.shape
         kv_heads = key_cache.shape[2]
         q, k, v = qkv.view(rows, -1, width).split([heads, kv_heads, kv_heads], dim=1)
@@ -56,14 +56,14 @@ class ReferenceLayer:
 
 
 class ReferenceRagged(PagedAttention):
-    """Attention from what the batch's device buffers say alone; rows of no sequence are left as NaN."""
+    """Attention computed from the batch's device buffers alone. Rows that belong to no sequence become NaN."""
 
     capturable = True
 
     def __call__(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: PagedBatch, scores: Scores
     ) -> torch.Tensor:
-        """See ``PagedAttention``. Shared runs are not taken into account."""
+        """See ``PagedAttention``. Shared runs are ignored, and each sequence reads all its blocks."""
         starts, lengths = batch.query_start.tolist(), batch.context_len.tolist()
         out = query.new_full((*query.shape[:2], value_cache.shape[3]), float("nan"))
         for i in range(int(batch.num_seqs)):

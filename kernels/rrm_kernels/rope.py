@@ -1,17 +1,17 @@
-"""Moving keys that are already rotated: the torch reference of RoPE re-rotation."""
+"""Moving rotated keys to other positions: the torch reference of RoPE re-rotation."""
 
 import torch
 
 
 def rerotate(keys: torch.Tensor, delta: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Keys cached for some position, as they would be ``delta`` positions later (or earlier, if negative).
+    """Keys as they would be ``delta`` positions later (earlier, if negative).
 
-    ``keys`` ``[..., tokens, heads, width]`` with half-split (NeoX) rotary layout in the first ``2 * len(inv_freq)`` of
-    ``width``, what lies past it is not rotated; ``delta`` int ``[tokens]``; ``inv_freq`` float ``[rotary / 2]``, the
-    model's own. Returns a new tensor of the same shape and dtype. Rotations add up, so no position is needed, and a
-    model's attention scaling of cos and sin, which the keys already carry, is left alone. Exact only where
-    ``inv_freq`` does not depend on the length (not longrope, not dynamic scaling). Raises ValueError if the rotary
-    part is wider than the keys.
+    ``keys`` ``[..., tokens, heads, width]``, of which the first ``2 * len(inv_freq)`` dimensions are rotated in
+    half-split (NeoX) layout and the others are not; ``delta`` int ``[tokens]``; ``inv_freq`` float ``[rotary / 2]``,
+    the model's own. Returns a new tensor of the same shape and dtype. Rotations add up, so the positions themselves are
+    not needed, and a model's scaling of cos and sin, which the keys have already, is not applied again. Exact only
+    where ``inv_freq`` does not depend on the length (not with longrope or dynamic scaling). Raises ValueError if the
+    rotary part is wider than the keys.
     """
     half = inv_freq.shape[0]
     if 2 * half > keys.shape[-1]:

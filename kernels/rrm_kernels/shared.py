@@ -1,7 +1,8 @@
 """Shared-prefix (tree) attention in Triton: a run of blocks that several sequences share is read once for all of them.
 
-The runs come from sharing.py, cut into pieces. A program takes one piece, one kv head and a tile of its members'
-query tokens, and writes a partial result for each; ragged.py merges them with the members' private tails.
+The runs come from sharing.py, cut into pieces. A program computes one piece for one kv head and a tile of its members'
+query tokens, and writes a partial result for each; ragged.py merges these with the results over the members' own
+blocks.
 """
 
 import torch
@@ -15,7 +16,7 @@ from rrm_kernels.tile import Attention, attend_tile, load_query, store_partial
 def attend_shared(
     call: Attention, batch: PagedBatch, partial: torch.Tensor, lse: torch.Tensor, first_partial: int
 ) -> None:
-    """Write the pieces' results to ``partial`` and ``lse``, from number ``first_partial`` on."""
+    """Write the pieces' results to ``partial`` and ``lse``, from index ``first_partial`` on."""
     capacity = batch.capacity
     tile = call.tile(capacity.run_members)
     queries = tile.rows // call.per_kv
@@ -90,7 +91,7 @@ def _shared_kernel(
         value_cache,
         block_table + owner.to(tl.int64) * table_width,
         kv_head,
-        tl.full([ROWS], 2147483647, tl.int32),  # all members' tokens come after the whole run: nothing to mask
+        tl.full([ROWS], 2147483647, tl.int32),  # every member comes after the whole run: nothing is masked
         first,
         stop,
         tl.full([ROWS], float("-inf"), tl.float32),

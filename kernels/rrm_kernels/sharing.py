@@ -1,4 +1,4 @@
-"""Which sequences of a step share leading KV blocks, and where reading those once for all of them pays."""
+"""Which sequences of a step share leading KV blocks, and where it pays to read these once for all of them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-MAX_SHARED_QUERIES = 8  # a step with longer prefill chunks computes more than it reads; sharing would not help it
+MAX_SHARED_QUERIES = 8  # steps with longer prefill chunks are bound by computing, not by reading, so sharing is no gain
 
 Table = Sequence[int] | npt.NDArray[np.integer]
 Tables = Sequence[Table]
@@ -17,21 +17,21 @@ Tables = Sequence[Table]
 class SharingCost:
     """When a shared run pays, in tokens whose K and V need not be read again. Estimates, to be measured on the device.
 
-    ``member``: what it costs a member that its result comes in one more part (written, read back, merged).
-    ``crossover``: tokens all runs of a step must save together before the additional launches pay.
+    ``member``: cost for each member of writing, reading and merging one more partial result.
+    ``crossover``: tokens that all runs of a step must save together to pay for the additional launches.
     """
 
     member: int = 32
     crossover: int = 4096
 
     def saved(self, members: int, tokens: int) -> int:
-        """Tokens not read, less the members' cost, where ``members`` sequences share a run of ``tokens``."""
+        """Tokens saved, minus the cost, if ``members`` sequences share a run of ``tokens``."""
         return (members - 1) * tokens - members * self.member
 
 
 @dataclass(frozen=True, slots=True)
 class SharedRun:
-    """Blocks ``first`` to ``stop`` of the tables of ``members`` are the same physical blocks."""
+    """The tables of ``members`` have the same physical blocks at indices ``first`` to ``stop``."""
 
     first: int
     stop: int
@@ -40,7 +40,7 @@ class SharedRun:
 
 @dataclass(frozen=True, slots=True)
 class SharingPlan:
-    """``private_from[i]``: the leading blocks of sequence i that runs cover; the sequence reads the rest itself."""
+    """``private_from[i]``: how many leading blocks of sequence i are in ``runs``; it reads the others itself."""
 
     runs: list[SharedRun]
     private_from: list[int]
@@ -53,7 +53,7 @@ def plan_sharing(
     block_size: int,
     cost: SharingCost | None,
 ) -> SharingPlan | None:
-    """The shared runs of a step, or None where no ``cost`` is given or its chunks are too long for any to pay."""
+    """The shared runs of a step; None if there is no ``cost``, or the chunks are too long for sharing to pay."""
     if cost is None or len(tables) < 2 or max(query_lens) > MAX_SHARED_QUERIES:
         return None
     seen = [context - queries for context, queries in zip(context_lens, query_lens, strict=True)]
@@ -66,18 +66,19 @@ def find_shared_runs(
     block_size: int,
     cost: SharingCost | None = None,
 ) -> SharingPlan:
-    """The runs of leading blocks worth reading once: a prefix tree over the tables, its dear branches cut.
+    """The runs of leading blocks worth reading once: the nodes of a prefix tree over the tables that pay.
 
-    ``lengths[i]`` are the leading tokens of sequence i that all its queries see; only full blocks of them are shared,
-    so that a run needs no causal mask. Every block of a sequence is in exactly one run or from ``private_from`` on.
-    A run that does not pay is left to the longer runs of fewer members below it, or to the members themselves.
+    ``lengths[i]``: how many leading tokens of sequence i all its queries attend to. Only full blocks of these are
+    shared, so that a run needs no causal mask. Each block of a sequence is either in exactly one run, or at
+    ``private_from`` or later. A run that does not pay is merged into runs of fewer members further down the tree, or is
+    read by the members themselves.
     """
     cost = cost or SharingCost()
     usable = [np.asarray(t[: n // block_size]) for t, n in zip(tables, lengths, strict=True)]
     runs: list[SharedRun] = []
     private_from = [0] * len(usable)
     saved = 0
-    # Sequences whose first `depth` blocks are equal and of whose blocks those before `start` are in runs.
+    # (start, depth, sequences): their first `depth` blocks are equal, and those before `start` are in runs already.
     open_nodes: list[tuple[int, int, list[int]]] = [(0, 0, list(range(len(usable))))]
     while open_nodes:
         start, depth, candidates = open_nodes.pop()

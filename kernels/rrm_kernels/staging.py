@@ -1,4 +1,4 @@
-"""A step's small arrays on the host and on the device: laid side by side, so that one transfer takes them all."""
+"""A step's small arrays on host and device, contiguous in one buffer each, so that one transfer uploads them all."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,20 +8,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-ALIGNMENT = 128  # bytes; compiled kernels are specialised by the alignment of what they are given
+ALIGNMENT = 128  # bytes, because compiled kernels are specialised by the alignment of their arguments
 
 Arrays = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Staging:
-    """``host[name]`` is written, ``device[name]`` is what kernels read; ``upload`` brings the one to the other.
+    """``host[name]`` is written to, ``device[name]`` is read by kernels; ``upload`` copies the one to the other.
 
-    Both have a fixed size and place, as CUDA graphs need it. On CUDA the host's buffer is pinned and the transfer
-    runs beside what the host does next; call ``begin`` before writing again. On CPU both are one, and nothing moves.
+    Both have a fixed size and address, as CUDA graphs require. On CUDA the host's buffer is pinned and the transfer is
+    asynchronous; call ``begin`` before writing again. On CPU both are the same memory, and nothing is copied.
     """
 
     def __init__(self, arrays: Arrays, device: torch.device) -> None:
-        """``arrays``: shape and dtype by name. What is uploaded is always a leading part of them, in this order."""
+        """``arrays``: shape and dtype by name, in the order in which they are laid out; a leading part is uploaded."""
         self._arrays = arrays
         self._starts: dict[str, int] = {}
         size = 0
@@ -38,12 +38,12 @@ class Staging:
         self._mirrors: dict[torch.device, Staging] = {}
 
     def begin(self) -> None:
-        """Wait until the last upload has read the host's arrays; as a rule it has, long ago."""
+        """Wait until the last upload has read the host's arrays; usually it has long done so."""
         if self._sent is not None:
             self._sent.synchronize()
 
     def upload(self, last: str, rows: int) -> int:
-        """Bring all arrays before ``last`` and its first ``rows`` to the device, in one transfer. Returns its bytes."""
+        """Copy all arrays before ``last``, and the first ``rows`` of that, to the device. Returns their bytes."""
         array = self.host[last]
         size = self._starts[last] + rows * (array.nbytes // len(array) if len(array) else 0)
         if self._target is not self._source:
@@ -57,9 +57,9 @@ class Staging:
         return self._target.device
 
     def on(self, device: torch.device, move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> "Staging":
-        """This, or its mirror on another device with what is here now; ``move`` brings a tensor there.
+        """This on ``device``: itself, or a mirror with the present content, to which ``move`` copies a tensor.
 
-        A mirror keeps its place too.
+        A mirror has a fixed address too.
         """
         if device == self.place:
             return self
@@ -71,7 +71,7 @@ class Staging:
         return self._mirrors[device]
 
     def follow(self, other: torch.Tensor, move: Callable[[torch.Tensor, torch.device], torch.Tensor]) -> None:
-        """Take over what another device's ``other`` holds now."""
+        """Copy the present content of ``other``, a buffer on another device."""
         self._target.copy_(move(other, self.place))
 
     def _views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:

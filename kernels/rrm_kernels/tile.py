@@ -1,8 +1,8 @@
 """The inner loop that all attention kernels share: one tile of query rows over a range of one sequence's keys.
 
 Rows of a tile are query tokens times the query heads of one kv head, so that K and V are read once for all of them.
-The softmax runs online (Milakov and Gimelshein 2018; Dao et al. 2022), with scores in base-2 units, because exp2 is
-what the hardware has. Sums are fp32 whatever the inputs are.
+The softmax is computed online (Milakov and Gimelshein 2018; Dao et al. 2022), in base 2, because the hardware computes
+exp2. Sums are fp32 whatever the inputs are.
 """
 
 import math
@@ -21,7 +21,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """``rows`` of queries (tokens times heads) and ``keys`` of one iteration, both powers of two from 16 on."""
+    """``rows`` of queries (tokens times heads) and ``keys`` in each iteration, both powers of two of at least 16."""
 
     rows: int
     keys: int
@@ -29,7 +29,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One attention call: the tensors, and the numbers that do not change within it."""
+    """The tensors and constants of one attention call."""
 
     query: torch.Tensor  # [tokens, heads, key width], last dimension contiguous
     key_cache: torch.Tensor  # [blocks, block_size, kv heads, key width], contiguous
@@ -53,7 +53,7 @@ class Attention:
         return self.value_cache.shape[3]
 
     def tile(self, queries: int) -> Tile:
-        """For sequences or runs with at most ``queries`` query tokens; large tiles pay in long prefills only."""
+        """The tile for at most ``queries`` query tokens of a sequence or run; large tiles only pay in long prefills."""
         rows = max(16, self.per_kv, min(64, queries * self.per_kv))
         wide = max(self.query.shape[2], self.value_width) > 128
         return Tile(triton.next_power_of_2(rows), 32 if wide else 64)
@@ -83,7 +83,7 @@ class Attention:
 
 
 def padded(width: int) -> int:
-    """The width of a tile that ``tl.dot`` takes."""
+    """The smallest width that ``tl.dot`` accepts for ``width``: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(width))
 
 
@@ -120,10 +120,11 @@ def attend_tile(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The keys ``first`` to ``stop`` of ``table``; a row sees those at or before its ``position``, within the window.
+    """Attend to the keys ``first`` to ``stop`` of ``table``; a row sees those up to its ``position``, within the
+    window.
 
-    ``top`` and ``total`` are the running maximum and sum to start from. Returns the weighted sum of values
-    ``[ROWS, PADDED_VALUE]``, not divided by the total yet, and both of them.
+    ``top`` and ``total``: running maximum and sum of the softmax to start from. Returns the weighted sum of values
+    ``[ROWS, PADDED_VALUE]``, not divided by the total yet, and the new ``top`` and ``total``.
     """
     key_dim = tl.arange(0, PADDED_KEY)
     value_dim = tl.arange(0, PADDED_VALUE)
@@ -140,17 +141,17 @@ def attend_tile(
             mask=inside[:, None] & (key_dim < KEY_WIDTH)[None, :],
             other=0.0,
         )
-        if INTERPRETED:  # its bf16 product is garbage
+        if INTERPRETED:  # the interpreter's bf16 products are wrong
             k = k.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if SOFTCAP:
-            scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2 * LOG2_E)) + 1.0))  # tanh, right at both infinities
+            scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2 * LOG2_E)) + 1.0))  # tanh, without NaN at infinity
         seen = inside[None, :] & (key[None, :] <= position[:, None])
         if WINDOW > 0:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet: -inf - -inf is NaN
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # where no key was seen yet: -inf - -inf is NaN
         weights = tl.exp2(scores - base[:, None])
         fade = tl.exp2(top - base)
         v = tl.load(
@@ -170,7 +171,7 @@ def attend_tile(
 
 @triton.jit
 def store_rows(out, acc, token, head, live, HEADS: tl.constexpr, VALUE_WIDTH: tl.constexpr, PADDED_VALUE: tl.constexpr):
-    """To ``out`` ``[tokens, HEADS, VALUE_WIDTH]``."""
+    """Store rows to ``out`` ``[tokens, HEADS, VALUE_WIDTH]``."""
     dim = tl.arange(0, PADDED_VALUE)
     at = (token.to(tl.int64) * HEADS + head) * VALUE_WIDTH
     mask = live[:, None] & (dim < VALUE_WIDTH)[None, :]
@@ -193,7 +194,9 @@ def store_partial(
     VALUE_WIDTH: tl.constexpr,
     PADDED_VALUE: tl.constexpr,
 ):
-    """As number ``index`` of ``partial`` ``[partials, tokens, HEADS, VALUE_WIDTH]`` and ``lse`` (base 2), both fp32."""
+    """Store a partial result, and its log-sum-exp in base 2, at ``index`` of ``partial``
+    ``[partials, tokens, HEADS, VALUE_WIDTH]`` and ``lse`` ``[partials, tokens, HEADS]``, both fp32.
+    """
     saw_any = total > 0
     total = tl.where(saw_any, total, 1.0)
     row = index * tokens + token

@@ -39,7 +39,7 @@ class TritonAttention(PagedAttention):
 
 
 def load_triton(device: torch.device, sharing: SharingCost | None = None) -> TritonAttention:
-    """The kernels for ``device``; shared runs by the estimated ``SharingCost`` if none is given.
+    """The kernels for ``device``. ``sharing`` defaults to the estimated ``SharingCost``.
 
     Raises TritonUnavailable with the reason.
     """
@@ -50,7 +50,7 @@ def load_triton(device: torch.device, sharing: SharingCost | None = None) -> Tri
 
 
 def load_triton_layer(device: torch.device) -> "TritonLayer":
-    """What lies between a layer's products. Raises TritonUnavailable with the reason."""
+    """A layer's operations between its matrix products. Raises TritonUnavailable with the reason."""
     _check_triton(device)
     from rrm_kernels.triton_layer import TritonLayer
 
@@ -58,7 +58,7 @@ def load_triton_layer(device: torch.device) -> "TritonLayer":
 
 
 def _check_triton(device: torch.device) -> bool:
-    """Whether Triton runs on ``device`` in its interpreter. Raises TritonUnavailable if it does not run at all."""
+    """Whether Triton runs in its interpreter. Raises TritonUnavailable if it cannot run on ``device`` at all."""
     try:
         from rrm_kernels.ragged import ragged_attention  # noqa: F401
         from rrm_kernels.tile import INTERPRETED

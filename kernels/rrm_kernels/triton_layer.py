@@ -1,19 +1,19 @@
-"""What a decoder layer does between its matrix products, in Triton: the counterpart of ``native.NativeLayer``.
+"""A decoder layer's operations between its matrix products, in Triton: the counterpart of ``native.NativeLayer``.
 
-Every step is rounded to the tensors' type where transformers rounds it.
+Intermediate results are rounded to the tensors' dtype where transformers rounds them.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-CHUNK = 1024  # elements of one program of an element-wise kernel
+CHUNK = 1024  # elements that one program of an element-wise kernel computes
 
 
 class TritonLayer:
-    """The methods of ``native.NativeLayer``, for contiguous tensors in fp32, bf16 or fp16; nothing is checked here.
+    """The methods of ``native.NativeLayer`` for contiguous tensors in fp32, bf16 or fp16. Arguments are not checked.
 
-    A negative slot stores nothing: padding of a step whose buffers have a fixed size.
+    Nothing is stored for a negative slot, which marks padding.
     """
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
@@ -176,7 +176,7 @@ def _norm_rotate(
     PADDED_HALF: tl.constexpr,
     PADDED_REST: tl.constexpr,
 ):
-    """Norm each head over its width (if there is a ``weight``), rotate its first 2 * HALF, leave the rest."""
+    """Normalise each head over its width if there is a ``weight``, rotate its first 2 * HALF, copy the rest."""
     dtype = destination.dtype.element_ty
     dim = tl.arange(0, PADDED_HALF)
     rest = 2 * HALF + tl.arange(0, PADDED_REST)

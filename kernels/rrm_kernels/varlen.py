@@ -1,4 +1,4 @@
-"""Attention by torch's own FlashAttention: ``torch.nn.attention.varlen``, where it takes block tables."""
+"""Attention by torch's own FlashAttention, ``torch.nn.attention.varlen``, in versions that take block tables."""
 
 import inspect
 from collections.abc import Callable

@@ -15,11 +15,11 @@ from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.thinking import Marks
 from rrm_engine.solver.backend import Capabilities, Written
 
-RATE_WINDOW_S = 2.0  # of the tokens per second shown live
+RATE_WINDOW_S = 2.0  # over which the tokens per second shown live are counted
 
 
 class EngineBackend:
-    """See `solver.backend.Backend`. ``config`` is the resolved one, for what is said about errors."""
+    """See `solver.backend.Backend`. ``config`` is the resolved one, which explanations of errors quote."""
 
     def __init__(self, writing: Writing, config: EngineConfig) -> None:
         self.writing = writing
@@ -27,7 +27,7 @@ class EngineBackend:
         self.capabilities = Capabilities(forks=True, joins=writing.join.mode != "text")
         self._config = config
         self._sessions: dict[str, EngineSession] = {}
-        self._recent: deque[tuple[float, int]] = deque()  # when a step was over, and its tokens
+        self._recent: deque[tuple[float, int]] = deque()  # by step: when it was over, and its tokens
 
     @property
     def marks(self) -> Marks:
@@ -67,10 +67,10 @@ class EngineBackend:
                 yield from self._written()
 
     def _written(self) -> Generator[Written, None, None]:
-        """What comes with the next token of each sequence."""
+        """What nodes write with the next token of each sequence."""
         sampled = self.engine.step()
         self._count(sum(not one.sequence.probe.best_effort for one in sampled))
-        # What measures splices is none of a job's own.
+        # The blocks of shadows, which measure splices, do not count as a job's.
         used = self.used_blocks - sum(s.shadows.blocks for s in self._sessions.values())
         for session in self._sessions.values():
             session.peak_blocks = max(session.peak_blocks, used)
@@ -81,7 +81,7 @@ class EngineBackend:
                     yield written
 
     def explain(self, error: Exception, job: str) -> str:
-        """Which of the job's nodes were in the step, and what to do."""
+        """Names the job's nodes that were in the step, and says what to do."""
         work = self.engine.plan.work if self.engine.plan else ()
         keys = [NodeKey(one.sequence.key) for one in work]
         nodes = ", ".join(dict.fromkeys(key.node for key in keys if key.job == job))
@@ -99,7 +99,7 @@ class EngineBackend:
         return self._ranges(name, of)
 
     def progress(self) -> dict[str, Any]:
-        """What is going on now: sequences, blocks, tokens per second over the last seconds."""
+        """Sequences and blocks by state now, and tokens per second over the last seconds."""
         span = monotonic() - self._recent[0][0] if self._recent else 0.0
         speed = sum(n for _, n in self._recent) / span if span > 0 else 0.0
         return {**self.engine.progress(), "tokens_per_s": speed}

@@ -1,7 +1,7 @@
 """How a child's conclusion gets into its parent's context: as text, or with the KV that the child computed for it.
 
-KV that is attached was computed in the child's context, at the child's positions. Re-rotation puts the keys right;
-that they were made from other neighbours makes it an approximation, which ``Shadows`` quantifies.
+KV that is attached was computed in the child's context, at the child's positions. Re-rotating the keys corrects the
+positions; the other context makes it an approximation, whose error ``Shadows`` measures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +19,14 @@ from rrm_engine.solver.backend import Continuation
 
 EngineTokens = NodeTokens[EngineSequence]
 Render = Callable[[Sequence[Conclusion]], str]  # the user turn that hands conclusions over
-Placed = tuple[int, Span]  # index in the tokens of a turn
+Placed = tuple[int, Span]  # index in a turn's tokens where the span goes
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
 @dataclass(frozen=True, slots=True)
 class JoinSettings:
-    """The settings: ``boundary`` is how many of a span's first tokens are computed again, ``report`` how many tokens
-    after each resume are compared with the text.
+    """``boundary``: how many of a span's first tokens are computed again. ``report``: for how many tokens after each
+    resume the distributions are compared with those after the text.
     """
 
     mode: Literal["text", "splice", "transcript"] = "text"
@@ -36,9 +36,10 @@ class JoinSettings:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What stands for a child's conclusion: ``tokens`` the child wrote, between two ends that had to be cut off.
+    """A child's conclusion as the ``tokens`` that the child wrote, and the text ``before`` and ``after`` them that is
+    not whole tokens.
 
-    ``span`` is the KV of those from index ``offset`` on, None if there is none or it is computed again.
+    ``span`` is the KV of the tokens from index ``offset`` on, None if they are to be computed.
     """
 
     before: str
@@ -55,11 +56,11 @@ class Joiner:
     engine: Driven
     chat: ChatFormat
     join: JoinSettings
-    as_text: int = 0  # conclusions appended as text although ``join`` is not
+    as_text: int = 0  # conclusions appended as text although ``join.mode`` is another
     _kept: dict[str, Kept] = field(default_factory=dict)  # by the child's path
 
     def keep(self, parent: EngineTokens, child: EngineTokens, conclusion: Conclusion) -> None:
-        """A child has concluded and still has its KV: hold what its parent will need of it."""
+        """A child has concluded and still has its KV: hold the part that its parent will need."""
         if self.join.mode == "text" or not conclusion.ok:
             return
         whole = self.join.mode == "transcript"
@@ -74,11 +75,11 @@ class Joiner:
         if start < stop:
             span = self.engine.of(parent.sequence).keep(parent.sequence, child.sequence, start, stop)
             kept = replace(kept, offset=self.join.boundary, span=span)
-        if kept.span is not None or whole:  # what is computed again anyway is better tokenised with its surroundings
+        if kept.span is not None or whole:  # without KV the text is tokenised together with its surroundings
             self._kept[child.path] = kept
 
     def _text_only(self, tokens: Sequence[int]) -> bool:
-        """Whether the tokens hold no control token but those of thinking: others would forge turns in the parent."""
+        """Whether they hold no control tokens but those of thinking; others would forge turns in the parent."""
         marks = self.chat.marks
         allowed = self.chat.encode([marks.open, marks.close])
         return not self.chat.encode.control_ids.intersection(tokens).difference(allowed)
@@ -92,10 +93,10 @@ class Joiner:
     ) -> tuple[list[int], list[Placed]]:
         """The tokens to append to ``node``, and where in them kept spans go.
 
-        ``so_far`` is what `ChatFormat.turn` asks about the conversation so far.
+        ``so_far`` are the arguments of `ChatFormat.turn` about the conversation so far.
         """
         conclusions, render, plain = continuation.conclusions, continuation.render, continuation.user
-        # A child that concludes under several ids stands there with its KV once, and then as text.
+        # The KV of a child that concludes under several ids is attached once; the others are text.
         kept = [self._kept.pop(c.node, None) if c.node is not None else None for c in conclusions]
         free = (chr(code) for code in PRIVATE_USE if chr(code) not in plain)
         marks = [next(free) for _ in conclusions]
@@ -122,7 +123,7 @@ class Joiner:
         render: Render,
         plain: str,
     ) -> bool:
-        """Whether the style writes that conclusion once and, for its tokens to be the same, as it is."""
+        """Whether the style writes this conclusion exactly once and unchanged, so that its tokens may stand for it."""
         mark = marked[index].answer
         text = render([*conclusions[:index], marked[index], *conclusions[index + 1 :]])
         same = text.replace(mark, final_of(conclusions[index].answer)) == plain
@@ -130,7 +131,7 @@ class Joiner:
 
 
 def _last_phase(child: EngineTokens, eos_ids: frozenset[int]) -> tuple[int, Kept] | None:
-    """All that a node wrote in its last phase, and where that begins in its tokens."""
+    """All tokens that a node wrote in its last phase, and the index of the first."""
     tokens = child.sequence.tokens[child.first :]
     if tokens and tokens[-1] in eos_ids:
         tokens = tokens[:-1]
@@ -138,9 +139,9 @@ def _last_phase(child: EngineTokens, eos_ids: frozenset[int]) -> tuple[int, Kept
 
 
 def _locate(child: EngineTokens, final: str) -> tuple[int, Kept] | None:
-    """The tokens that lie inside the last ``final`` of a node's text, and where they begin in its tokens.
+    """The tokens inside the last occurrence of ``final`` in a node's text, and the index of the first.
 
-    None if the text does not hold it literally (it may have been escaped), or it holds no whole token.
+    None if the text does not contain it literally (it may have been escaped), or no token lies inside it.
     """
     text = "".join(child.pieces)
     begin = text.rfind(final)
@@ -159,7 +160,7 @@ def _locate(child: EngineTokens, final: str) -> tuple[int, Kept] | None:
 
 
 def _fill(parts: Sequence[list[int] | str], places: dict[str, Kept]) -> tuple[list[int], list[Placed]]:
-    """Put the children's tokens where the marks are. Between two spans there has to be a token that is computed."""
+    """Replace marks by the children's tokens. Between two spans there must be a token that is computed."""
     tokens: list[int] = []
     splices: list[Placed] = []
     free = 0

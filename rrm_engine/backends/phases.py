@@ -1,4 +1,4 @@
-"""What a phase is given, whoever decodes it: whether it thinks, and how many tokens it may take."""
+"""What a phase is given, on any backend: whether it thinks, and how many tokens it may take."""
 
 from collections.abc import Callable
 from dataclasses import fields, replace

@@ -16,8 +16,8 @@ MatcherFactory = Callable[[int, bool], Matcher]  # takes a Grammar
 
 @dataclass(frozen=True, slots=True)
 class PhasePlan:
-    """How one phase decodes; ``matcher`` makes a grammar's state where the phase is constrained, with the ``thought``
-    in front of it.
+    """How one phase decodes. ``matcher`` makes the grammar's state if the phase is constrained; ``thought`` is the
+    thinking allowed before it.
     """
 
     budget: int
@@ -31,7 +31,7 @@ class PhasePlan:
         return None if self.matcher is None or grammar is None else self.matcher(*grammar)
 
     def recorded(self, grammar: Grammar | None) -> dict[str, Any]:
-        """How the phase decodes, for the trace (see `Started`), so that its tokens can be drawn again."""
+        """How the phase decodes, recorded in the trace (see `Started`) so that its tokens can be sampled again."""
         constrained = None
         if self.matcher is not None and grammar is not None:
             constrained = Constraint(*grammar, self.thought, **asdict(self.shape))

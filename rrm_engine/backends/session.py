@@ -1,4 +1,4 @@
-"""One job's nodes on the engine: a sequence each."""
+"""One job's nodes on the engine: each is a sequence."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,7 +24,7 @@ from rrm_engine.solver.backend import Begun, Continuation, Costs, Opening, Waite
 
 @dataclass(frozen=True, slots=True)
 class Writing:
-    """What all nodes write with: the engine, how text becomes tokens, and how each phase decodes."""
+    """What all nodes share: the engine, how text becomes tokens, and how each phase decodes."""
 
     engine: Driven
     tokenizer: PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ class Writing:
 
 @dataclass(frozen=True, slots=True)
 class TokenPlace:
-    """A place in a node's context: after its first ``keep`` tokens and the kept part of the one that follows."""
+    """A place in a node's context: after its first ``keep`` tokens and ``cut``, the kept part of the next one."""
 
     node: "EngineNode"
     keep: int
@@ -50,12 +50,12 @@ class EngineNode(NodeTokens[Sequence]):
     writing: Writing
     begun: Begun
     system: bool  # whether its context begins with a system text
-    ready: tuple[float, int]  # when the phase was handed to the engine: time, and steps launched by then
-    last: tuple[float, int] = (0.0, 0)  # the same of its last token
+    ready: tuple[float, int]  # when the phase was submitted: time, and number of steps launched by then
+    last: tuple[float, int] = (0.0, 0)  # the same for its last token
 
     @property
     def engine(self) -> Engine:
-        """The one that its sequence is on."""
+        """The engine that its sequence is on."""
         return self.writing.engine.of(self.sequence)
 
     @property
@@ -70,8 +70,8 @@ class EngineNode(NodeTokens[Sequence]):
         return TokenPlace(self, *self.split(at, self.writing.chat.encode))
 
     def pause(self, at: int) -> None:
-        """A token that goes on past the place is replaced by its kept part."""
-        self.session.shadows.end(self.path)  # it shares blocks that waiting may move or give up
+        """A token that spans the place is replaced by tokens of its part before it."""
+        self.session.shadows.end(self.path)  # a shadow shares blocks that the wait policy may move or give up
         engine = self.engine
         if self.sequence.state is not State.PAUSED:
             engine.pause(self.sequence)
@@ -121,11 +121,11 @@ class EngineNode(NodeTokens[Sequence]):
         return Written(self.session.job, self.path, piece, end=end, waited=waited)
 
     def _waited(self, sampled: Sampled) -> Waited | None:
-        """How long it had no place before this token, if it is its phase's first or others had its place meanwhile."""
+        """How long it was not admitted before this token; None unless it is a phase's first, or steps were missed."""
         engine, now = self.writing.engine, monotonic()
         last, self.last = self.last, (now, engine.launched)
         admitted_t, admitted_step = sampled.sequence.admitted
-        if not self.ends:  # nothing if the step that admitted it was the first one it could be in
+        if not self.ends:  # none if it was admitted by the first step launched since
             return Waited(admitted_t - self.ready[0] if admitted_step > self.ready[1] + 1 else 0.0)
         if engine.steps - last[1] <= 1:
             return None
@@ -133,9 +133,9 @@ class EngineNode(NodeTokens[Sequence]):
         return Waited(began - last[0], now - began)
 
     def _closed(self) -> bool:
-        """Whether the end of the node's turn stands there, as the template writes it.
+        """Whether the node's turn ends as the chat template ends it.
 
-        An end of sequence that the template has no use for, or writes something before, is taken back.
+        Another end-of-sequence token, or one that the template would write something before, is removed.
         """
         engine, sequence = self.engine, self.sequence
         if self.cut or sequence.tokens[-1] not in engine.eos_ids:
@@ -241,7 +241,7 @@ class EngineSession:
         )
 
     def _replicas(self) -> dict[str, Any]:
-        """By node the replica that has it; nothing where there is one engine."""
+        """By node the replica that it is on; empty if there is only one engine."""
         driven = self.writing.engine
         if len(driven.engines) == 1:
             return {}
@@ -249,7 +249,7 @@ class EngineSession:
         return {"replicas": {path: [names[id(driven.of(node.sequence))]] for path, node in self.nodes.items()}}
 
     def close(self) -> None:
-        """Also ends a sequence that an interrupted call had not noted down yet."""
+        """Also ends a sequence of a call that was interrupted before its node was entered."""
         for engine in self.writing.engine.engines:
             for sequence in engine.sequences:
                 if NodeKey(sequence.key).job == self.job:

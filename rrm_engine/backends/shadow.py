@@ -11,7 +11,7 @@ from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.sequence import Sequence, State
 from rrm_engine.runs.events import SpliceReport
 
-BEHIND_ALL = 1 << 62  # as a root: every other one goes before
+AFTER_ALL = 1 << 62  # as a root: every other one goes before
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +61,7 @@ class Shadows:
         exact = table.length if table.approximate_from is None else min(table.length, table.approximate_from)
         key = f"{joined.key}~{len(self._keys)}"
         fork = (joined, exact // size * size)
-        sequence = self.engine.submit(key, list(joined.tokens), 1, SamplingParams(), root=BEHIND_ALL, fork_of=fork)
+        sequence = self.engine.submit(key, list(joined.tokens), 1, SamplingParams(), root=AFTER_ALL, fork_of=fork)
         sequence.probe.best_effort = sequence.probe.keep_logits = joined.probe.keep_logits = True
         self._keys.add(key)
         self._live.append(_Shadow(node, joined, sequence, self.tokens))

@@ -1,4 +1,4 @@
-"""A node's tokens, and which of them are which part of what it wrote."""
+"""A node's tokens, and which token wrote which part of its text."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from rrm_engine.protocol.encode import Content, TextEncoder
 
 
 class HasTokens(Protocol):
-    """What holds all tokens of a node: a sequence of the engine's, or a plain list."""
+    """Holds all tokens of a node: a sequence of the engine, or a server's context."""
 
     tokens: list[int]
 
@@ -42,7 +42,7 @@ class NodeTokens(Generic[S]):
         return self.opens + "".join(self.pieces)
 
     def wrote(self, token: int | None, last: bool) -> str:
-        """Note one more token of the phase, None for an end of sequence; the text that is certain with it.
+        """Add one more token of the phase, None for an end of sequence; returns the text that becomes certain with it.
 
         With the ``last`` token, all text that was held back is given out.
         """
@@ -54,18 +54,18 @@ class NodeTokens(Generic[S]):
         return piece
 
     def enter(self, detokenizer: Detokenizer, opens: str = "") -> None:
-        """Begin another phase after the tokens the sequence has now, of which the last ones say ``opens``."""
+        """Begin another phase after the tokens the sequence has now, which end with those of ``opens``."""
         self.user_turns += 1
         self.first = len(self.sequence.tokens)
         self.detokenizer, self.pieces, self.ends, self.cut = detokenizer, [], [], []
         self.opens = opens
 
     def split(self, boundary: int, encode: TextEncoder) -> tuple[int, list[int]]:
-        """(tokens, rest): the sequence's tokens up to ``boundary`` in the text, where an event ends, and the kept
-        part of a token cut in two there.
+        """(number of tokens, rest) up to ``boundary`` in the text, where an event ends: the whole tokens before it, and
+        the tokens of what comes before it in a token that spans it.
 
-        White space after an event stays with it: only a token that begins something else is cut. Tokens whose text
-        came together, as bytes of one character do, are cut as one.
+        White space after an event stays with it, so only a token that begins something else is cut. Tokens whose text
+        came together, as the bytes of one character do, are cut as one.
         """
         last = bisect_left(self.ends, boundary)
         text = self.text

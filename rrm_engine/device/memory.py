@@ -1,4 +1,4 @@
-"""How much memory there is for KV, and how to tell that there was too little."""
+"""How much memory is free for KV, and recognising errors that mean that it ran out."""
 
 import errno
 import resource
@@ -11,17 +11,17 @@ import torch
 
 from rrm_engine.errors import RrmError
 
-# What torch and the libraries under it say in a plain RuntimeError.
+# Phrases by which a plain RuntimeError of torch, or of a library that it uses, means out of memory.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED", "Cannot allocate memory")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")  # a line per hierarchy: number:controllers:path
-# Of the second and the first version of control groups: their limit, what is used of it, and what of that is page
-# cache, which the kernel frees when it has to.
+# For control groups v2 and v1: the files with the limit and the usage, and the entries of memory.stat for page cache,
+# which is part of the usage but freed by the kernel when needed.
 VERSIONS = (
     ("memory.max", "memory.current", ("inactive_file", "active_file")),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
-CPU_SHARE, CUDA_SHARE = 0.3, 0.88  # of the memory that is free beside the weights, for KV
+CPU_SHARE, CUDA_SHARE = 0.3, 0.88  # for KV, of the memory that the weights leave free
 
 
 def kv_room(device: torch.device, weights: int = 0) -> int:
@@ -31,9 +31,10 @@ def kv_room(device: torch.device, weights: int = 0) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on ``device`` now; on CPU what the system can free for it included.
+    """Bytes that can be allocated on ``device`` now.
 
-    On CPU not more than the limits of the process leave, and of its control groups, that is of its container.
+    On CPU this includes what the system can reclaim, and respects the limits of the process and of its control groups
+    (those of its container).
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -50,7 +51,7 @@ def process_room() -> list[int]:
 
 
 def container_room() -> list[int]:
-    """Bytes that each memory limit on this process leaves: those of its control group and of the groups around it."""
+    """For each memory limit on this process, by its control group or a parent of that, the bytes it leaves."""
     try:
         lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text().splitlines()]
     except OSError:  # no Linux
@@ -60,7 +61,7 @@ def container_room() -> list[int]:
         if controllers and "memory" not in controllers.split(","):
             continue
         mount = CGROUPS / controllers
-        group = mount / path.lstrip("/")  # inside a container that may be the host's name for what is mounted
+        group = mount / path.lstrip("/")  # in a container perhaps a path of the host, which is mounted elsewhere
         for place in (group, *group.parents):
             if place.is_relative_to(mount):
                 found += [room for version in VERSIONS if (room := _room(place, *version)) is not None]
@@ -68,7 +69,7 @@ def container_room() -> list[int]:
 
 
 def _room(group: Path, limit: str, usage: str, cache: tuple[str, ...]) -> int | None:
-    """What the limit of one control group leaves; None if it has none."""
+    """The bytes that one control group's limit leaves; None if it has no limit."""
     try:
         allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -78,13 +79,13 @@ def _room(group: Path, limit: str, usage: str, cache: tuple[str, ...]) -> int | 
 
 
 def in_units(count: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as text, such as ``1.5 GiB``."""
     power, name = (30, "GiB") if count >= 1 << 30 else (20, "MiB") if count >= 1 << 20 else (10, "KiB")
     return f"{count / (1 << power):,.1f} {name}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory could not be had, on whatever device."""
+    """Whether ``error`` means that host or device memory ran out."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):
@@ -94,7 +95,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def refuse_out_of_memory(sentence: str) -> Iterator[None]:
-    """Turn an allocation that fails in the block into an RrmError that says ``sentence``."""
+    """Turn an out-of-memory error in the block into an RrmError that says ``sentence``."""
     try:
         yield
     except (RuntimeError, OSError, MemoryError) as error:

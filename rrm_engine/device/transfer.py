@@ -1,7 +1,7 @@
-"""Tensors on their way between the host and devices, and between devices; the host waits only where it must.
+"""Transfers between host and devices and between devices. The host waits only where it must.
 
-Each device runs what it is given in the order in which it was given (its current stream). A transfer that waited for
-the device would wait for everything given to it before.
+A device runs its work in the order of its current stream, so a transfer that waited for the device would wait for
+everything launched on it before.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ HOST = torch.device("cpu")
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on ``device``, there when what is given to the device next runs."""
+    """A host tensor on ``device``; work launched on the device afterwards finds it there."""
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
@@ -28,9 +28,9 @@ def integers(values: Sequence[int], device: torch.device = HOST) -> torch.Tensor
 def hand_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of one device on another one.
 
-    A copy makes both of the streams it is issued on wait for each other. Between two CUDA devices it therefore gets
-    streams of its own: else a stage would wait until the next one has finished the step before. What is copied is a
-    clone, so that the tensor may be written again at once.
+    A copy between CUDA devices synchronises the current streams of both. It therefore runs on streams of its own: else
+    a pipeline stage would wait until the next stage has finished the step before. It copies a clone, so that the tensor
+    may be overwritten at once.
     """
     source = tensor.device
     if source == device:
@@ -43,7 +43,7 @@ def hand_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     with torch.cuda.stream(leaving), torch.cuda.stream(arriving):
         there = tensor.to(device, non_blocking=True)
     torch.cuda.current_stream(device).wait_stream(arriving)
-    # Their memory is not given out again before the streams that did not allocate it are done with it.
+    # Keep the allocator from reusing their memory before the streams that did not allocate it are done with it.
     tensor.record_stream(leaving)
     there.record_stream(torch.cuda.current_stream(device))
     return there
@@ -51,19 +51,19 @@ def hand_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @cache
 def _copy_stream(source: torch.device, target: torch.device, on: torch.device) -> torch.cuda.Stream:
-    """The stream on one of both devices for copies from ``source`` to ``target``."""
+    """The stream for copies from ``source`` to ``target`` that belongs to ``on``, one of the two."""
     return torch.cuda.Stream(on)
 
 
 def wait_for(devices: Iterable[torch.device]) -> None:
-    """Until they have done all that they were given."""
+    """Wait until the devices have done all work launched on them."""
     for device in set(devices):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
 
 class Readback:
-    """A device tensor's values, on their way to the host since this was made."""
+    """A device tensor's values, whose transfer to the host begins when this is made."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -76,9 +76,10 @@ class Readback:
             self._there.record(torch.cuda.current_stream(tensor.device))
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """The values on a device, there when what is given to it next runs.
+        """The values on a device; work launched there afterwards finds them.
 
-        Another device takes them from the host, for those that are given work later need not be asked.
+        Another device than the tensor's copies them from the host's copy, which does not wait for work that the
+        tensor's device was given later.
         """
         if self._there is None or device == self.tensor.device:
             return self.tensor.to(device)
@@ -86,7 +87,7 @@ class Readback:
         return self._host.to(device, non_blocking=True)
 
     def tolist(self) -> list[int]:
-        """Wait until they are there; not for what the device was given afterwards."""
+        """The values; waits until they have arrived, but not for later work of the device."""
         if self._there is not None:
             self._there.synchronize()
         return self._host.tolist()

@@ -1,4 +1,4 @@
-"""Forwards that were recorded once for a size and are replayed for every step that fits into it."""
+"""Forwards captured once for a size and replayed for every step that is not larger."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +12,14 @@ from rrm_engine.device.transfer import hand_over
 from rrm_engine.engine.packing import PackedStep
 
 MAX_GRAPH_BYTES = 2 << 30
-LEAST_FREE_BYTES = 1 << 30  # of device memory; with less nothing is captured, for a step may need it
+LEAST_FREE_BYTES = 1 << 30  # of device memory, which steps may need: with less of it free nothing more is captured
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a graph is captured for. ``blocks``, ``pieces`` and ``partials`` are rounded up far, to be few."""
+    """What a graph is captured for. ``blocks``, ``pieces`` and ``partials`` are rounded up coarsely, so that there are
+    few graphs.
+    """
 
     tokens: int
     seqs: int
@@ -27,11 +29,11 @@ class Key:
     partials: int
 
 
-Replay = Callable[[], torch.Tensor]  # runs what was recorded, on what the buffers hold now; returns its result
+Replay = Callable[[], torch.Tensor]  # runs what was captured on the buffers' present content; returns its result
 
 
 class Calls:
-    """Where there are no CUDA graphs: a replay calls the function again, on the tensors it was recorded with."""
+    """Stands in for ``CudaGraphs`` on other devices: a replay calls the function again on the same tensors."""
 
     full = False
 
@@ -53,10 +55,10 @@ class Calls:
 
 
 class CudaGraphs:
-    """CUDA graphs of the current device in one memory pool, for one runs at a time.
+    """CUDA graphs of the current device. They share one memory pool, because only one of them runs at a time.
 
-    Where they come to hold more than ``max_bytes``, all are given up, and those still needed captured again. With too
-    little memory left nothing more is captured (``full``).
+    When they hold more than ``max_bytes`` all are discarded, and those still needed are captured again. Once too little
+    device memory is left, nothing more is captured (``full``).
     """
 
     def __init__(self, max_bytes: int = MAX_GRAPH_BYTES) -> None:
@@ -64,10 +66,10 @@ class CudaGraphs:
         self.full = False
         self._bytes = 0
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None  # torch's own is on the first device that ever captured
+        self._stream: torch.cuda.Stream | None = None  # torch's default belongs to the device that captured first
 
     def has_room(self, replays: dict[Key, Replay]) -> bool:
-        """Whether there is memory for one more graph; may empty ``replays`` to make some."""
+        """Whether there is memory for one more graph. May empty ``replays`` to make room."""
         torch.cuda.synchronize()
         if self._bytes > self.max_bytes:
             replays.clear()
@@ -97,8 +99,9 @@ Call = Callable[[PackedStep, torch.Tensor | None], torch.Tensor]
 
 @dataclass
 class Share:
-    """One device's share of a forward. ``call`` takes its inputs and the hidden states that the share before returns,
-    which it may overwrite; ``constants`` are tensors that it reads besides and that may be exchanged for others.
+    """One device's share of a forward. ``call`` takes its inputs and the hidden states from the share before, which it
+    may overwrite. ``constants`` returns other tensors that it reads and that may be replaced later, such as RoPE
+    tables.
     """
 
     device: torch.device
@@ -109,10 +112,10 @@ class Share:
     captures: int = 0
     replays: int = 0
     _seen: set[Key] = field(default_factory=set)
-    _hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # static, by rows
+    _hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # by rows: an input buffer at a fixed address
 
     def run(self, inputs: PackedStep, hidden: torch.Tensor | None, key: Key | None) -> torch.Tensor:
-        """What ``call`` returns; with a ``key`` as a rule by a replay, and valid until the next one."""
+        """The result of ``call``; with a ``key`` usually by replaying it, and then valid until the next replay."""
         with self.on_device():
             if hidden is not None:
                 hidden = self._bring(hidden, key)
@@ -130,7 +133,7 @@ class Share:
 
     def _replayed(self, inputs: PackedStep, hidden: torch.Tensor | None, key: Key) -> torch.Tensor:
         if (replay := self.graphs.get(key)) is None:
-            first = key not in self._seen  # compiles and sets up what a capture may not
+            first = key not in self._seen  # runs without capture, because kernels must not be compiled in one
             self._seen.add(key)
             if first or self.recorder.full or not self.recorder.has_room(self.graphs):
                 return self.call(inputs, hidden)
@@ -139,12 +142,12 @@ class Share:
         return replay()
 
     def _capture(self, inputs: PackedStep, hidden: torch.Tensor | None) -> Replay:
-        """Record the call on the buffers of ``inputs``; it serves every step with the same key."""
+        """Capture the call on the buffers of ``inputs``, which every step with the same key uses."""
         constants = self.constants()
         replay = self.recorder.record(partial(self.call, inputs, hidden))
         self.captures += 1
 
-        def on_same_constants(_: Any = constants) -> torch.Tensor:  # what was recorded reads them: they must live on
+        def on_same_constants(_: Any = constants) -> torch.Tensor:  # keeps them alive: the graph reads their memory
             return replay()
 
         return on_same_constants

@@ -1,4 +1,4 @@
-"""A step's tokens from its logits: logits processors, grammars, then each row by its own settings."""
+"""Sampling a step's tokens: logits processors, grammars, then each row by its own sampling settings."""
 
 from collections import defaultdict
 from collections.abc import Sequence as Seq
@@ -20,11 +20,12 @@ def draw(
     processed: Processed | None = None,
     matchers: Seq[Matcher | None] | None = None,
 ) -> torch.Tensor:
-    """One token for each row of ``logits`` ``[rows, vocabulary]``: int64 ``[rows]`` there; waits for no device.
+    """One token for each row of ``logits`` ``[rows, vocabulary]``: int64 ``[rows]`` on the same device, without
+    waiting.
 
-    Row i is that of the token at ``positions[i]`` of ``sequences[i]``. ``matchers[i]`` is the grammar that has been
-    told all before it; without ``matchers`` it is the sequence's own. ``processed`` are those rows whose settings ask
-    for more than a temperature and filters.
+    Row i gives the token at ``positions[i]`` of ``sequences[i]``. ``matchers[i]`` is its grammar, told of all tokens
+    before it; default: each sequence's own. ``processed`` are the rows with logits processors. Grammars write into
+    ``logits``.
     """
     scores = processed.before_grammars(logits) if processed is not None else None
     _apply_grammars(logits, [s.matcher for s in sequences] if matchers is None else matchers)
@@ -55,15 +56,15 @@ def _draw_rows(
     positions: Seq[int],
     processed: Processed | None,
 ) -> torch.Tensor:
-    """One token for each row of ``logits``, which are the ``rows`` of the step that have ``params``."""
+    """One token for each row of ``logits``: the ``rows`` of the step whose settings are ``params``."""
     places = [keys[row] for row in rows], [positions[row] for row in rows]
     warped = processed.warped(logits, rows) if processed is not None else None
     return choose(logits, params, *places) if warped is None else choose_warped(warped, params, *places)
 
 
 def _reconciled(masked: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """``scores`` without what grammars have forbidden in ``masked``, the same rows; where nothing is left of one, that
-    of ``masked`` as it is: what a grammar demands goes before what a checkpoint would rather not have.
+    """``scores`` without the tokens that grammars have masked in ``masked``, row by row. A row with no token left is
+    taken from ``masked`` instead: a grammar's demands override a checkpoint's logits processors.
     """
     scores = scores.masked_fill(masked == float("-inf"), float("-inf"))
     nothing = scores.amax(-1, keepdim=True) <= torch.finfo(torch.float32).min
@@ -80,7 +81,7 @@ def _put(x: torch.Tensor, rows: Seq[int], values: torch.Tensor) -> torch.Tensor:
 
 
 def _apply_grammars(logits: torch.Tensor, matchers: Seq[Matcher | None]) -> None:
-    """Forbid in each row what its grammar does; all masks go to the device in one transfer."""
+    """Mask in each row what its grammar forbids; all masks go to the device in one transfer."""
     rows = [row for row, matcher in enumerate(matchers) if matcher is not None]
     if not rows:
         return

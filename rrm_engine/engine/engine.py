@@ -41,9 +41,9 @@ class Sampled:
 
 
 class Submission(TypedDict, total=False):
-    """What may be said of a sequence as it is submitted: ``root`` and ``depth`` are its priority, 0 if not said.
+    """Options of a submission. ``root`` and ``depth`` (default 0) are the sequence's priority: see ``Sequence``.
 
-    ``fork_of`` is (parent, n): its tokens begin with the parent's first n, whose blocks are shared.
+    ``fork_of`` is (parent, n): the first n tokens are the parent's, and share its blocks.
     """
 
     root: int
@@ -58,15 +58,15 @@ class Engine:
     Between steps every sequence may be paused, truncated, forked, resumed or finished. A paused sequence keeps its
     blocks unless memory runs out, and goes on with exactly the tokens it had.
 
-    With several ``stages`` (a model whose layers lie on several devices) as many steps are in flight, of different
-    sequences, and a call of ``step`` hands out the tokens of the oldest. What is said about "between steps" holds for
-    sequences in flight too: one that is paused or finished does not get the token that is being computed.
+    With several ``stages`` (a model whose layers lie on several devices) up to that many steps are in flight, each with
+    other sequences, and a call of ``step`` hands out the tokens of the oldest. A sequence in flight may be paused or
+    finished too; it then does not get the token that is being computed.
 
-    With ``lookahead`` one step more is on the devices before the tokens of the oldest are read: what the host does
-    about them, and planning and packing the next step, it does while the devices compute.
+    With ``lookahead`` one more step is launched before the tokens of the oldest are read, so that the host handles
+    those tokens, and plans and packs the next step, while the devices compute.
 
     With drafts (see ``draft``) a step may give a sequence several tokens. They are handed out one by one, by as many
-    calls of ``step``, so that whoever pauses or ends a sequence after one of them finds it without the rest.
+    calls of ``step``. A caller that pauses or ends the sequence after one of them discards the rest.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Engine:
         settings: EngineSettings,
         costs: SwapCosts | None = None,
     ) -> None:
-        """``costs`` are what the wait policy ``auto`` decides by.
+        """``costs``: what the wait policy ``auto`` compares to choose between offloading and dropping KV.
 
         Raises RrmError if the pool cannot hold one sequence of ``max_sequence_tokens``.
         """
@@ -93,22 +93,22 @@ class Engine:
         self.scheduler = Scheduler(self.pool, settings, self.space, costs)
         self.drafting: Drafting | None = None
         self.eos_ids = settings.eos_ids
-        self.steps = 0  # collected
-        self.began = 0.0  # when the last one of them did, on the monotonic clock
+        self.steps = 0  # collected so far
+        self.began = 0.0  # when the step collected last began, on the monotonic clock
         self.ranges = Ranges()
         self.plan: SchedulerOutput | None = None  # of the last step; what was running if that failed
         self._flights: deque[Flight] = deque()
         self._number = 0  # of the step collected last
-        self._given: dict[Sequence, deque[int]] = {}  # its tokens that have not been handed out
+        self._given: dict[Sequence, deque[int]] = {}  # of that step: the tokens not handed out yet
         self._processors = Processors(settings.eos_ids)
         self._arrivals = 0
 
     def announce_to(self, ranges: Ranges) -> None:
-        """From now on ``ranges`` is told what each part of a step does, and whose KV it takes."""
+        """From now on report each part of a step, and each reclaim of KV, to ``ranges``."""
         self.ranges = self.runner.ranges = self.scheduler.ranges = ranges
 
     def draft(self, drafting: Drafting) -> None:
-        """From now on run, with the last tokens of sequences, those that ``drafting`` guesses to follow."""
+        """From now on run the tokens that ``drafting`` guesses together with the last token of each sequence."""
         self.drafting = self.scheduler.drafting = drafting
 
     @property
@@ -122,7 +122,7 @@ class Engine:
 
     @property
     def launched(self) -> int:
-        """Steps collected and in flight: the number of the last one that was launched."""
+        """The number of the step launched last: those collected and those in flight, counted."""
         return self.steps + len(self._flights)
 
     @property
@@ -145,15 +145,15 @@ class Engine:
 
     @property
     def engines(self) -> SequenceOf["Engine"]:
-        """Itself, where there may be several."""
+        """Only itself; ``Replicas`` has several."""
         return (self,)
 
     def of(self, sequence: Sequence) -> "Engine":
-        """Itself: every sequence is on it."""
+        """The engine that a sequence is on: itself."""
         return self
 
     def progress(self) -> dict[str, int]:
-        """How many sequences and blocks there are now in which state."""
+        """How many sequences and blocks are in each state now."""
         scheduler, pool = self.scheduler, self.pool
         return {
             "step": self.steps,
@@ -197,7 +197,7 @@ class Engine:
         )
         if (fork_of := options.get("fork_of")) is not None:
             parent, length = fork_of
-            # The last token is run again even where its KV is there, for its logits are needed.
+            # The last token is always run, even if its KV is there: its logits are needed.
             sequence.table = parent.table.fork(min(length, parent.table.length, len(tokens) - 1))
             sequence.counters.reused = sequence.table.length
             sequence.counters.forked_blocks = len(sequence.table.blocks)
@@ -209,7 +209,7 @@ class Engine:
         self._processors.forget(sequence)
 
     def wait(self, sequence: Sequence) -> None:
-        """Say that a paused sequence waits for others: its KV is kept, moved or given up as the wait policy says."""
+        """Apply the wait policy to a paused sequence that waits for others: keep, move or give up its KV."""
         self.scheduler.wait(sequence)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
@@ -231,10 +231,11 @@ class Engine:
         matcher: Matcher | None = None,
         splices: SequenceOf[tuple[int, Span]] = (),
     ) -> None:
-        """Append ``tokens`` to a paused sequence and let it sample ``budget`` more; only what is new is prefilled.
+        """Append ``tokens`` to a paused sequence and let it sample ``budget`` more; only new tokens are prefilled.
 
-        ``splices`` are (index in ``tokens``, kept span): there the span's KV is attached instead of being computed,
-        moved to its new positions, unless it was reclaimed until then. Tokens to run follow each of them.
+        ``splices`` are (index in ``tokens``, kept span): the KV of those tokens is not computed but attached from the
+        span, rotated to its new positions. A span reclaimed by then is prefilled as text. At least one token to run
+        follows each span.
 
         Raises NoRoom, with the numbers, if they leave no room for a single new token, RrmError if they hold one that
         the model does not know.
@@ -243,7 +244,8 @@ class Engine:
         self._check_known(sequence.key, tokens)
         sequence.splices += _placed(sequence, tokens, splices)
         sequence.tokens += tokens
-        sequence.table.truncate(min(sequence.table.stored, len(sequence.tokens) - 1))  # its logits are needed
+        # The last token is always run: its logits are needed.
+        sequence.table.truncate(min(sequence.table.stored, len(sequence.tokens) - 1))
         sequence.budget = budget
         sequence.sampling = sampling or sequence.sampling
         sequence.matcher = matcher
@@ -268,29 +270,30 @@ class Engine:
             self.drafting.forget(sequence)
 
     def step(self) -> list[Sampled]:
-        """Launch what can be and collect the oldest step in flight; returns its new tokens, one of each sequence.
+        """Launch steps, then collect the oldest one in flight; returns its new tokens, one for each sequence.
 
-        If the last step gave more tokens, hand out the next ones instead. Raises EngineStuck, never spins.
+        While the last step's tokens are not all handed out, hand out the next of them instead. Raises EngineStuck
+        where nothing can run.
         """
         if not self.left:
             self.launch()
         return self.collect()
 
     def launch(self) -> None:
-        """Launch steps until as many are in flight as there may be, or every sequence that could run is in one."""
+        """Launch steps until the allowed number is in flight, or every sequence that can run is in one."""
         most = self.settings.stages + self.settings.lookahead
         while self.has_work and len(self._flights) < most and self._launch():
             pass
 
     def collect(self) -> list[Sampled]:
-        """Wait for the oldest step in flight, if all tokens of the one before have been handed out; returns the next
-        token of each sequence, none if nothing is in flight.
+        """The next token of each sequence: one not handed out yet, else from the oldest step in flight, which is waited
+        for. Empty if nothing is in flight.
         """
         if not self.left:
             self._given = self._collected()
         sampled = []
         for sequence, tokens in list(self._given.items()):
-            # A sequence that was paused or ended meanwhile does not wait for this token any more.
+            # One that was paused or ended meanwhile has cleared its flights: it does not get this token.
             if self._number in sequence.flights:
                 sampled.append(self._update(sequence, tokens.popleft(), more=bool(tokens)))
             if not tokens:
@@ -298,7 +301,7 @@ class Engine:
         return sampled
 
     def _collected(self) -> dict[Sequence, deque[int]]:
-        """The tokens of the oldest step in flight, of the sequences that still wait for them."""
+        """The tokens of the oldest step in flight, for the sequences that still wait for them."""
         if not self._flights:
             return {}
         flight = self._flights.popleft()
@@ -317,9 +320,10 @@ class Engine:
         return {sequence: self._accepted(sequence, drawn) for sequence, drawn in rows.items()}
 
     def _accepted(self, sequence: Sequence, drawn: list[tuple[int | None, int]]) -> deque[int]:
-        """Which tokens a step gave: of each row what it ran as a draft, if it did, and what was drawn from it.
+        """The tokens that a step gave a sequence. ``drawn`` are its rows in order: the drafted token that the row ran
+        (None for the first row, which ran a real one), and the token sampled from the row.
 
-        A row counts if it ran what was drawn from the row before. The KV of those that do not is forgotten.
+        A drafted row is valid only if its token is the one sampled from the row before; KV of the others is dropped.
         """
         tokens = deque([drawn[0][1]])
         for drafted, token in drawn[1:]:
@@ -329,12 +333,12 @@ class Engine:
         if self.drafting is not None and len(drawn) > 1:
             self.drafting.checked(sequence, len(drawn) - 1, len(tokens) - 1)
             known = len(sequence.tokens) + len(tokens) - 1
-            if sequence.table.length > known:  # else it has lost its blocks meanwhile
+            if sequence.table.length > known:  # it may have lost its blocks since the launch
                 sequence.table.truncate(known)
         return tokens
 
     def _launch(self) -> bool:
-        """Plan a step and give it to the devices; False if there was nothing to run."""
+        """Plan a step and launch it; False if there was nothing to run."""
         for earlier in self._flights:
             self._draw(earlier)
         self.plan, began, number = None, monotonic(), self.launched + 1
@@ -360,7 +364,7 @@ class Engine:
             sequence = work.sequence
             if work.drafted is None:
                 sequence.flights.append(number)
-            if sequence.probe.keep_logits:  # grammars change them in place
+            if sequence.probe.keep_logits:  # a copy, for grammars write into the logits
                 flight.kept[sequence], sequence.probe.keep_logits = logits[row].to(torch.float32, copy=True), False
         self._draw(flight)
         if flight.logits is not None:
@@ -368,28 +372,28 @@ class Engine:
         return True
 
     def _drawn(self) -> set[Sequence]:
-        """The sequences that have one token in flight, sampled already and not read."""
+        """The sequences whose only token in flight has been sampled on the device but not read by the host."""
         there = (flight for flight in self._flights if flight.tokens is not None)
         return {w.sequence for flight in there for w in flight.order if w.sequence.flights == [flight.number]}
 
     def _unread(self, plan: SchedulerOutput) -> Drawn | None:
-        """The tokens that a step runs before they have been read."""
+        """The tokens that this step runs although the host has not read them yet."""
         return self._tokens_of({work.sequence.flights[-1] for work in plan.work if work.ahead}, self.runner.device)
 
     def _tokens_of(self, numbers: set[int], device: torch.device) -> Drawn | None:
-        """What has been sampled in the steps of these ``numbers``, which are in flight."""
+        """The tokens sampled in the steps in flight with these ``numbers``."""
         flights = [flight for flight in self._flights if flight.number in numbers]
         tokens = [flight.tokens.on(device) for flight in flights if flight.tokens is not None]
         if not tokens:
             return None
-        # Of a sequence that is in several the last row counts.
+        # A sequence may be in several of them: its last row is the one that counts.
         order = (work.sequence for flight in flights for work in flight.order)
         return Drawn(tokens[0] if len(tokens) == 1 else torch.cat(tokens), {s: row for row, s in enumerate(order)})
 
     def _draw(self, flight: Flight) -> None:
-        """Sample a step's tokens, if that has not been done, and grammars know all tokens before them.
+        """Sample a step's tokens, unless that was done or a grammar still has to be told of an earlier token.
 
-        A sequence that was paused or ended meanwhile may be given any token; it is not read.
+        The token of a sequence that was paused or ended meanwhile is never read, so it may be any.
         """
         if flight.logits is None or flight.waits_for_tokens:
             return
@@ -401,7 +405,7 @@ class Engine:
             flight.tokens, flight.logits = Readback(tokens), None
 
     def _processed(self, flight: Flight, sequences: list[Sequence], positions: list[int]) -> Processed | None:
-        """The rows of a step that logits processors work on. A sequence that waits for its token no more has none."""
+        """The rows of a step that have logits processors. Rows whose sequence was paused or ended are left out."""
         rows = [row for row, s in enumerate(sequences) if s.sampling.further and flight.number in s.flights]
         if not rows:
             return None
@@ -412,13 +416,13 @@ class Engine:
         return self._processors.of(rows, sequences, positions, unread, drafted)
 
     def check(self) -> None:
-        """Recount every block reference from scratch; raises AssertionError on any difference."""
+        """Recount every block reference from the tables and spans; raises AssertionError on any difference."""
         tables = [s.table.blocks for s in self.sequences]
         self.pool.check([*tables, *(span.blocks for s in self.sequences for span in s.kept)])
         self.space.check(copy for s in self.sequences for copy in s.table.host)
 
     def _update(self, sequence: Sequence, token: int, more: bool) -> Sampled:
-        """Hand out a token; with ``more`` it was drafted, and the step gave another one after it."""
+        """Hand out a token. ``more``: it is an accepted draft, and the step gave another token after it."""
         if more:
             sequence.counters.accepted += 1
         else:
@@ -459,7 +463,7 @@ class Engine:
 
 
 def _told(sequence: Sequence, token: int) -> Exception | None:
-    """Tell the sequence's grammar of a token; what that raises."""
+    """Tell the sequence's grammar of a token; returns the exception that it raised, if any."""
     try:
         if sequence.matcher is not None:
             sequence.matcher.accept(token)
@@ -469,7 +473,10 @@ def _told(sequence: Sequence, token: int) -> Exception | None:
 
 
 def _placed(sequence: Sequence, tokens: list[int], splices: SequenceOf[tuple[int, Span]]) -> list[tuple[int, Span]]:
-    """``splices`` by their positions in the sequence that ``tokens`` is appended to. Raises RrmError."""
+    """``splices`` by position in the whole sequence, to which ``tokens`` are appended.
+
+    Raises ValueError where a span's tokens are not there, overlap another's, or have no token to run after them.
+    """
     free, base = 0, len(sequence.tokens)
     if sequence.splices:
         position, span = sequence.splices[-1]

@@ -1,4 +1,4 @@
-"""A step that has been launched and whose tokens have not been handed out."""
+"""A step in flight: launched, its tokens not read yet."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,9 @@ from rrm_engine.engine.sequence import Matcher, Sequence
 
 @dataclass(slots=True)
 class Flight:
-    """A launched step. ``logits`` ``[rows, vocabulary]`` are there until the ``tokens`` of ``order`` are drawn."""
+    """A launched step. ``order`` are its work items that sample, one a row; ``logits`` ``[rows, vocabulary]`` are kept
+    until their ``tokens`` have been drawn. ``kept``: logits that a probe asked for.
+    """
 
     number: int
     began: float
@@ -23,12 +25,12 @@ class Flight:
 
     @property
     def waits_for_tokens(self) -> bool:
-        """Whether a grammar in it has not been told yet what an earlier step in flight samples."""
+        """Whether one of its grammars still has to be told the token of an earlier step in flight."""
         return any(work.sequence.matcher and self.number in work.sequence.flights[1:] for work in self.order)
 
     def matchers(self) -> list[Matcher | None]:
-        """Of each row that samples its sequence's grammar, told of what is drafted before the row's token; none of
-        those that do not wait for it any more.
+        """For each row its sequence's grammar, advanced by the drafted tokens up to that row. None for sequences that
+        have no grammar, or were paused or ended since the launch.
         """
         matchers: list[Matcher | None] = []
         last: dict[Sequence, Matcher | None] = {}

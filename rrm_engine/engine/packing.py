@@ -1,4 +1,4 @@
-"""A step's inputs: its tokens side by side, where each one's KV goes and what it attends to."""
+"""A step's inputs: its tokens packed into one row, where the KV of each goes and what it attends to."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,22 +15,22 @@ from rrm_engine.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Tokens int64 ``[rows]`` that a step in flight samples, on the device, and the row of each sequence."""
+    """Tokens int64 ``[rows]`` sampled by steps in flight, on the device, and the row of each sequence."""
 
     tokens: torch.Tensor
     rows: dict[Sequence, int]
 
     def fill(self, token_ids: torch.Tensor, rows: torch.Tensor) -> None:
-        """Put ``tokens[rows[i]]`` into ``token_ids[i]`` wherever that row is not negative; both int64 ``[n]``."""
+        """Put ``tokens[rows[i]]`` into ``token_ids[i]`` where ``rows[i]`` is not negative; both int64 ``[n]``."""
         token_ids.copy_(torch.where(rows < 0, token_ids, self.tokens[rows.clamp(min=0)]))
 
 
 @dataclass(slots=True)
 class Layout:
-    """The work items of a step side by side. Item i has ``query_lens[i]`` tokens, the last of its context."""
+    """The packed work items of a step. Item i has ``query_lens[i]`` tokens, the last ones of its context."""
 
     token_ids: list[int] = field(default_factory=list)
-    ahead: list[tuple[int, Sequence]] = field(default_factory=list)  # rows of tokens that are not known yet, and whose
+    ahead: list[tuple[int, Sequence]] = field(default_factory=list)  # rows whose token the host does not know yet
     positions: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)  # rows whose logits are needed
@@ -40,7 +40,7 @@ class Layout:
     tables: list[list[int]] = field(default_factory=list)
 
     def drawn_rows(self, drawn: Drawn | None, count: int) -> list[int]:
-        """By row of the first ``count`` the row in ``drawn`` of its token, -1 where the token is known."""
+        """For each of the first ``count`` rows the row of its token in ``drawn``, -1 where the token is known."""
         rows = [-1] * count
         for row, sequence in self.ahead:
             assert drawn is not None
@@ -49,7 +49,7 @@ class Layout:
 
 
 def lay_out(work: Iterable[Work], block_size: int) -> Layout:
-    """The layout of work items: decodes first, those of similar length together, then prefill chunks."""
+    """The layout of work items: decodes first, shortest context first, then prefill chunks."""
     layout = Layout()
     token_ids, slots = layout.token_ids, layout.slots
     for item in sorted(work, key=lambda item: (item.count > 1, item.start if item.count == 1 else 0)):
@@ -90,7 +90,7 @@ class PackedStep:
 
 
 class StepBuffers:
-    """Where steps within a capacity lie, one after the other, for one transfer each."""
+    """Buffers for steps of at most some capacity, reused from step to step; each step is uploaded in one transfer."""
 
     def __init__(self, capacity: Capacity, block_size: int, device: torch.device) -> None:
         rows = ("token_ids", "positions", "drawn")
@@ -100,9 +100,10 @@ class StepBuffers:
         self.uploaded = 0  # bytes of the last step
 
     def fill(self, layout: Layout, drawn: Drawn | None = None, sharing: SharingCost | None = None) -> StepShape:
-        """Write a step and send it to the device. Tokens the host does not know yet are taken from ``drawn`` there.
+        """Write a step and send it to the device, where tokens that the host does not know yet are taken from
+        ``drawn``.
 
-        Where ``sharing`` finds more shared runs than there is room for, the step shares nothing.
+        If ``sharing`` finds more shared runs than the buffers have room for, none is used.
         """
         host, there, live = self.staging.host, self.staging.device, len(layout.token_ids)
         self.staging.begin()
@@ -125,7 +126,9 @@ class StepBuffers:
     def step(
         self, layout: Layout, device: torch.device, launches: Capacity, rows: int, sampled: int, longest: int
     ) -> PackedStep:
-        """What ``fill`` wrote, on a device: so many rows, for launches of that size."""
+        """What ``fill`` wrote, on ``device``, cut to ``rows`` tokens and ``sampled`` rows; kernels are launched for the
+        size ``launches`` and for contexts of at most ``longest`` tokens.
+        """
         staging = self.staging.on(device, hand_over)
         there, lens = staging.device, (layout.query_lens, layout.context_lens)
         batch = PagedBatch.over(staging, launches, self.batch.block_size, *lens, rows=rows, longest=longest)
@@ -145,7 +148,7 @@ class StepBuffers:
 
 
 def pack(work: Iterable[Work], block_size: int, device: torch.device, drawn: Drawn | None = None) -> PackedStep:
-    """A step in buffers of its own, of the size that it takes."""
+    """A step in buffers of its own, exactly as large as it needs."""
     layout = lay_out(work, block_size)
     size = StepShape(layout.query_lens, layout.context_lens, layout.tables, block_size).size()
     buffers = StepBuffers(size, block_size, device)

@@ -1,4 +1,4 @@
-"""Logits processors on the rows of a step: each reads its sequence's tokens where they are sampled, on the device."""
+"""Logits processors on the rows of a step. The tokens that they read are kept on the device."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -33,8 +33,8 @@ class Transcripts:
         drafted: Seq[int | None],
         device: torch.device,
     ) -> None:
-        """Make rows hold the first ``lengths[i]`` tokens of ``sequences[i]``; the last of them may be ``unread``, or
-        ``drafted[i]``, and is none that the sequence is known to have then.
+        """Make rows hold the first ``lengths[i]`` tokens of ``sequences[i]``. The last of them may be ``unread`` by the
+        host, or the guess ``drafted[i]``, which does not count as a known token of the sequence.
         """
         self._make_room(sequences, max(lengths), device)
         rows: list[int] = []
@@ -64,12 +64,12 @@ class Transcripts:
         self._tokens.index_put_((where[0], where[1]), tokens)
 
     def of(self, sequence: Sequence, length: int) -> torch.Tensor:
-        """Its first tokens, ``[1, length]``."""
+        """The first ``length`` tokens of a sequence, ``[1, length]``."""
         row = self._rows[sequence]
         return self._tokens[row : row + 1, :length]
 
     def of_all(self, sequences: Seq[Sequence], lengths: Seq[int]) -> torch.Tensor:
-        """The first ``lengths[i]`` of each, ``[rows, longest]``; the shorter ones' ends repeat their first token."""
+        """The first ``lengths[i]`` tokens of each, ``[rows, longest]``, shorter rows padded with their first token."""
         rows = integers([self._rows[sequence] for sequence in sequences], self._tokens.device)
         tokens = self._tokens[:, : max(lengths)].index_select(0, rows)
         columns = torch.arange(tokens.shape[1], device=tokens.device)
@@ -80,7 +80,7 @@ class Transcripts:
         self._known.pop(sequence, None)
 
     def _make_room(self, sequences: Seq[Sequence], longest: int, device: torch.device) -> None:
-        """Rows for all of them, wide enough."""
+        """See that each sequence has a row, and that rows hold ``longest`` tokens."""
         fresh = [sequence for sequence in dict.fromkeys(sequences) if sequence not in self._rows]
         height, width = self._tokens.shape
         needed = len(self._rows) + len(fresh)
@@ -97,12 +97,12 @@ class Transcripts:
 
 @dataclass(slots=True)
 class Processors:
-    """Of all sequences of an engine that have any."""
+    """The logits processors of an engine's sequences."""
 
     eos_ids: frozenset[int]
     transcripts: Transcripts = field(default_factory=Transcripts)
-    _shared: dict[SamplingParams, Rules | None] = field(default_factory=dict)  # None: each phase has its own
-    _own: dict[Sequence, Rules] = field(default_factory=dict)  # of the phase that it is in
+    _shared: dict[SamplingParams, Rules | None] = field(default_factory=dict)  # None: every phase needs its own
+    _own: dict[Sequence, Rules] = field(default_factory=dict)  # those of its present phase
 
     def of(
         self,
@@ -112,19 +112,19 @@ class Processors:
         unread: Drawn | None = None,
         drafted: Seq[int | None] | None = None,
     ) -> "Processed":
-        """Those of ``rows`` of a step, each the row of the token at ``positions[row]`` of ``sequences[row]``.
+        """The processing of ``rows`` of a step; a row gives the token at ``positions[row]`` of ``sequences[row]``.
 
-        ``unread`` are the tokens right before, where they are in flight, ``drafted`` those that are guesses.
+        The token right before that may be in flight, then it is in ``unread``, or be the guess ``drafted[row]``.
         """
         return Processed(self, list(rows), sequences, positions, unread, drafted or [None] * len(sequences))
 
     def forget(self, sequence: Sequence) -> None:
-        """It has paused or ended, and with it its phase."""
+        """A sequence has paused or ended, and with that its phase."""
         self.transcripts.forget(sequence)
         self._own.pop(sequence, None)
 
     def rules(self, sequence: Sequence, scores: Scores) -> Rules:
-        """Of its phase, for ``scores`` like these."""
+        """The processors of a sequence's phase, for scores of this shape and device."""
         params, device, vocabulary = sequence.sampling, scores.device, scores.shape[-1]
         if params not in self._shared:
             rules = make_rules(
@@ -161,7 +161,7 @@ class Processed:
     _rules: dict[int, Rules] = field(default_factory=dict)  # by row
 
     def before_grammars(self, logits: torch.Tensor) -> Scores:
-        """The scores of ``rows``, from logits ``[all rows, vocabulary]``, after all that goes before a grammar."""
+        """The scores of ``rows`` after the processors that come before a grammar; ``logits`` are those of all rows."""
         sequences, lengths = [self.sequences[row] for row in self.rows], [self.positions[row] for row in self.rows]
         drafted = [self.drafted[row] for row in self.rows]
         self.processors.transcripts.extend(sequences, lengths, self.unread, drafted, logits.device)
@@ -172,8 +172,8 @@ class Processed:
         return self._through({row: self._rules[row].before for row in self.rows}, scores)
 
     def warped(self, scores: torch.Tensor, rows: Seq[int]) -> Scores | None:
-        """The scores of ``rows``, all under the same settings, after all that comes after a grammar; None where there
-        is no more than a sampler does itself.
+        """The scores of ``rows``, all of the same settings, after the processors that come after a grammar. None if
+        these are only what the sampler does itself.
         """
         if not any(row in self._rules and not self._rules[row].only_filters for row in rows):
             return None
@@ -182,11 +182,11 @@ class Processed:
         )
 
     def uncertain(self) -> list[int]:
-        """Which of ``rows``, by their places there, might be left without a token, or have a grammar."""
+        """Indices in ``rows`` of those that may be left without any token, or have a grammar."""
         return [i for i, row in enumerate(self.rows) if self._rules[row].forbids or self.sequences[row].matcher]
 
     def _through(self, processors: dict[int, Seq[Any]], scores: Scores) -> Scores:
-        """Each row through its own, those that may go together at once. Writes into ``scores``."""
+        """Apply each row's processors, to several rows at once where possible. Writes into ``scores``."""
         groups: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(processors):
             if processors[row]:
@@ -203,7 +203,7 @@ class Processed:
         return scores
 
     def _tokens(self, rows: Seq[int]) -> torch.Tensor:
-        """What processors of ``rows`` are called with."""
+        """The tokens that the processors of ``rows`` are called with."""
         transcripts = self.processors.transcripts
         if len(rows) == 1:
             return transcripts.of(self.sequences[rows[0]], self.positions[rows[0]])

@@ -1,4 +1,4 @@
-"""Named ranges of a step, for a profiler that wants to know what runs and for which sequences."""
+"""Named parts of a step, announced to a profiler: what runs and for which sequences."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +17,13 @@ class HasSequence(Protocol):
 
 
 class Ranges:
-    """What the engine announces its work to, ``with ranges("sample", order): ...``. This one does nothing with it.
+    """Receives the announcements, as in ``with ranges("sample", order): ...``. This one ignores them.
 
-    Sequences may pause or end within a range, so ``of`` is read as the range opens; it is not read if nothing listens.
+    A subclass must read ``of`` when the range opens, because sequences may pause or end within it.
     """
 
     def __call__(self, name: str, of: "Iterable[HasSequence | Sequence | str]" = ()) -> AbstractContextManager[Any]:
-        """A part of a step and what it works for: sequences, what has one, or keys of sequences."""
+        """A part of a step and what it works for: sequences, work items, or keys of sequences."""
         return _NOTHING
 
     def forward(self, work: "Iterable[Work]") -> AbstractContextManager[Any]:
@@ -31,8 +31,10 @@ class Ranges:
         return _NOTHING
 
     def reclaims(self, victim: "Sequence", needy: "Sequence") -> None:
-        """``victim`` is about to give up its KV, to be recomputed or brought back: ``needy`` needs the blocks."""
+        """``victim`` is about to give up its KV, recomputed or swapped in later, because ``needy`` needs blocks."""
 
     def step(self, number: int) -> AbstractContextManager[Any]:
-        """The whole of step ``number``, with what is done about its tokens; in a pipeline the launch of later ones."""
+        """The whole of step ``number``, the handling of its tokens included. In a pipeline, later steps are launched in
+        it too.
+        """
         return _NOTHING

@@ -8,21 +8,21 @@ from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.engine.scheduler import SchedulerOutput
 from rrm_engine.engine.sequence import Sequence
 
-SLACK = 2  # live sequences that a replica may have more than another before it is clearly more loaded
+SLACK = 2  # how many more live sequences than another a replica may have and still be preferred for its cache
 
 
 class Driven(Protocol):
-    """What is the same to drive, one engine or several. All else is asked of the engine that a sequence is on."""
+    """What one engine and several have in common. Everything else is asked of the engine that a sequence is on."""
 
-    steps: int  # collected
-    began: float  # when the last one of them did, on the monotonic clock
+    steps: int  # collected so far
+    began: float  # when the step collected last began, on the monotonic clock
 
     @property
     def engines(self) -> SequenceOf[Engine]: ...
 
     @property
     def plan(self) -> SchedulerOutput | None:
-        """Of the last step; what was running if that failed."""
+        """The plan of the last step, also if that step failed."""
 
     @property
     def has_work(self) -> bool: ...
@@ -50,13 +50,13 @@ class Driven(Protocol):
 class Replicas:
     """Places every sequence on one of ``engines``, and steps them together.
 
-    Where a sequence goes: a fork to its parent's blocks. A root to the replica with the fewest live sequences. Any
-    other child to the replica that has the longest prefix of its prompt in the prefix cache, of equals to the one
-    where the root of its graph is; but if that one has more than SLACK live sequences above the fewest, to the one
-    with the fewest. ``together`` leaves the last clause out, for children whose KV their parents will attach.
+    Where a sequence goes: a fork to its parent's replica; a root to the replica with the fewest live sequences; any
+    other child to the replica whose prefix cache has the longest prefix of its prompt, on a tie to that of its graph's
+    root. But if that replica has over SLACK live sequences more than the least loaded one, to the least loaded one.
+    ``together``: every child goes to its root's replica, because parents will attach their children's KV.
 
-    A step launches those of all replicas before it collects any, so devices work side by side; it lasts as long as
-    the slowest of them.
+    A step launches steps on all replicas before it collects any, so that devices work in parallel; it lasts as long as
+    the slowest replica.
     """
 
     def __init__(self, engines: SequenceOf[Engine], together: bool = False) -> None:
@@ -64,7 +64,7 @@ class Replicas:
         self.together = together
         self.steps = 0
         self.began = 0.0
-        self._driven = engines[0]  # last
+        self._driven = engines[0]  # the engine called last
 
     @property
     def plan(self) -> SchedulerOutput | None:
@@ -93,7 +93,7 @@ class Replicas:
     def submit(
         self, key: str, tokens: list[int], budget: int, sampling: SamplingParams, **options: Unpack[Submission]
     ) -> Sequence:
-        """As ``Engine.submit``, on the replica that the rule above says."""
+        """As ``Engine.submit``, on the replica that the class's rule picks."""
         if fork_of := options.get("fork_of"):
             engine = self.of(fork_of[0])
         else:
@@ -101,7 +101,9 @@ class Replicas:
         return engine.submit(key, tokens, budget, sampling, **options)
 
     def step(self) -> list[Sampled]:
-        """One step of every replica that has work, or what is left of the last one; returns all new tokens."""
+        """One step of every replica that has work, or tokens of the last one not handed out yet; returns the new
+        tokens.
+        """
         left = [engine for engine in self.engines if engine.left]
         for engine in () if left else self.engines:
             self._driven = engine
@@ -132,7 +134,7 @@ def _load(engine: Engine) -> int:
 
 
 def names_of(engines: SequenceOf[Engine]) -> list[str]:
-    """What replicas are called: by their devices, with numbers where one has several."""
+    """Names of replicas: their devices, numbered where several share one."""
     devices = [str(engine.runner.device) for engine in engines]
     return [
         device if devices.count(device) == 1 else f"{device} #{devices[:i].count(device)}"

@@ -1,8 +1,8 @@
-"""A phase's logits processors: those that transformers' ``generate`` makes of the same settings.
+"""A phase's logits processors: those that transformers' ``generate`` makes from the same settings.
 
-What in ``generate`` is the prompt is here all tokens in front of the phase: its system text and task, and after a
-resume or a fork also what the node or its parent wrote before. So penalties see the whole transcript, and minima of
-new tokens count from the first token of the phase.
+Where ``generate`` has a prompt, a phase has all tokens before it: system text and task, and after a resume or a fork
+also what the node or its parent wrote earlier. So penalties see the whole transcript, and a minimum of new tokens is
+counted from the first token of the phase.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,9 +21,9 @@ FILTERS = (
     library.TopPLogitsWarper,
     library.MinPLogitsWarper,
 )
-# Processors that change the scores of tokens that are there already, each by itself and never to nothing.
+# Processors that only change scores of tokens that the transcript holds, each independently, and never forbid one.
 OF_TOKENS = (library.RepetitionPenaltyLogitsProcessor,)
-# When processors that are for some lengths alone have nothing to do.
+# Processors that act at some lengths only: whether one has nothing to do at this length.
 RESTS: dict[type, Callable[[Any, int], bool]] = {
     library.MinLengthLogitsProcessor: lambda one, length: length >= one.min_length,
     library.MinNewTokensLengthLogitsProcessor: lambda one, length: (
@@ -32,8 +32,8 @@ RESTS: dict[type, Callable[[Any, int], bool]] = {
     library.SuppressTokensAtBeginLogitsProcessor: lambda one, length: length != one.begin_index,
     library.ExponentialDecayLengthPenalty: lambda one, length: length <= one.regulation_start,
 }
-# Processors that look at nothing but which tokens there are, and at each row by itself: rows of any lengths go through
-# them together.
+# Processors for which a row's result depends only on its set of tokens, not on their number, nor on other rows: rows of
+# different lengths can go through them together, padded with tokens that they have.
 TOGETHER = (
     *FILTERS,
     *OF_TOKENS,
@@ -48,11 +48,11 @@ TOGETHER = (
 
 
 class _Here(LogitsProcessor):
-    """Marks the place in a list where ``generate`` puts processors of the caller's own, such as grammars."""
+    """Marks where in its list ``generate`` puts the caller's own processors, which is where our grammars act."""
 
 
 class _Generator(GenerationMixin):
-    """What ``generate`` is a method of, without a model."""
+    """``GenerationMixin`` without a model: enough for it to make logits processors."""
 
     def __init__(self, vocabulary: int) -> None:
         self.config = PretrainedConfig(vocab_size=vocabulary)
@@ -63,9 +63,9 @@ class Rules:
     """A phase's logits processors: those before a grammar and those after it. Each is called with the tokens so
     far, int64 ``[rows, n]``, and scores fp32 ``[rows, vocabulary]``.
 
-    ``together``: rows of any lengths may go through them at once, tokens repeated at the shorter ones' ends.
-    ``only_filters``: after a grammar there is only what samplers do themselves, temperature, top-k, top-p and min-p.
-    ``forbids``: one of the first might leave no token.
+    ``together``: rows of different lengths may go through them at once, shorter ones padded with tokens of their own.
+    ``only_filters``: ``after`` holds only what the sampler does itself (temperature, top-k, top-p, min-p).
+    ``forbids``: those ``before`` may forbid tokens, so that none may be left of those that a grammar allows.
     """
 
     before: Sequence[Any]
@@ -84,14 +84,15 @@ class Rules:
 
 
 def process(processors: Iterable[Any], tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """``scores`` fp32 ``[rows, vocabulary]`` of what comes after ``tokens`` int64 ``[rows, n]``, after all processors.
+    """Apply all processors to ``scores`` fp32 ``[rows, vocabulary]`` of the token after ``tokens`` int64 ``[rows, n]``.
 
-    Writes into ``scores``. Those that have nothing to do at this length are left out, and those that only change what
-    stands in ``tokens`` are given no more than that: both because a vocabulary is large.
+    Writes into ``scores``. To save passes over the vocabulary, processors that do nothing at this length are skipped,
+    and those that only change scores of ``tokens`` are given the scores of those tokens alone.
     """
     for processor in processors:
         if type(processor) in OF_TOKENS:
-            known = torch.where(tokens < scores.shape[1], tokens, tokens[:, :1])  # some models have no score for a few
+            # Some models have no scores for the last few ids of their tokenizer.
+            known = torch.where(tokens < scores.shape[1], tokens, tokens[:, :1])
             columns = torch.arange(known.shape[1], device=known.device).expand_as(known)
             scores.scatter_(1, known, processor(columns, scores.gather(1, known)))
         elif not (type(processor) in RESTS and RESTS[type(processor)](processor, tokens.shape[1])):
@@ -102,10 +103,10 @@ def process(processors: Iterable[Any], tokens: torch.Tensor, scores: torch.Tenso
 def make_rules(
     settings: Mapping[str, Any], *, eos_ids: Collection[int], prompt: torch.Tensor, longest: int, vocabulary: int
 ) -> Rules:
-    """The processors of ``generate`` under ``settings`` after ``prompt`` int64 ``[1, n]``, and on its device.
+    """The processors of ``generate`` under ``settings`` for ``prompt`` int64 ``[1, n]``, on its device.
 
-    ``longest`` are the tokens that prompt and answer may have. Raises whatever transformers does where it does not
-    take a setting.
+    ``longest``: most tokens of prompt and answer together. Raises what transformers raises for a setting that it
+    rejects.
     """
     values = dict(settings)
     sampling = values.get("temperature", 0.0) != 0

@@ -17,11 +17,11 @@ Observer = Callable[[torch.Tensor, list[Work]], None]
 
 
 class ModelRunner:
-    """Runs a model over one cache; ``device`` is where its layers begin.
+    """Runs a model over one cache; ``device`` is that of its first layer.
 
-    Nothing here waits for a device, and steps are given to the devices one after the other: what a step writes on a
-    device comes after everything that earlier steps read there. That is why blocks of a step in flight may be
-    released, cached, forked, offloaded and given to others as soon as it has been launched.
+    Nothing here waits for a device. Steps are launched in order, so on each device a step's writes come after all reads
+    of earlier steps. Therefore the blocks of a step in flight may be released, cached, forked, offloaded and given to
+    other sequences as soon as it has been launched.
     """
 
     def __init__(
@@ -34,8 +34,9 @@ class ModelRunner:
         rotary: Mapping[int, torch.Tensor] | None = None,
         observe: Observer | None = None,
     ) -> None:
-        """``eager``: launch every step's kernels one by one, where they could be captured and replayed. ``rotary`` is
-        what splices need: see loading/rotary.py. ``observe`` is called with what each step's ``run`` returns.
+        """``eager``: launch kernels one by one, even where a whole step could be captured and replayed. ``rotary``:
+        by layer the frequencies that splices rotate keys with (loading/rotary.py). ``observe`` is called with what each
+        step's ``run`` returns.
         """
         self.static = static_steps(forward, attend, cache, device, eager)
         self.cache = cache
@@ -46,14 +47,14 @@ class ModelRunner:
 
     @property
     def devices(self) -> set[torch.device]:
-        """Where its layers are."""
+        """The devices that its layers are on."""
         return {shape.device for shape in self.cache.shapes.values()}
 
     @torch.inference_mode()
     def run(self, step: SchedulerOutput, drawn: Drawn | None = None) -> tuple[torch.Tensor, list[Work]]:
         """Logits ``[rows, vocabulary]`` of the work items that sample, and those items in row order.
 
-        A step without work only moves blocks. ``drawn`` are the tokens of the step before, if they are in flight.
+        A step without work only moves blocks. ``drawn``: tokens of earlier steps that the host has not read yet.
         """
         if step.swap_outs:
             with self.ranges("offload", step.swapped):

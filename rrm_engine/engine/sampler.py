@@ -1,5 +1,7 @@
-"""Settings of sampling, and tokens from scores. Sampling is keyed: the noise of a token depends on nothing but its own
-place in the run.
+"""Sampling settings, and sampling tokens from logits.
+
+Sampling is keyed: a token's noise is a function of the run's seed, its sequence's key, its position and its id, so it
+does not depend on what else is in the batch.
 """
 
 import hashlib
@@ -17,8 +19,8 @@ from rrm_engine.device.transfer import integers
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
-MANY_TOKENS = 1024  # fewer are not worth a search
-LIKELIEST = 1024  # tokens that top-p looks at first on CPU: in order they take a tenth of the time of a vocabulary
+MANY_TOKENS = 1024  # with fewer, adding noise to all is faster than finding the few that can win
+LIKELIEST = 1024  # tokens that top-p sorts first on CPU, in a tenth of the time that a whole vocabulary takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,23 +38,23 @@ class SamplingParams:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "SamplingParams":
-        """From settings as JSON has them, all in one mapping."""
+        """From one mapping of settings, as JSON holds them."""
         own = {name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p") if name in settings}
         further = sorted((name, _frozen(value)) for name, value in settings.items() if name not in own)
         return cls(**own, further=tuple(further))
 
     def settings(self) -> dict[str, Any]:
-        """What ``of`` takes."""
+        """The mapping that ``of`` makes these from."""
         own = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
         return own | {name: _thawed(value) for name, value in self.further}
 
     def without(self, *names: str) -> "SamplingParams":
-        """These, but for the further settings named."""
+        """These, without the ``further`` settings named."""
         return replace(self, further=tuple((name, value) for name, value in self.further if name not in names))
 
 
 def _frozen(value: Any) -> Any:
-    """A JSON value that can be hashed."""
+    """A JSON value in a hashable form."""
     if isinstance(value, Mapping):
         return _Table((name, _frozen(item)) for name, item in value.items())
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
@@ -96,6 +98,9 @@ def _argmax(x: torch.Tensor) -> torch.Tensor:
 
 
 def choose(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
+    """One token for each row of ``logits`` ``[rows, vocabulary]``, int64 ``[rows]``: the likeliest one at temperature
+    0, else the one with the largest filtered score plus noise. ``keys`` and ``positions`` place each row's noise.
+    """
     if params.temperature == 0:
         return _argmax(logits)
     scores = logits.float() / params.temperature
@@ -114,9 +119,8 @@ def choose(logits: torch.Tensor, params: SamplingParams, keys: Seq[int], positio
 def _choose_in_order(
     scores: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int], first: int
 ) -> torch.Tensor:
-    """Top-p over a whole vocabulary from its ``first`` likeliest tokens; rows that go on beyond them are sorted whole.
-
-    Which of the two a row is does not depend on other rows.
+    """Top-p over a whole vocabulary. The ``first`` likeliest tokens are sorted; a row whose top-p set is larger is then
+    sorted whole, which does not depend on other rows.
     """
     total = scores.logsumexp(-1, keepdim=True)
     best, ids = scores.topk(first) if first < scores.shape[-1] else scores.sort(descending=True)
@@ -130,7 +134,7 @@ def _choose_in_order(
 
 
 def _without_unlikely(scores: torch.Tensor, probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """``scores`` but for what min-p and, if they are in descending order, top-p leave out."""
+    """``scores`` with -inf where min-p or top-p leaves a token out. For top-p they must be in descending order."""
     drop = probs < params.min_p * probs.amax(-1, keepdim=True)
     if params.top_p < 1:
         drop |= probs.cumsum(-1) - probs >= params.top_p
@@ -138,15 +142,15 @@ def _without_unlikely(scores: torch.Tensor, probs: torch.Tensor, params: Samplin
 
 
 def choose_warped(scores: torch.Tensor, params: SamplingParams, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
-    """One token for each row of scores that have gone through every filter."""
+    """One token for each row of scores to which temperature and filters have been applied."""
     return _argmax(scores) if params.temperature == 0 else _likeliest(scores, None, keys, positions)
 
 
 def _likeliest(scores: torch.Tensor, ids: torch.Tensor | None, keys: Seq[int], positions: Seq[int]) -> torch.Tensor:
-    """Of the tokens ``ids`` the one that is ahead with its noise; all ``[rows, n]``, returns int64 ``[rows]``.
+    """The token with the largest score plus noise in each row: int64 ``[rows]``. ``scores`` and the tokens' ``ids``
+    (None: 0, 1, 2 ...) are ``[rows, n]``.
 
-    ``ids`` None: 0, 1, 2 ... Noise for a whole vocabulary takes longer on CPU than all else here: only those tokens get
-    it that may win.
+    On CPU, noise for a whole vocabulary takes longer than all else here, so only tokens that can win get it.
     """
     places = integers(keys, scores.device), integers(positions, scores.device)
     if scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.shape[-1] >= MANY_TOKENS:
@@ -161,7 +165,7 @@ def _likeliest(scores: torch.Tensor, ids: torch.Tensor | None, keys: Seq[int], p
 
 
 def _leaders(scores: torch.Tensor, ids: torch.Tensor | None, *places: torch.Tensor) -> torch.Tensor | None:
-    """See ``load_leaders``; None where there is no compiler, too."""
+    """See ``load_leaders``; also None where there is no compiler."""
     try:
         find = load_leaders()
     except NativeUnavailable:

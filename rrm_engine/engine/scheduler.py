@@ -23,8 +23,8 @@ class EngineStuck(RuntimeError):
 class Work:
     """Run ``sequence.tokens[start : start + count]``; ``samples`` if that reaches the sequence's end.
 
-    ``ahead``: it is one token, which the step before samples and the host does not know yet. ``drafted``: it is this
-    one token, a guess; the sequence may come to have another one there.
+    ``ahead``: it is a single token, sampled by an earlier step and not known to the host yet. ``drafted``: it is a
+    single token, this guess, and the sequence may turn out to have another one there.
     """
 
     sequence: Sequence
@@ -36,7 +36,7 @@ class Work:
 
     @property
     def prefilled(self) -> int:
-        """How many of its tokens were neither guessed nor sampled in the sequence's last step."""
+        """How many of its tokens are prefill: neither guessed nor sampled in the sequence's last step."""
         if self.drafted is not None:
             return 0
         return self.count - (1 if self.ahead else self.sequence.unrun_samples)
@@ -53,9 +53,9 @@ class Splice:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step: swap out, copy, swap in, splice, run ``work``; in this order, for each may overwrite what the ones
-    before it read. A sequence has several work items where spans are attached between them, or drafted tokens follow
-    the last one; they stand in order and side by side.
+    """One step: swap out, copy, swap in, splice, run ``work``, in this order, because each of these may overwrite what
+    the ones before it read. A sequence has several work items where spans are attached between them, and one more for
+    each drafted token; they are consecutive and in order.
     """
 
     work: tuple[Work, ...]
@@ -63,30 +63,30 @@ class SchedulerOutput:
     swap_outs: tuple[SwapOut, ...] = ()
     swap_ins: tuple[SwapIn, ...] = ()
     swapped: tuple[str, ...] = ()  # keys of the sequences whose blocks are swapped
-    splices: tuple[Splice, ...] = ()  # the spans are held until the step has run
-    admitted: tuple[Sequence, ...] = ()  # those that were waiting before
+    splices: tuple[Splice, ...] = ()  # their spans are held until the step has been launched
+    admitted: tuple[Sequence, ...] = ()  # sequences that went from waiting to running
 
 
 class Scheduler:
-    """Sequences are served in the order of their priority; memory is taken from the other end of that order.
+    """Sequences are scheduled in order of priority; memory is reclaimed in the opposite order.
 
-    Why it cannot wedge: the first live sequence may reclaim every block that no sequence of higher priority was
-    scheduled on, and none has higher priority. Kept spans are reclaimed with the table of the sequence that keeps them,
-    and its own it gives up when nothing else is left. Alone it fits, because the pool holds one sequence of the
-    greatest length allowed (checked at start). So it runs in every step until it pauses or ends, and then the next one
-    is first. A span is attached only together with the tokens that are run after it, so a step that attaches also runs.
+    Why it cannot deadlock: a sequence may reclaim all blocks but those of live sequences of higher priority, and no
+    live sequence has higher priority than the first. Reclaiming from a sequence also frees the spans it keeps, and as a
+    last resort a sequence gives up its own spans. Alone it fits, because the pool holds one sequence of the greatest
+    length allowed (checked at start). So the first one runs in every step until it pauses or ends, and then the next is
+    first. A span is attached only together with tokens to run after it, so a step that attaches also runs tokens.
 
-    With several ``stages`` as many steps are launched before the first one's tokens are there. A sequence that waits
-    for a token is left out; all of the above holds for the first one that does not, and no token takes longer than the
-    steps in flight. Blocks may be taken from a sequence in flight like from any other: see ``ModelRunner``.
+    With several ``stages`` that many steps are launched before the tokens of the first are known. A sequence whose
+    token is in flight is left out; the above then holds for the first sequence without one, and every step in flight
+    ends by itself. Blocks may be reclaimed from a sequence in flight as from any other: see ``ModelRunner``.
 
-    One that waits for a token that has been sampled and not been read may run it all the same (``schedule``), and is
-    then in two consecutive steps at once. A sequence that ends or pauses with the first one's token loses the second
-    one's, and the KV past the tokens it has.
+    With lookahead a sequence whose token has been sampled on the device, but not read by the host, may run that token
+    (``drawn`` in ``schedule``), and is then in two consecutive steps. If it ends or pauses with the first step's token,
+    the second's is discarded, and the KV beyond the tokens it has.
 
-    Drafts are planned last and take what is left over: nothing is reclaimed for them, and a free block is left for each
-    running sequence, whose next token may need it before they have been checked. How many tokens such a step gives is
-    not known, so its sequence is not run ahead.
+    Drafts are planned last, in what room is left: nothing is reclaimed for them, and one free block for each running
+    sequence is left, because its next token may need one before the drafts have been checked. How many tokens a step
+    with drafts gives a sequence is unknown until it is collected, so the sequence does not run ahead of it.
     """
 
     def __init__(
@@ -96,7 +96,9 @@ class Scheduler:
         space: HostSpace,
         costs: SwapCosts | None = None,
     ) -> None:
-        """``costs`` decide what ``auto`` does with a waiting sequence under pressure; without them it is dropped."""
+        """``costs``: by what the wait policy ``auto`` chooses, out of blocks, between offloading and dropping the KV of
+        a waiting sequence. Without them it drops.
+        """
         self.pool = pool
         self.space = space
         self.costs = costs
@@ -109,12 +111,12 @@ class Scheduler:
         self.live: list[Sequence] = []  # waiting and running, by priority
         self.paused: dict[str, Sequence] = {}
         self._running = 0
-        self._pressed = False  # this step had to take a live sequence's blocks
+        self._pressed = False  # a live sequence's blocks were reclaimed in this step
         self._admitted: list[Sequence] = []  # in this step
         self._swap_outs: list[SwapOut] = []  # for the next step to carry out
         self._swap_ins: list[SwapIn] = []
         self._swapped: list[str] = []
-        self._held: list[tuple[object, ...]] | None = None  # by which sequences, when ``_pinned`` was counted
+        self._held: list[tuple[object, ...]] | None = None  # what paused sequences held when ``_pinned`` was counted
         self._pinned = 0
 
     @property
@@ -125,7 +127,8 @@ class Scheduler:
     def pinned_blocks(self) -> int:
         """Blocks that paused sequences hold, a shared one counted once.
 
-        Counted anew only when it may have changed: as long as a sequence is paused its table only ever gets shorter.
+        Recounted only when it may have changed: while a sequence is paused its table can only get shorter, so equal
+        lengths mean equal blocks.
         """
         paused = self.paused.values()
         held = [(s, len(s.table.blocks), *s.kept) for s in paused]
@@ -145,10 +148,10 @@ class Scheduler:
         self._remove(sequence)
         sequence.state = State.PAUSED
         self.paused[sequence.key] = sequence
-        self._held = None  # it may hold as many blocks as when it was paused before, and others
+        self._held = None  # paused again, it may hold other blocks than before, though equally many
 
     def wait(self, sequence: Sequence) -> None:
-        """A paused sequence waits for others: its KV is kept, moved or given up as the policy says."""
+        """A paused sequence waits for others: keep, move or give up its KV, by the wait policy."""
         match self.wait_policy:
             case "offload":
                 self._offload(sequence, sequence.table.first_own)
@@ -171,12 +174,12 @@ class Scheduler:
     def schedule(self, drawn: Container[Sequence] = ()) -> SchedulerOutput:
         """Choose the next step's work: decodes of all running sequences, prefill chunks up to the token budget.
 
-        With several stages only their share of the decodes, so that the steps in flight do not collapse into one; a
-        sequence that is left out now is in one of the next ``stages`` steps, which together take all of them. A step
-        without work means that every sequence that could run is in flight. Those of ``drawn`` may run the token
-        they wait for, the longest waiting first: the device has last what is sampled last.
+        With several stages a step takes only its share of the decodes, or all sequences would be in one of the steps in
+        flight and the other stages idle; the next ``stages`` steps together take all of them. A step without work means
+        that every sequence that can run is in flight. Sequences of ``drawn`` may run the token they wait for, those
+        whose token was launched earliest first, because it is ready first.
 
-        Raises EngineStuck if there is live work, none of it can be scheduled, and none is in flight.
+        Raises EngineStuck if there are live sequences, none of them can be scheduled, and none is in flight.
         """
         order = list(self.live)
         share = -(-len(order) // self.stages)
@@ -189,7 +192,7 @@ class Scheduler:
         self._pressed, self._admitted, flying = False, [], False
         for index, sequence in enumerate(order):
             flying = flying or bool(sequence.flights)
-            waiting = sequence.state is State.WAITING  # maybe only just: its blocks may have been taken in this step
+            waiting = sequence.state is State.WAITING  # perhaps only since its blocks were reclaimed in this step
             decode = sequence in decodes and not waiting
             if not decode and (sequence.flights or room <= 0 or sequence in left_out):
                 continue
@@ -213,7 +216,7 @@ class Scheduler:
         return output
 
     def _decodes(self, sequence: Sequence, drawn: Container[Sequence]) -> bool:
-        """Whether it can run its last token now, the one in flight if it has one."""
+        """Whether it can decode now: run its last token, which may still be in flight."""
         if sequence.state is not State.RUNNING or sequence.pending != 1:
             return False
         if not sequence.flights:
@@ -224,7 +227,7 @@ class Scheduler:
     def _run(
         self, sequence: Sequence, room: int, victims: Iterator[Sequence]
     ) -> tuple[list[Work], list[BlockCopy], list[Splice]]:
-        """Plan up to ``room`` tokens of a sequence, the spans between them attached; nothing if they do not fit."""
+        """Plan up to ``room`` tokens of a sequence and attach the spans between them; nothing if blocks run out."""
         table = sequence.table
         runs: list[Work] = []
         copies: list[BlockCopy] = []
@@ -236,7 +239,7 @@ class Scheduler:
             if not self._make_room(sequence, skip + count, victims):
                 if runs or not sequence.give_up_spans():
                     break
-                continue  # as text
+                continue  # now their tokens are to be run
             if attach is not None:
                 splices.append(Splice(sequence, attach, table.length))
                 del sequence.splices[0]
@@ -248,7 +251,7 @@ class Scheduler:
         return runs, copies, splices
 
     def _with_drafts(self, work: list[Work]) -> list[Work]:
-        """``work`` and after each decode the tokens that are guessed to follow, as far as there is room for them."""
+        """``work``, each decode followed by the tokens guessed to come next, as far as free blocks allow."""
         decodes = [run for run in work if run.count == 1 and run.samples and not run.ahead]
         if self.drafting is None or not decodes:
             return work
@@ -262,17 +265,17 @@ class Scheduler:
                 draft.pop()
             if draft:
                 copies = table.append(len(draft))
-                assert not copies, "its last block was made its own for the token before"
+                assert not copies, "a partial last block was copied for the token before, so it is not shared"
             planned += [Work(run.sequence, run.start + i, 1, True, drafted=token) for i, token in enumerate(draft, 1)]
         return planned
 
     def _admit(self, sequence: Sequence, lower: list[Sequence], alone: bool) -> bool:
-        """Let a waiting sequence start, if its whole prompt and one more block for each running one fit.
+        """Admit a waiting sequence if all its pending tokens fit, and one more block for each running sequence.
 
-        When nothing else runs in this step it is let in on what one chunk takes (and on what it has in host memory):
-        some sequence must make progress.
-        Otherwise a step that had to preempt admits none, or the preempted ones would be admitted again at once.
-        Where all places are taken, it gets that of the last running one after it, which then waits and keeps its KV.
+        With ``alone`` (nothing else runs in this step) its first chunk, and what it has in host memory, is enough: some
+        sequence must make progress. Otherwise a step that preempted admits none, or it would at once admit again what
+        it preempted. Where ``max_sequences`` are running, it takes the place of the last running sequence of lower
+        priority, which then waits and keeps its KV.
         """
         full = self._running >= self.max_sequences
         last = next((s for s in reversed(lower) if s.state is State.RUNNING), None) if full else None
@@ -292,7 +295,7 @@ class Scheduler:
                 if reused:
                     table.release()
                 return False
-        if last is not None and last.state is State.RUNNING:  # else its blocks were taken just now
+        if last is not None and last.state is State.RUNNING:  # else it was preempted just now, to make room
             self._running -= 1
             last.state = State.WAITING
         sequence.counters.reused += reused
@@ -307,7 +310,9 @@ class Scheduler:
         return True
 
     def _make_room(self, sequence: Sequence, count: int, victims: Iterator[Sequence], headroom: int = 0) -> bool:
-        """Reclaim until ``count`` more tokens fit; counts only blocks that really came free."""
+        """Reclaim from ``victims`` until ``count`` more tokens fit; False if that is not enough. Blocks that others
+        share do not come free, so what is free is checked again after each victim.
+        """
         while sequence.table.blocks_needed(count) + headroom > self.pool.num_free:
             victim = next(victims, None)
             if victim is None:
@@ -317,9 +322,9 @@ class Scheduler:
         return True
 
     def _victims(self, sequence: Sequence, lower: list[Sequence], siblings: bool) -> Iterator[Sequence]:
-        """Whose blocks to take, cheapest loss first: younger roots, then paused sequences, then later siblings.
-
-        ``lower`` are the live sequences of lower priority; none of them is scheduled in this step yet.
+        """Whose blocks to reclaim, in this order: live sequences of younger roots, paused sequences, and with
+        ``siblings`` live sequences of the same root. ``lower`` are the live sequences of lower priority, none of which
+        is scheduled in this step yet.
         """
         if sequence.probe.best_effort and sequence is not self.live[0]:
             return
@@ -330,7 +335,9 @@ class Scheduler:
             yield from (s for s in holders if s.root == sequence.root)
 
     def _reclaim(self, victim: Sequence) -> None:
-        """Give up a sequence's KV, to be recomputed from its tokens; a waiting one's may go to host memory instead."""
+        """Give up a sequence's KV, to be recomputed from its tokens. That of a paused one may go to host memory
+        instead.
+        """
         victim.give_up_spans()
         held = bool(victim.table.blocks)
         if victim.state is State.PAUSED:
@@ -352,7 +359,7 @@ class Scheduler:
         return self.wait_policy == "offload"
 
     def _offload(self, sequence: Sequence, first: int) -> bool:
-        """Move a paused sequence's blocks from index ``first`` on; False if host memory has no room for them."""
+        """Move a paused sequence's blocks, from index ``first`` on, to the host; False if there is no room for them."""
         swap_out = sequence.table.offload(first)
         if swap_out is None:
             return False
@@ -362,7 +369,7 @@ class Scheduler:
         return True
 
     def _remove(self, sequence: Sequence) -> None:
-        sequence.flights.clear()  # the tokens it may be waiting for are thrown away
+        sequence.flights.clear()  # tokens in flight are discarded
         if sequence.table.stored > len(sequence.tokens):
             sequence.table.truncate(len(sequence.tokens))
         if sequence.state is State.RUNNING:
@@ -372,7 +379,9 @@ class Scheduler:
 
 
 def _ahead(sequence: Sequence) -> tuple[Span | None, int]:
-    """The span to attach where the sequence's KV ends, if any, and where the tokens to run next end."""
+    """The span to attach right where the sequence's KV ends, if any, and the end of the tokens to run next: where the
+    next span begins, or the sequence's own end.
+    """
     attach, following = None, sequence.next_splice()
     if following is not None and following[0] == sequence.table.length:
         attach = following[1]

@@ -1,4 +1,4 @@
-"""Tokens run on KV that nothing else uses, without an engine: to check a model, to look into it, to time it."""
+"""Running tokens on a cache of its own, without an engine: to check a model, inspect it or time it."""
 
 import torch
 from rrm_kernels.batch import PagedAttention
@@ -14,15 +14,15 @@ from rrm_engine.models.attention import Exchange, Forward, PagedForward
 
 
 class Scratch:
-    """Sequences over the blocks of a cache. None of them is ever finished: whoever wants the blocks again makes
-    another one.
+    """Sequences over the blocks of a cache. None of them is ever finished: to use the blocks again, make another
+    ``Scratch``.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self.pool = BlockPool(cache.num_blocks, cache.block_size, prefix_cache=False)
 
     def sequence(self, tokens: list[int], stored: int = 0, key: str = "scratch") -> Sequence:
-        """One whose first ``stored`` tokens count as run: their KV is whatever lies in the cache."""
+        """A sequence whose first ``stored`` tokens count as run: their KV is whatever the cache holds there."""
         sequence = Sequence(key, tokens, BlockTable(self.pool), SamplingParams(), noise_key=0, budget=1)
         sequence.table.append(stored)
         return sequence

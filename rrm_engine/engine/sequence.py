@@ -15,7 +15,7 @@ from rrm_engine.kv.table import BlockTable
 
 
 class State(Enum):
-    WAITING = "waiting"  # wants to run, is not admitted
+    WAITING = "waiting"  # to be admitted to steps
     RUNNING = "running"  # takes part in steps
     PAUSED = "paused"  # keeps its KV unless memory runs out; resumes with more tokens, or is finished
     FINISHED = "finished"
@@ -26,7 +26,7 @@ class Stop(Enum):
 
     EOS = "eos"
     LENGTH = "length"  # the budget given at submit or resume is spent
-    CONTEXT = "context"  # the sequence is as long as a sequence may be
+    CONTEXT = "context"  # the sequence has reached the longest length allowed
     ERROR = "error"  # its grammar failed
 
 
@@ -35,27 +35,27 @@ class Matcher(Protocol):
 
     @property
     def cut(self) -> bool:
-        """Whether it has ended the sequence's thinking."""
+        """Whether it has ended the sequence's thinking before the model did."""
 
     def mask(self) -> np.ndarray:
         """int32 bitmask ``[ceil(vocabulary / 32)]`` of the tokens that may come next."""
 
     def accept(self, token: int) -> None:
-        """Take a token. Raises ValueError, and stays where it was, if it may not come next."""
+        """Advance by a token. Raises ValueError, and does not advance, if it may not come next."""
 
     def forced(self) -> list[int]:
-        """Tokens that spell what must come next, if there is no choice; others may spell the same."""
+        """Tokens that spell the text that must come next, if there is only one; other tokens may spell it too."""
 
     def copy(self) -> "Matcher":
-        """An independent one at the same place."""
+        """An independent matcher in the same state."""
 
 
 @dataclass(slots=True)
 class Counters:
     prefilled: int = 0  # tokens run through the model that were not sampled in the step before
     decoded: int = 0  # tokens sampled
-    drafted: int = 0  # guesses at tokens run with the token before
-    accepted: int = 0  # of these, those that were sampled then
+    drafted: int = 0  # guessed tokens that were run
+    accepted: int = 0  # of these, those that were then sampled
     reused: int = 0  # tokens whose KV was in the pool already: prefix cache or fork
     forked_blocks: int = 0
     copied_blocks: int = 0
@@ -69,10 +69,10 @@ class Counters:
 
 @dataclass(slots=True)
 class Probe:
-    """What a measurement asks of a sequence, and is told. No request asks for any of it."""
+    """What measurements ask of a sequence, apart from what requests ask."""
 
-    best_effort: bool = False  # takes no blocks of others, unless it is first of all; does without the prefix cache
-    forced: deque[int] = field(default_factory=deque)  # tokens to have instead of the next that are sampled
+    best_effort: bool = False  # reclaims blocks only if no sequence has higher priority; leaves the prefix cache alone
+    forced: deque[int] = field(default_factory=deque)  # tokens to append in place of the next ones sampled
     keep_logits: bool = False  # put the next token's logits into ``logits``
     logits: torch.Tensor | None = None  # fp32 ``[vocabulary]``, before grammars and processors
 
@@ -81,12 +81,12 @@ class Probe:
 class Sequence:
     """``tokens[: table.length]`` have KV; the rest is to be run. ``key`` names it in traces and seeds its noise.
 
-    Priority is (root, deeper first, arrival): an older root goes before a younger one and a child before its
-    parent's generation, because a finished child frees its parent.
+    Priority is (root, deeper first, arrival): older roots go before younger ones, and within one graph deeper nodes go
+    first, because a finished child frees its parent.
 
-    ``kept`` are spans of other sequences' KV that it holds, ``splices`` says where in ``tokens`` some of them go: a
-    live one is attached there, the tokens of one that was given up are run like any others. ``spliced`` are the
-    ranges of tokens that were attached.
+    ``kept`` are spans of other sequences' KV that it holds. ``splices`` are (position in ``tokens``, span): a live span
+    is attached there; the tokens of one that was given up are run like any others. ``spliced`` are the token ranges
+    whose KV was attached.
     """
 
     key: str
@@ -95,19 +95,19 @@ class Sequence:
     sampling: SamplingParams
     noise_key: int
     budget: int
-    longest: int = sys.maxsize  # tokens it may have
+    longest: int = sys.maxsize  # most tokens it may have
     root: int = 0
     depth: int = 0
     arrival: int = 0
     matcher: Matcher | None = None
-    first: int = 0  # tokens in front of the phase: where the first one is that it samples there
+    first: int = 0  # index of the first token that it samples in its phase
     state: State = State.WAITING
-    admitted: tuple[float, int] = (0.0, 0)  # the step that let it run last: when it began, and its number
-    flights: list[int] = field(default_factory=list)  # numbers of the launched steps whose tokens it waits for
+    admitted: tuple[float, int] = (0.0, 0)  # the step that admitted it last: when that began, and its number
+    flights: list[int] = field(default_factory=list)  # numbers of the steps in flight that sample tokens for it
     counters: Counters = field(default_factory=Counters)
     unrun_samples: int = 0  # 1 while the last sampled token has not been run yet
     kept: list[Span] = field(default_factory=list)
-    splices: list[tuple[int, Span]] = field(default_factory=list)  # in order, tokens to run after each
+    splices: list[tuple[int, Span]] = field(default_factory=list)  # ascending, at least one token to run after each
     spliced: list[tuple[int, int]] = field(default_factory=list)
     probe: Probe = field(default_factory=Probe)
 
@@ -117,22 +117,22 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Its tokens, those in flight included."""
+        """The number of its tokens, those in flight included."""
         return len(self.tokens) + len(self.flights)
 
     @property
     def launched(self) -> int:
-        """The number of the step whose token it waits for, the last one if there are two; 0 if there is none."""
+        """The number of the last step in flight that samples for it, 0 if there is none."""
         return self.flights[-1] if self.flights else 0
 
     @property
     def pending(self) -> int:
-        """Tokens that have to be run before the next one can be sampled; the last of them may be in flight."""
+        """How many tokens have to be run before the next one can be sampled; the last of them may be in flight."""
         return self.length - self.table.length
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether one more token can be sampled after those in flight, if none of them ends it."""
+        """Whether budget and length allow one more token after those in flight."""
         return self.budget > len(self.flights) and self.length < self.longest
 
     @property
@@ -140,7 +140,7 @@ class Sequence:
         return bool(self.table.blocks) or any(span.live for span in self.kept)
 
     def next_splice(self) -> tuple[int, Span] | None:
-        """The next one that can be made. One whose place has KV already is too late, and its span is given back."""
+        """The next splice that can be made. Those whose position has KV by now are dropped and their spans released."""
         while self.splices:
             position, span = self.splices[0]
             if span.live and position >= self.table.length:
@@ -157,7 +157,7 @@ class Sequence:
         self.let_go(span)
 
     def drop_splices(self, length: int) -> None:
-        """Give back the spans that would not end before the token ``length - 1``, whose logits are needed."""
+        """Give back spans that would cover the token ``length - 1`` or later ones: its logits must be computed."""
         while self.splices and self.splices[-1][0] + len(self.splices[-1][1]) >= length:
             self.let_go(self.splices.pop()[1])
 

@@ -1,4 +1,4 @@
-"""What an engine is made with."""
+"""Settings of an engine."""
 
 import sys
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from rrm_engine.config import WaitPolicy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """Settings of one engine; ``loading/engines.py`` makes it of them and a model.
+    """``loading/engines.py`` builds an engine from these and a model.
 
-    A step runs one token of every decoding sequence, of which there are ``max_sequences`` at most, and chunks of
-    prompts up to ``step_tokens`` tokens.
+    A step runs one token of each decoding sequence, of which there are at most ``max_sequences``, and chunks of
+    prompts, up to ``step_tokens`` tokens in all.
     """
 
     blocks: int  # in the pool
@@ -24,10 +24,10 @@ class EngineSettings:
     host_blocks: int = 0  # room in host memory for what is offloaded
     eos_ids: frozenset[int] = frozenset()
     seed: int = 0  # of the sampling noise
-    stages: int = 1  # steps in flight: as many as the model has devices that run one after the other
-    lookahead: bool = False  # one step more, with tokens that the host does not know yet
-    eager: bool = False  # launch each kernel where a whole step could be captured and replayed
-    splices: bool = False  # KV may be attached at other positions than it was computed for
-    drafts: int = 0  # tokens that are guessed at once, at most
-    weigh_drafts: bool = False  # run only guesses that are likely to be worth their time on this machine
-    vocabulary: int = sys.maxsize  # tokens that the model knows
+    stages: int = 1  # devices that the layers are spread over in a pipeline; as many steps are in flight
+    lookahead: bool = False  # launch one more step, with tokens that the host has not read yet
+    eager: bool = False  # launch kernels one by one, even where a whole step could be captured and replayed
+    splices: bool = False  # KV may be attached at other positions than those it was computed for
+    drafts: int = 0  # most tokens guessed at once
+    weigh_drafts: bool = False  # run only guesses that are likely to save time on this machine
+    vocabulary: int = sys.maxsize  # number of tokens that the model knows

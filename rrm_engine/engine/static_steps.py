@@ -1,9 +1,10 @@
-"""Steps in static buffers: one upload each, and a whole forward replayed as a CUDA graph where it is small.
+"""Steps in static buffers: one upload each, and small steps' forwards replayed as CUDA graphs.
 
-A small step's forward is hundreds of launches that take the host longer than the device. Captured once for a number
-of tokens, they are replayed at once for every step that fits into it, decodes and mixed steps alike: what is left over
-is padding, which stores nothing and belongs to no sequence. Without CUDA the same function is called on the same
-buffers; steps too large to gain anything are not padded, nor those of a forward that does not know padding.
+A small step's forward is hundreds of kernel launches, which take the host longer than they take the device. Captured
+once for a number of tokens, they are replayed together for every step that is not larger, with decodes, prefill chunks
+or both; the rows left over are padding, which stores nothing and belongs to no sequence. Without CUDA the same function
+is called on the same buffers. Steps that are too large to gain from it are not padded, nor is any step of a forward
+that does not support padding.
 """
 
 from collections.abc import Callable
@@ -22,28 +23,27 @@ from rrm_engine.kv.cache import KVCache
 from rrm_engine.models.attention import Forward, PagedForward
 from rrm_engine.models.lean import LeanForward, Stage
 
-# Padded numbers of tokens: no step wastes more than a third of its rows, large ones less.
+# Numbers of tokens that steps are padded to: at most three eighths of the rows are padding, in large steps far fewer.
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-MIXED_SEQUENCES = 64  # a mixed step is padded to this many sequences, or to a power of two above
-MAX_PIECES, MAX_PARTIALS = 256, 64  # of shared runs; a step with more of them shares nothing
+MIXED_SEQUENCES = 64  # steps with prefill chunks are padded to this many sequences, or the next power of two
+MAX_PIECES, MAX_PARTIALS = 256, 64  # room for shared runs of blocks; a step with more of them shares nothing
 
 
 @dataclass(slots=True)
 class StaticStep:
-    """A step in the buffers of each share's device, padded to ``key`` if it has one."""
+    """A step's inputs on each share's device, padded to ``key`` if there is one."""
 
     inputs: list[PackedStep]
     order: list[Work]
-    longest: int  # context in it, or that its buffers can hold
+    longest: int  # its longest context; of a padded step, the longest that its buffers hold
     key: Key | None
     uploaded: int  # bytes
 
 
 @dataclass
 class StaticSteps:
-    """Packs and runs a runner's steps. ``pad`` rounds small ones up to a ``Key`` and replays them by it.
-
-    Logits are valid until the next step.
+    """Packs and runs a runner's steps. With ``pad`` small steps are rounded up to a ``Key``, under which their forward
+    is captured and replayed. Logits are valid until the next step.
     """
 
     shares: list[Share]
@@ -80,7 +80,7 @@ class StaticSteps:
         return out[: len(step.order)]
 
     def _size(self, layout: Layout) -> tuple[int | None, int, int]:
-        """Rows (None: more than are padded), sequences and blocks of the buffers that a step goes into."""
+        """Rows (None: too many to pad), sequences and blocks of the buffers that a step is written to."""
         live, seqs = len(layout.token_ids), len(layout.tables)
         tokens = next((size for size in SIZES if size >= live), None)
         longest = max(len(table) for table in layout.tables)
@@ -100,9 +100,8 @@ class StaticSteps:
 def static_steps(
     forward: Forward, attend: PagedAttention, cache: KVCache, device: torch.device, eager: bool = False
 ) -> StaticSteps:
-    """How a runner packs and runs its steps.
-
-    They are padded, and on CUDA captured, unless ``eager`` is set or the forward or the attention cannot do it.
+    """The packing and running of a runner's steps. They are padded, and on CUDA captured, unless ``eager`` is set or
+    the forward or the attention does not support it.
     """
 
     def whole(inputs: PackedStep, _: torch.Tensor | None) -> torch.Tensor:
@@ -139,19 +138,19 @@ def _key(tokens: int, seqs: int, blocks: int, step: Capacity) -> Key:
 
 
 def _launches(key: Key) -> Capacity:
-    """The size of a padded step's launches."""
+    """The capacity that a padded step's kernels are launched for."""
     members = 4 * key.tokens if key.pieces else 0
     shared = key.tokens if key.pieces else 0
     return Capacity(key.seqs, key.tokens, key.queries, key.blocks, key.pieces, members, shared, key.partials)
 
 
 def _power_of_two(number: int, least: int) -> int:
-    """The least power of two that is not below ``number`` or ``least``."""
+    """The smallest power of two that is at least ``number`` and ``least``."""
     return max(least, 1 << (number - 1).bit_length())
 
 
 def _width(blocks: int) -> int:
-    """Blocks of a table, rounded up to a power of four: contexts grow, and every size is captured anew."""
+    """Blocks of a table, rounded up to a power of four: contexts grow, and each size needs captures of its own."""
     width = 16
     while width < blocks:
         width *= 4

@@ -1,1 +1,1 @@
-"""The recursive policy, without I/O: `machine` decides, `types` is what it is told and what it answers."""
+"""The recursive policy, without I/O: `machine` decides; `types` are its inputs and its answers."""

@@ -10,7 +10,7 @@ from rrm_engine.protocol.events import Event, Malformed
 
 
 class DirectMachine:
-    """All that the node writes is its answer, however it ends."""
+    """Whatever the node writes is its answer, however it ends."""
 
     def __init__(self, task: str) -> None:
         root = Node(ROOT, ROOT, task, Phase.DIRECT, 0)
@@ -25,7 +25,7 @@ class DirectMachine:
         return [Start(ROOT, Phase.DIRECT, self.nodes[ROOT].task)]
 
     def on_event(self, node: str, event: Event, text: str | None = None) -> list[Command]:
-        """Nobody heeds its events."""
+        """Events are ignored: they are part of the answer."""
         return []
 
     def on_malformed(self, node: str, malformed: Malformed) -> list[Command]:

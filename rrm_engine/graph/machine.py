@@ -2,63 +2,61 @@
 
 No I/O, clock, thread or randomness: equal calls give equal commands.
 
-What the driver owes the machine
-    * Commands are executed one by one, in order. What ends or pauses a node (Pause, Stop, Cancel) comes before what
-      lets one decode (Resume, then Start); Finish is last.
-    * Pause means: stop right after the event just reported. Whatever the node wrote after it is discarded
-      and not reported, also when a Resume follows in the same answer.
-    * A sequence that ended by itself is kept until its node's Stop or Cancel: the node may be resumed. Each
+What the driver has to do
+    * Execute commands one by one, in order. Those that end or pause a node (Pause, Stop, Cancel) come before those
+      that let one decode (Resume, then Start); Finish is last.
+    * On Pause, stop the node right after the event just reported. What it wrote after that is discarded and not
+      reported, even if a Resume follows in the same answer.
+    * Keep a sequence that ended by itself until its node's Stop or Cancel, because the node may be resumed. Each
       started node gets exactly one of the two.
-    * ``text`` is the visible text of the phase up to that point, with thinking *and events* cut out: a node
-      that wrote nothing but events has written no answer. ``on_event`` needs it for ``done`` and an
-      ``atomic`` without an answer; without it the decision waits for the node's end.
-    * Events and ends of nodes that are not decoding are ignored: their tokens were in flight. A path that
-      was never declared is a KeyError.
+    * Pass as ``text`` the visible text of the phase up to that point, with thinking *and events* cut out: a node
+      that wrote nothing but events has written no answer. ``on_event`` needs it for ``done`` and for an ``atomic``
+      without an answer; if it is missing there, the machine decides when the node ends.
+    * Events and ends of nodes that are not decoding may be reported, because their tokens were in flight; they are
+      ignored. A path that was never declared raises KeyError.
 
 Splitting
     * A node starts in GRAPH while ``depth < max_depth``, else in SOLVER. It cannot split in SOLVER.
     * A child starts at its ``child`` event, or as soon as its dependencies have concluded, well or not;
-      their conclusions are ``given``. ``depends_on`` names siblings, later ones too. A name still
-      undeclared when its parent waits is dropped. A child that would, through others, wait for itself is
-      refused.
-    * A child whose id is taken is renamed (``a_2``); to its parent it answers to both names. The very same
-      child again, while the first is not awaited, is ignored. Ids are made fit for a path: ``a.b`` is
-      ``a_b``.
-    * A child that has the task of a sibling not yet awaited, and depends on the same, makes no node: that sibling
-      stands for it, is told under both ids and is what ``same`` says. Tasks are compared as `node.normalised`
-      leaves them.
+      their conclusions are ``given``. ``depends_on`` names siblings, also ones not declared yet; a name still
+      undeclared when the parent waits is dropped. A child that would wait for itself, directly or through others,
+      is refused.
+    * A child whose id is taken is renamed (``a_2``); its parent may call it by either name. The same id and task
+      again, while the first is not awaited, is ignored. Ids are made fit for a path: ``a.b`` becomes ``a_b``.
+    * A child with the task of a sibling that is not yet awaited, and with the same dependencies, gets no node of its
+      own: the sibling stands for both, and its conclusion is handed over under both ids. ``same`` is then the
+      sibling. Tasks are compared as `node.normalised` returns them.
     * A child whose task is that of its parent, or of a node further up, is refused. If the parent is in GRAPH and
       has no other child, it solves its task itself, as after an ``atomic`` without an answer.
     * ``max_width`` bounds the children of one *round*: from the node's start or resume to its next wait.
       ``max_nodes`` bounds the nodes of the graph, the root included, ``root!direct`` not.
-    * A refused child takes neither place nor id. Its parent reads a note at its next resume, and a failed
-      conclusion if it awaits it; so does a sibling that depends on it.
+    * A refused child takes neither place nor id. At its next resume the parent reads a note about it, and a failed
+      conclusion if it awaits it; a sibling that depends on it is given the failed conclusion too.
 
 Waiting
-    * ``await`` pauses the node until the named children have concluded. Conclusions come in the order
-      named, each once. A name stands for every child declared as it and not yet awaited; no names for all
-      of those. Where a child stands for a sibling too and not all of its ids are named, the rest follow.
-    * A node that ends (``done``, end of text, budget spent) with children not yet awaited awaits them all.
-      One that ends before it could read that a child was refused goes on too, with the notes alone.
-    * A node may wait ``max_awaits`` times, nonsense included. The next await is answered with a note to
-      answer now, any later one is ignored: every node's decoding is bounded.
+    * ``await`` pauses the node until the named children have concluded. Conclusions come in the order named, each
+      once. A name stands for every child declared under it and not yet awaited; an await without names for all
+      children not yet awaited. If a child stands for a sibling too, its ids that were not named come after the others.
+    * A node that ends (``done``, end of text, budget spent) with children not yet awaited awaits them all. One that
+      ends before it could read that a child was refused is resumed too, with the notes alone.
+    * A node may await ``max_awaits`` times, awaits of unknown children included. The next await is answered with a
+      note to answer now, and any later one is ignored, so that every node's decoding is bounded.
 
 Concluding
     * ``atomic`` with an answer concludes the node; descendants still alive are cancelled. Without an answer
-      it turns a GRAPH phase without children into SOLVER, and is ``done`` anywhere else.
+      it turns a GRAPH phase without children into SOLVER, and counts as ``done`` anywhere else.
     * A node that is done concludes with its text. For the root in GRAPH phase that text must give an answer: it
       was asked for a graph, not for prose. A node that was cut off concludes with the FINAL it wrote.
-    * A child's conclusion is told in brief (`answers.in_brief`): its answer and at most two sentences.
-    * Without any of it the node fails, which is a conclusion too, with ``ok=False``, for the nodes that wait
-      for it.
+    * A child's conclusion is shortened (`answers.in_brief`) to its answer and at most two sentences.
+    * A node that has nothing of this fails: it concludes with ``ok=False``, and the nodes that wait for it go on.
     * Under ``solves_afresh`` a root that would turn from GRAPH into SOLVER ends instead, and one DIRECT node at
       ``root!direct`` (no child id holds a ``!``) solves its task: the run is ATOMIC. As in a direct run, what that
-      node wrote is the answer, also where a limit cut it off.
-    * A root that fails is replaced by such a node too, the fallback. Events of either are not heeded. If that
-      node fails too, the run is INVALID, or FAILED where either ended in an error.
+      node wrote is the answer, even where a limit cut it off.
+    * A root that fails is replaced by such a node too, the fallback. Events of a DIRECT node are ignored. If it fails
+      too, the run is INVALID, or FAILED where either ended in an error.
 
-Turns: resumes go first, then deeper nodes, then older ones. There is no deadlock: a node waits only for its
-children or, acyclically, for siblings, so some node is decoding until Finish.
+Order: resumes go first, then deeper nodes, then older ones. There is no deadlock: a node waits only for its children
+or, without cycles, for siblings, so some node is decoding until Finish.
 """
 
 from collections import Counter
@@ -89,7 +87,7 @@ from rrm_engine.protocol.answers import in_brief, read_answer
 from rrm_engine.protocol.events import Atomic, Await, Child, Event, Malformed
 from rrm_engine.protocol.final import extract_final
 
-MAX_NOTES = 8  # of one resume; a runaway node must not flood its own context
+MAX_NOTES = 8  # in one resume, so that a runaway node does not flood its own context
 
 FAILURES = {
     EndReason.EOS: "it ended without an answer",
@@ -114,8 +112,8 @@ class GraphMachine:
         self.limits = limits
         self.repairs: Counter[str] = Counter()
         self.finished: Finish | None = None
-        self.accepted: NodePath | None = None  # the node that the last event made
-        self.same: NodePath | None = None  # the node that it would have made once more
+        self.accepted: NodePath | None = None  # the child that the last event declared, if it was accepted
+        self.same: NodePath | None = None  # the sibling that already has the task of the child it declared
         self.max_depth = 0  # of the nodes started
         self.max_sibling_width = 0  # most children accepted in one round of one node
         self._fork = child_context == "parent"
@@ -135,7 +133,7 @@ class GraphMachine:
         """Nodes that were started."""
         return sum(n.started for n in self._nodes.values())
 
-    # what the driver tells
+    # called by the driver
 
     def start(self) -> list[Command]:
         if self._root.state is NodeState.BLOCKED:
@@ -145,7 +143,7 @@ class GraphMachine:
         return self._commands()
 
     def on_event(self, node: str, event: Event, text: str | None = None) -> list[Command]:
-        """The node wrote an event. ``text``: the phase's visible text before it, for those that may end the node."""
+        """The node wrote an event. ``text``: the phase's visible text before it, for events that may end the node."""
         subject = self._nodes[node]
         self.accepted = self.same = None
         if self._heeded(subject):
@@ -234,7 +232,7 @@ class GraphMachine:
             self._solve_itself(parent)
 
     def _merge(self, parent: Node, twin: Node, name: str) -> None:
-        """A child called ``name`` would have the task of its sibling ``twin``, which is told as both from now on."""
+        """The child ``name`` has the task of its sibling ``twin``, which from now on stands for both."""
         title = parent.free_id(name)
         self.same = twin.path
         self._note(parent, "same_task", f"Child {title} has the task of {twin.id} and is not solved a second time.")
@@ -242,7 +240,7 @@ class GraphMachine:
         self._wake_dependants(twin)
 
     def _refusal(self, parent: Node, event: Child, names: Iterable[str]) -> tuple[str, str] | None:
-        """(repair, why) if the child must not be."""
+        """(repair, reason) if the child is refused."""
         limits = self.limits
         if parent.depth >= limits.max_depth or parent.phase is Phase.SOLVER:
             return "over_depth", "this node cannot start children and solves its task itself"
@@ -297,7 +295,7 @@ class GraphMachine:
         self._wait(node, [*named, *others], event.rule)
 
     def _resolve(self, node: Node, name: str) -> list[tuple[str, Node]]:
-        """The children that an await means by ``name``, with what they are told as."""
+        """The children that an await means by ``name``, each with the title that its conclusion is told under."""
         known = node.find(name)
         found = [(node.title(child, name), child) for child in known if not child.awaited]
         if not known:
@@ -316,7 +314,7 @@ class GraphMachine:
             self._go_on(node, Phase.CONTINUATION)
 
     def _owes_await(self, node: Node) -> bool:
-        """Whether the node may not end yet: there is something for it to read, and it may still wait."""
+        """Whether the node must not end yet: conclusions or notes are there for it to read, and it may still await."""
         unread = bool(node.unawaited) or (node.refusals > 0 and node.phase is not Phase.SOLVER)
         return unread and node.awaits < self.limits.max_awaits
 
@@ -391,7 +389,7 @@ class GraphMachine:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether the root has left its task, as a whole, to a direct node."""
+        """Whether the root stayed whole and left its task to a direct node (``solves_afresh``)."""
         return self.finished is None and self._root.conclusion is not None and self._root.conclusion.ok
 
     def _solve_directly(self) -> None:
@@ -421,7 +419,7 @@ class GraphMachine:
         self.finished = Finish(status, answer, error)
         self._out.append(self.finished)
 
-    # turns
+    # what goes on next
 
     def _pause(self, node: Node) -> None:
         self._out.append(Pause(node.path))
@@ -435,7 +433,7 @@ class GraphMachine:
         heappush(self._turns, (state is NodeState.READY, -node.depth, node.serial, node))
 
     def _commands(self) -> list[Command]:
-        """Let go on what is due, and hand over all that has been decided."""
+        """Start and resume the nodes that are due, and return all commands decided since the last call."""
         while self._turns:
             node = heappop(self._turns)[-1]
             if node.state is NodeState.READY:
@@ -459,7 +457,7 @@ class GraphMachine:
         node.awaiting, node.rule, node.notes = (), "", []
         node.width = node.refusals = 0
 
-    # small things
+    # helpers
 
     def _new_node(self, path: NodePath, node_id: str, task: str, parent: Node | None = None) -> Node:
         depth = parent.depth + 1 if parent else 0

@@ -1,4 +1,4 @@
-"""A node of the graph and what it knows of its children: names, dependencies, whose conclusion is due."""
+"""A node of the graph and its children: their names and dependencies, and which conclusions are due."""
 
 import re
 import unicodedata
@@ -21,31 +21,32 @@ class Node:
     path: NodePath
     id: str  # in its parent; the path's last part
     task: str
-    phase: Phase  # what it decodes now, or will when it starts or goes on
+    phase: Phase  # the phase it is in, or will enter when it starts or goes on
     serial: int  # order of declaration in the whole graph
     parent: "Node | None" = field(default=None, repr=False)
     depth: int = 0
-    bare: str = field(init=False, repr=False)  # its task as it is compared with others
+    bare: str = field(init=False, repr=False)  # its task, normalised for comparison with others
     state: NodeState = INITIAL
     started: bool = False
     end: EndReason | None = None  # why its decoding last stopped by itself
     conclusion: Conclusion | None = None
-    # name -> sibling, None while no sibling of that name is declared; in the order named
+    # by name, in the order named: the sibling, None while none of that name is declared
     dependencies: dict[str, "Node | None"] = field(default_factory=dict, repr=False)
     dependants: list["Node"] = field(default_factory=list, repr=False)
     awaited: bool = False  # its parent has asked for its conclusion
 
     # as a parent
-    # title -> child, in order of declaration; a child that stands for a sibling's task too is there once per title
+    # children by title, the id that a conclusion is told under, in order of declaration; a child that stands for a
+    # sibling too has several titles
     children: dict[str, "Node"] = field(default_factory=dict, repr=False)
-    names: dict[str, list["Node"]] = field(default_factory=dict, repr=False)  # as declared -> children
-    expected: dict[str, list["Node"]] = field(default_factory=dict, repr=False)  # undeclared -> dependants
-    awaiting: tuple[tuple[str, "Node"], ...] = field(default=(), repr=False)  # with the titles they are told under
+    names: dict[str, list["Node"]] = field(default_factory=dict, repr=False)  # children by their name as declared
+    expected: dict[str, list["Node"]] = field(default_factory=dict, repr=False)  # by undeclared name: its dependants
+    awaiting: tuple[tuple[str, "Node"], ...] = field(default=(), repr=False)  # (title, child)
     rule: str = ""
     notes: list[str] = field(default_factory=list)  # for its next resume
     awaits: int = 0
     width: int = 0  # children accepted since it started or last went on
-    refusals: int = 0  # children refused since then, which it has not been told
+    refusals: int = 0  # children refused since then, of which it has not been told yet
 
     def __post_init__(self) -> None:
         self.bare = normalised(self.task)
@@ -56,7 +57,7 @@ class Node:
 
     @property
     def given(self) -> tuple[Conclusion, ...]:
-        """The conclusions of its dependencies, each title once, in the order named."""
+        """The conclusions of its dependencies, in the order named, each title once."""
         if self.parent is None:
             return ()
         titled = [(self.parent.title(d, name), d) for name, d in self.dependencies.items() if d is not None]
@@ -64,7 +65,7 @@ class Node:
 
     @property
     def due(self) -> tuple[Conclusion, ...]:
-        """The conclusions of the children it awaits, in the order named; those that are there."""
+        """The conclusions reached so far of the children it awaits, in the order named."""
         return _conclusions(self.awaiting)
 
     @property
@@ -73,26 +74,26 @@ class Node:
         return [(t, c) for t, c in self.children.items() if not c.awaited and c.state is not NodeState.REFUSED]
 
     def find(self, name: str) -> list["Node"]:
-        """All children declared as ``name``, in order; if every one was refused, the latest of them."""
+        """The children declared as ``name``, in order, without refused ones; if all were refused, the last of them."""
         known = self.names.get(name, [])
         return [c for c in known if c.state is not NodeState.REFUSED] or known[-1:]
 
     def title(self, child: "Node", name: str) -> str:
-        """What ``child``, meant by ``name``, is told as: one of its titles."""
+        """The title that the conclusion of ``child`` is told under when it is called ``name``."""
         return name if self.children.get(name) is child else child.id
 
     def repeats(self, name: str, task: str) -> bool:
-        """Whether the node has already declared this very child and not awaited it."""
+        """Whether the node has declared a child of this name and task already and not awaited it yet."""
         known = (c for c in self.find(name) if not c.awaited and c.state is not NodeState.REFUSED)
         return any(c.bare == normalised(task) for c in known)
 
     def twin(self, task: str, depends_on: Iterable[str]) -> "Node | None":
-        """The child that has this task, is given the same and has not been awaited."""
+        """The child not yet awaited that has this task and the same dependencies, if there is one."""
         same, given = normalised(task), {name: next(reversed(self.find(name)), None) for name in depends_on}
         return next((c for _, c in self.unawaited if c.bare == same and c.dependencies == given), None)
 
     def ancestor(self, task: str) -> "Node | None":
-        """The nearest of this node, its parent and so on that has this task."""
+        """This node or the nearest of its ancestors that has this task, if there is one."""
         same = normalised(task)
         node: Node | None = self
         while node is not None and node.bare != same:
@@ -100,7 +101,7 @@ class Node:
         return node
 
     def free_id(self, name: str) -> str:
-        """``name`` made fit for a path and unlike every sibling's id; refused children hold no id."""
+        """An id made from ``name``: fit for a path and no sibling's; ids of refused children are free."""
         base = re.sub(r"[^\w-]+", "_", name)[:64] or "child"
         candidate, n = base, 1
         while (sibling := self.children.get(candidate)) and sibling.state is not NodeState.REFUSED:
@@ -109,7 +110,7 @@ class Node:
         return candidate
 
     def closes_cycle(self, names: Iterable[str], depends_on: Iterable[str]) -> bool:
-        """Whether a new child known by ``names`` would, through ``depends_on``, wait for itself."""
+        """Whether a new child called ``names`` would, through ``depends_on``, wait for itself."""
         own = [n for n in names if n not in self.names]
         waiting = {c for name in own for c in self.expected.get(name, ())}
         stack: list[Node] = []
@@ -128,7 +129,7 @@ class Node:
         return False
 
     def link(self, child: "Node", depends_on: Iterable[str]) -> None:
-        """Tie a new child to the siblings it depends on, or to names not declared yet."""
+        """Enter the dependencies of a new child: siblings, or names not declared yet."""
         for name in dict.fromkeys(depends_on):
             target = next(reversed(self.find(name)), None)
             child.dependencies[name] = target
@@ -138,8 +139,8 @@ class Node:
                 target.dependants.append(child)
 
     def adopt(self, child: "Node", title: str, names: Iterable[str]) -> None:
-        """Take the child in under ``title``, known by ``names``; siblings that expected one now depend on it."""
-        self.children.pop(title, None)  # a refused child of that id; the new one comes last
+        """Add a child under ``title`` and ``names``. Siblings that depend on one of these names now depend on it."""
+        self.children.pop(title, None)  # a refused child had this id; the new one is ordered last
         self.children[title] = child
         for name in names:
             self.names.setdefault(name, []).append(child)
@@ -148,7 +149,7 @@ class Node:
                 child.dependants.append(sibling)
 
     def drop_expected(self) -> Iterator[tuple["Node", str]]:
-        """Give up on names that were never declared: (child, name) of each dependency dropped."""
+        """Drop dependencies on names that were never declared; yields (child, name) of each."""
         expected, self.expected = self.expected, {}
         for name, children in expected.items():
             for child in children:
@@ -157,11 +158,12 @@ class Node:
 
 
 def normalised(task: str) -> str:
-    """``task`` without what makes no other task of it: a label in front ("Problem:"), white space, quotes around it,
-    its last full stop, and the case of words.
+    """``task`` in a form in which equal tasks are equal strings: without a label before it ("Problem:"), white space,
+    quotes around it and punctuation at its end, and words in lower case.
 
-    Single letters, and short runs of capitals, keep theirs: "N" and "n", "AB" and "ab" may be two quantities. An
-    exclamation mark at the end may be a factorial, and a quote at one end alone a derivative.
+    Single letters and short runs of capitals keep their case, because "N" and "n", or "AB" and "ab", may be different
+    quantities. A final exclamation mark is kept, as it may be a factorial, and so is a quote at one end only, as it may
+    be a derivative.
     """
     text, before = unicodedata.normalize("NFC", " ".join(task.split())), None
     while text != before:

@@ -1,4 +1,4 @@
-"""Names of nodes: where one is in its graph, and which one it is among all jobs of a run."""
+"""Names of nodes: their path in a graph, and their key among all jobs of a run."""
 
 
 class NodePath(str):
@@ -24,7 +24,7 @@ ROOT = NodePath("root")
 
 
 class NodeKey(str):
-    """A node of one of a run's jobs: the job's key, a colon, the node's path. It names a node's sequence."""
+    """Names a node of one of a run's jobs, and its sequence: the job's key, a colon, the node's path."""
 
     __slots__ = ()
 

@@ -10,10 +10,10 @@ class NodeState(StrEnum):
     """Where a node is in its life; RUNNING is the only state in which it decodes."""
 
     BLOCKED = "blocked"  # declared, not started: a dependency has not concluded
-    READY = "ready"  # not started: starts at its turn
+    READY = "ready"  # not started: about to be
     RUNNING = "running"
     AWAITING = "awaiting"  # paused or ended by itself: an awaited child has not concluded
-    RESUMABLE = "resumable"  # paused or ended by itself: goes on at its turn
+    RESUMABLE = "resumable"  # paused or ended by itself: about to go on
     CONCLUDED = "concluded"
     CANCELLED = "cancelled"
     REFUSED = "refused"  # never became a node; its failed conclusion says why
@@ -23,7 +23,7 @@ INITIAL: Final = NodeState.BLOCKED
 ALIVE: Final = frozenset({NodeState.RUNNING, NodeState.AWAITING, NodeState.RESUMABLE})
 OVER: Final = frozenset({NodeState.CONCLUDED, NodeState.CANCELLED, NodeState.REFUSED})
 
-# (from, to) -> why. A node that is READY or RESUMABLE gets its turn in the same answer, so none of them is cancelled.
+# (from, to) -> why. A READY or RESUMABLE node starts or goes on in the same answer, so it is never cancelled.
 TRANSITIONS: Final[Mapping[tuple[NodeState, NodeState], str]] = MappingProxyType(
     {
         (NodeState.BLOCKED, NodeState.READY): "its dependencies have concluded",

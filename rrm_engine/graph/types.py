@@ -36,8 +36,8 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``max_depth`` counts edges below the root: 1 means that only the root may split. ``solves_afresh``: a root that
-    stays whole is solved by a direct node in its place.
+    """``max_depth`` counts levels below the root: 1 means that only the root may split. ``solves_afresh``: if the root
+    does not split, a direct node with a fresh context solves its task.
     """
 
     max_depth: int = 2
@@ -51,8 +51,8 @@ class Limits:
 class Conclusion:
     """What a node hands to the nodes that wait for it.
 
-    ``id`` is what the child is called in its parent. A child that stands for siblings too concludes once for each of
-    their ids; ``node`` is its path, None for a child that was refused, ``task`` what it was to do.
+    ``id`` is the child's id in its parent; a child that stands for siblings too has one conclusion for each id.
+    ``node`` is its path, None for a child that was refused, and ``task`` its task.
     """
 
     id: str

@@ -109,7 +109,7 @@ class RrmAPI(ModelAPI):
         return tuple(sorted(found.items()))
 
     def _result(self, asked: Asked) -> JobResult:
-        """Whoever's turn it is solves for all that wait and ask for the same settings."""
+        """The caller whose turn it is solves for all that wait and ask for the same settings."""
         settings, _, future = asked
         with self._turn:
             if not future.done():

@@ -14,7 +14,7 @@ from rrm_engine.kv.table import BlockCopy
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer stores for a token, and where."""
+    """The shape of one layer's KV for a token, its type and its device."""
 
     kv_heads: int
     key_width: int
@@ -31,11 +31,12 @@ Stack = tuple[list[int], torch.Tensor, torch.Tensor]  # layers, their keys and t
 
 
 class KVCache:
-    """``num_blocks`` usable blocks and the null block, ``[num_blocks + 1, block_size, kv heads, width]`` a layer.
+    """``num_blocks`` usable blocks and the null block: keys and values ``[num_blocks + 1, block_size, kv heads,
+    width]`` for each layer.
 
-    Layers are created from ``shapes`` or, where a layer is unknown, from the first keys and values it stores:
-    models of some families differ from layer to layer, or have no single head width in their config. Pools of one
-    shape, type and device that are known from the start lie in one tensor, so that blocks move in all layers at once.
+    A layer that is not in ``shapes`` is created from the first keys and values it stores, because some families' layers
+    differ and their configs name no single head width. Layers known from the start that have one shape, type and device
+    are slices of one tensor, so that blocks are moved in all of them at once.
     """
 
     def __init__(self, num_blocks: int, block_size: int, shapes: Mapping[int, LayerShape] | None = None) -> None:
@@ -67,17 +68,18 @@ class KVCache:
             pools.index_copy_(1, destinations.on(pools.device), pools.index_select(1, sources.on(pools.device)))
 
     def swap_out(self, copy: HostCopy, blocks: Sequence[int]) -> None:
-        """Read ``blocks`` into host memory; on CUDA the transfer goes on beside the steps that follow."""
+        """Read ``blocks`` into host memory; on CUDA the transfer overlaps with the steps that follow."""
         taken = _Index(blocks)
         copy.payload = [self._to_host(pools.index_select(1, taken.on(pools.device))) for pools in self._pools()]
 
     def swap_in(self, copy: HostCopy, blocks: Sequence[int]) -> None:
-        """Write what ``swap_out`` read into ``blocks``, as far as they go."""
+        """Write what ``swap_out`` read into ``blocks``. If they are fewer than were read, the rest is dropped."""
         for device, stream in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(stream)
         given = _Index(blocks)
         for pools, rows in zip(self._pools(), copy.payload, strict=True):
-            back = rows.to(pools.device, non_blocking=True)  # as a whole: a part the host would read, maybe too early
+            # Transferred whole: the host would have to copy a part of it together, maybe before it has arrived.
+            back = rows.to(pools.device, non_blocking=True)
             pools.index_copy_(1, given.on(pools.device), back[:, : len(blocks)])
         copy.payload = None
 
@@ -88,9 +90,9 @@ class KVCache:
         moves: Sequence[int],
         rotary: Mapping[int, torch.Tensor],
     ) -> None:
-        """Copy the KV of token slots to others, each key re-rotated for a position that lies ``moves`` after its own.
+        """Copy the KV of ``sources`` to the slots ``destinations``, keys rotated on by ``moves`` positions.
 
-        ``rotary``: by layer index the frequencies fp32 ``[rotary / 2]`` with which its keys are rotated.
+        ``rotary``: by layer index the frequencies fp32 ``[rotary / 2]`` that its keys were rotated with.
         """
         indices = _Index(sources), _Index(destinations), _Index(moves)
         for layers, keys, values in self._stacks:
@@ -103,7 +105,7 @@ class KVCache:
                 pools.index_copy_(1, destination, rerotate(pools.index_select(1, source), delta, rotary[layer]))
 
     def _pools(self) -> Iterator[torch.Tensor]:
-        """All pools ``[layers, blocks, block_size, kv heads, width]``, keys and values in turn."""
+        """All tensors ``[layers, blocks, block_size, kv heads, width]``, keys and values alternating."""
         for _, keys, values in self._stacks:
             yield keys
             yield values
@@ -132,7 +134,7 @@ class KVCache:
 
 
 class _Index:
-    """Numbers as int64 on the devices of layers, brought to each of them once."""
+    """Integers as int64 tensors on the layers' devices, transferred to each device once."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self._numbers = numbers
@@ -145,7 +147,7 @@ class _Index:
 
 
 def _rows(pools: torch.Tensor) -> torch.Tensor:
-    """Stacked pools by token slots."""
+    """Stacked pools ``[layers, slots, kv heads, width]``."""
     return pools.flatten(1, 2)
 
 
@@ -157,7 +159,7 @@ def bytes_per_block(shapes: Mapping[int, LayerShape], block_size: int) -> int:
 def bytes_per_block_on_devices(
     replicas: Iterable[Mapping[int, LayerShape]], block_size: int
 ) -> dict[torch.device, int]:
-    """By device the bytes of one block in each of the replicas, over those of their layers that lie there."""
+    """By device the bytes of one block, summed over the layers of all replicas on that device."""
     found: dict[torch.device, int] = {}
     for shapes in replicas:
         for shape in shapes.values():

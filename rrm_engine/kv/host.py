@@ -1,4 +1,4 @@
-"""Room in host memory for KV that was moved off the device. Bookkeeping only: what is stored stays opaque."""
+"""Host memory for KV that was moved off the device. Bookkeeping only; the contents are opaque here."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ COPIES_PER_ROUND_TRIP = 2  # out and back in
 
 @dataclass(slots=True, eq=False)
 class HostCopy:
-    """Consecutive full or partial blocks of one sequence; ``payload`` is set where the swap is carried out."""
+    """Consecutive blocks of one sequence, ``count`` of them. ``payload`` is set where the swap is carried out."""
 
     count: int
     payload: Any = None
@@ -20,7 +20,7 @@ SwapIn = tuple[HostCopy, tuple[int, ...]]  # to read, and the device blocks to w
 
 
 class HostSpace:
-    """``num_blocks`` blocks' worth of host memory, counted."""
+    """Counts the blocks in host memory, which has room for ``num_blocks``."""
 
     def __init__(self, num_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
@@ -28,7 +28,7 @@ class HostSpace:
         self.peak_used = 0
 
     def take(self, count: int) -> bool:
-        """Set ``count`` blocks aside; False if they are not there."""
+        """Reserve ``count`` blocks; False if there is no room."""
         if self.num_used + count > self.num_blocks:
             return False
         self.num_used += count
@@ -47,7 +47,7 @@ class HostSpace:
 
 @dataclass(frozen=True, slots=True)
 class SwapCosts:
-    """Measured seconds: to copy one block one way between device and host, and to prefill one token."""
+    """Measured seconds to copy one block between device and host, one way, and to prefill one token."""
 
     copy_block_s: float
     prefill_token_s: float

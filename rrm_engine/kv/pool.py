@@ -1,7 +1,7 @@
-"""Whose memory is whose: reference-counted blocks and the prefix cache over them. Bookkeeping only, no tensors.
+"""Reference-counted blocks and the prefix cache over them. Bookkeeping only, no tensors.
 
-Block 0 is the null block: it belongs to no sequence, and padding may read or write it. A block with more than one
-reference, and a block the prefix cache can find, is never written (invariant of every method here).
+Block 0 is the null block: it belongs to no sequence, and padding may read or write it. Invariant of every method: a
+block is written only if it has exactly one reference and the prefix cache cannot find it.
 """
 
 from collections import Counter, OrderedDict
@@ -18,8 +18,8 @@ class OutOfBlocks(Exception):
 class BlockPool:
     """``num_blocks`` usable blocks of ``block_size`` tokens, ids 1..num_blocks.
 
-    The prefix cache is a chain of exact keys: a full block is found by (uid of the block before it, its tokens).
-    Uids are never reused, so a key can only match the tokens it was made from; there are no hash collisions.
+    The prefix cache finds a full block by (uid of the block before it, its tokens). Uids are never reused, so a key
+    stands for one exact prefix; unlike with hashes there are no collisions.
     """
 
     def __init__(self, num_blocks: int, block_size: int, prefix_cache: bool = True) -> None:
@@ -50,11 +50,14 @@ class BlockPool:
         return self._refs[block]
 
     def uid(self, block: int) -> int:
-        """The uid under which the prefix cache chains what follows a cached ``block``. Raises KeyError."""
+        """The uid of a cached block, a part of the key of blocks after it. Raises KeyError if it is not cached."""
         return self._uid_of[block]
 
     def allocate(self) -> int:
-        """A block with one reference and undefined content. Raises OutOfBlocks."""
+        """A block with one reference and undefined content: a free one, else the least recently used cached one.
+
+        Raises OutOfBlocks.
+        """
         if self._free:
             block = self._free.pop()
         elif self._evictable:
@@ -67,7 +70,7 @@ class BlockPool:
         return block
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more reference to each of ``blocks``, which are held already or which the prefix cache kept."""
+        """Add a reference to each of ``blocks``, which must be held or cached."""
         refs = self._refs
         for block in blocks:
             if refs[block] == 0:
@@ -76,7 +79,7 @@ class BlockPool:
         self.peak_used = max(self.peak_used, self.num_used)
 
     def release(self, block: int, keep_cached: bool = True) -> None:
-        """One reference less; the last one leaves a cached block evictable, or free if not ``keep_cached``."""
+        """Drop a reference. Without any left the block is free, or evictable if it is cached and ``keep_cached``."""
         if self._refs[block] < 1:
             raise ValueError(f"block {block} is released more often than it was taken")
         self._refs[block] -= 1
@@ -89,7 +92,7 @@ class BlockPool:
             self._free.append(block)
 
     def take_for_writing(self, block: int) -> bool:
-        """Whether the holder of ``block`` may write it in place; takes it out of the prefix cache if so."""
+        """Whether the holder of ``block`` may write it in place; if so, takes it out of the prefix cache."""
         if self._refs[block] != 1:
             return False
         if block in self._key_of:
@@ -97,9 +100,9 @@ class BlockPool:
         return True
 
     def register(self, block: int, parent_uid: int, tokens: tuple[int, ...]) -> int:
-        """Make a full block findable; returns the uid to chain the next block on.
+        """Let the prefix cache find a full block; returns its uid, to register the next block with.
 
-        If equal content is cached already, that block stays the one to be found.
+        If equal content is cached already, that block stays the one that is found, and its uid is returned.
         """
         if not self.prefix_cache:
             return ROOT_UID
@@ -113,9 +116,9 @@ class BlockPool:
         return self._uid_of[block]
 
     def match(self, tokens: Sequence[int]) -> list[int]:
-        """The longest cached chain of full blocks that ``tokens`` starts with; takes no reference.
+        """The cached blocks of the longest prefix of ``tokens``; adds no reference.
 
-        At least the last token is left out, for its logits have to be computed.
+        At least the last token is not matched, because its logits have to be computed.
         """
         blocks: list[int] = []
         uid = ROOT_UID

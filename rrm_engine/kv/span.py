@@ -1,4 +1,4 @@
-"""KV of a stretch of one sequence, held to be attached to another one. Bookkeeping only, no tensors."""
+"""KV of some consecutive tokens, held to be attached to another sequence. Bookkeeping only, no tensors."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ from rrm_engine.kv.table import BlockTable
 class Span:
     """References to the blocks that hold the KV of the tokens ``start`` to ``stop`` of a table.
 
-    The table may go on, be cut or given back: what is shared is never written, so a span's KV stays as it was. It
-    can be taken away when memory runs out; then ``live`` is False and its tokens have to be prefilled.
+    The table may be extended, truncated or released meanwhile: shared blocks are never written, so a span's KV stays as
+    it was. When memory runs out a span may be released; then ``live`` is False and its tokens have to be prefilled.
     """
 
     def __init__(self, table: BlockTable, start: int, stop: int, tokens: Sequence[int]) -> None:
-        """``tokens`` are those of the stretch. Raises ValueError where the table has no KV of it."""
+        """``tokens`` are those from ``start`` to ``stop``. Raises ValueError if the table does not have their KV."""
         if not 0 <= start < stop <= table.length or len(tokens) != stop - start:
             raise ValueError(f"there is KV of {table.length} tokens, and {start} to {stop} were asked for")
         size = table.pool.block_size

@@ -11,8 +11,8 @@ BlockCopy = tuple[int, int]  # (source block, destination block), to be done bef
 class BlockTable:
     """``blocks`` hold the KV of the first ``length`` tokens, ``host`` that of the tokens after them.
 
-    From the token ``approximate_from`` on, if it is not None, the KV is not what the tokens alone would give, because
-    some was attached: the prefix cache must not find it.
+    ``approximate_from``, if not None, is the first token whose KV was attached instead of computed. From there on KV is
+    not what the tokens would give, so the prefix cache must not find it.
     """
 
     def __init__(self, pool: BlockPool, space: HostSpace | None = None) -> None:
@@ -26,14 +26,14 @@ class BlockTable:
         self._uids: list[int] = []  # of the leading full blocks that were offered to the prefix cache
 
     def blocks_needed(self, count: int) -> int:
-        """Blocks that ``append(count)`` would allocate, the copy of a shared partial block included."""
+        """Blocks that ``append(count)`` would allocate, with one for the copy of a shared partial block."""
         size = self.pool.block_size
         new = -(-(self.length + count) // size) - len(self.blocks)
         tail_is_shared = self.length % size and self.pool.refs(self.blocks[-1]) > 1
         return new + (1 if tail_is_shared and count else 0)
 
     def append(self, count: int, exact: bool = True) -> list[BlockCopy]:
-        """Make room for ``count`` more tokens. A shared partial tail is replaced by a copy of its own.
+        """Make room for ``count`` more tokens. A partly filled last block that is shared is replaced by a copy.
 
         ``exact`` is False for KV that is attached instead of computed.
         Returns the copies to do before anything is written. Raises OutOfBlocks before changing anything.
@@ -79,7 +79,7 @@ class BlockTable:
         return self.length
 
     def register(self, tokens: Sequence[int]) -> None:
-        """Offer full exact blocks to the prefix cache, as far as ``tokens``, the sequence's, are known."""
+        """Offer full blocks of exact KV to the prefix cache, as far as the sequence's ``tokens`` are known."""
         if not self.pool.prefix_cache:
             return
         size = self.pool.block_size
@@ -90,7 +90,7 @@ class BlockTable:
             self._uids.append(self.pool.register(self.blocks[i], parent, key))
 
     def fork(self, length: int) -> "BlockTable":
-        """A table over the first ``length`` tokens that shares every block, the partial tail included."""
+        """A table over the first ``length`` tokens that shares all their blocks, a partly filled last one included."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot fork {length} of {self.length} tokens")
         child = BlockTable(self.pool, self.space)
@@ -109,16 +109,16 @@ class BlockTable:
         self._cut(length, keep_cached=True)
 
     def release(self) -> None:
-        """Give all blocks back, the tail first, so that the prefix cache evicts ends before beginnings."""
+        """Give all blocks back, the last first, so that the prefix cache evicts ends before beginnings."""
         self._cut(0, keep_cached=True)
 
     def discard(self) -> None:
-        """Give all blocks back; those that no other table holds are not found in the prefix cache any more."""
+        """Give all blocks back, and take those that no other table holds out of the prefix cache."""
         self._cut(0, keep_cached=False)
 
     @property
     def first_own(self) -> int:
-        """Index of the first block from which on no other table holds any."""
+        """Index of the first of the trailing blocks that no other table holds."""
         first = len(self.blocks)
         while first and self.pool.refs(self.blocks[first - 1]) == 1:
             first -= 1

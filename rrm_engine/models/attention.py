@@ -21,10 +21,10 @@ ATTENTION_NAME = "rrm_paged"
 
 
 class Exchange(Protocol):
-    """Is given what was found at a place of a forward, ``[copies, tokens, ...]``, and returns what to go on with, of
-    that shape. The check at load looks into a model so.
+    """A hook by which the check at load inspects a forward: called with the tensor ``found`` at a place of it,
+    ``[copies, tokens, ...]``, it returns the tensor to continue with, of the same shape.
 
-    A packed run has one copy, and its tokens in the order of the step.
+    A packed run has one copy, with the tokens in the order of the step.
     """
 
     def __call__(self, what: str, layer: int, found: torch.Tensor) -> torch.Tensor: ...
@@ -32,18 +32,18 @@ class Exchange(Protocol):
 
 @dataclass(slots=True)
 class PagedForward:
-    """What one forward needs to know; travels through the model as the keyword ``rrm_forward``."""
+    """What the attention of one forward needs; passed through the model as the keyword ``rrm_forward``."""
 
     cache: KVCache
     batch: PagedBatch
     attend: PagedAttention
-    brought: dict[Any, Any] = field(default_factory=dict)  # to other devices than the batch's, in this step
-    exchange: Exchange | None = None  # of the check at load
+    brought: dict[Any, Any] = field(default_factory=dict)  # copies on other devices than the batch's, made in this step
+    exchange: Exchange | None = None  # only in the check at load
 
     def attention(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
-        """A layer's attention ``[tokens, query heads, value width]``; its new KV is in the pools already."""
+        """A layer's attention ``[tokens, query heads, value width]``. The new KV must be in the pools already."""
         batch = self.batch_on(query.device)
         if self.exchange is None:
             return self.attend(query, keys, values, batch, scores)
@@ -54,7 +54,7 @@ class PagedForward:
         return self.exchange("attention", layer, self.attend(query, keys, values, batch, scores)[None])[0]
 
     def batch_on(self, device: torch.device) -> PagedBatch:
-        """The batch on one of the model's devices; brought there once a step."""
+        """The batch on one of the model's devices, copied there once a step."""
         if device == self.batch.slots.device:
             return self.batch
         if device not in self.brought:
@@ -63,12 +63,12 @@ class PagedForward:
         return batch
 
     def bring(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A tensor of this step on another device; brought there once, whichever layers ask for it."""
+        """A tensor of this step on another device, copied there once for all layers."""
         if tensor.device == device:
             return tensor
         key = (id(tensor), device)
         if key not in self.brought:
-            self.brought[key] = tensor, hand_over(tensor, device)  # the first one lives on, so its id is not reused
+            self.brought[key] = tensor, hand_over(tensor, device)  # the original is kept, so that its id is not reused
         there: torch.Tensor = self.brought[key][1]
         return there
 
@@ -87,7 +87,7 @@ class Forward(Protocol):
 def transformers_forward(model: Any, output: torch.device | None = None) -> Forward:
     """A causal LM of transformers, whose attention is ours, as a ``Forward``.
 
-    ``output`` is where its last layer lies, if that is not where its inputs go.
+    ``output`` is the device of its last layer, if that is not where its inputs go.
     """
 
     def forward(
@@ -123,8 +123,8 @@ def paged_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Query ``[1, query heads, tokens, width]``, key and value ``[1, kv heads, tokens, width]``, already rotated.
 
-    Returns ``[1, tokens, query heads, value width]``. ``attention_mask`` is None by construction (no mask function
-    is registered under our name): causality and windows come from the block tables' lengths.
+    Returns ``[1, tokens, query heads, value width]``. ``attention_mask`` is always None, because no mask function is
+    registered under our name: causality and windows follow from the lengths in the batch.
     """
     new_key, new_value = key[0].transpose(0, 1), value[0].transpose(0, 1)
     key_pool, value_pool = rrm_forward.cache.layer(module.layer_idx, new_key, new_value)  # type: ignore[arg-type]
@@ -140,8 +140,8 @@ def paged_attention_forward(
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, PagedAttention]:
     """The attention backend that ``--attention`` asks for: what it is, in words, and the backend.
 
-    ``auto`` is the compiled kernel on CPU and Triton's on CUDA where it can be had, else the torch reference; then the
-    words say why. Raises RrmError if a backend is asked for by name and cannot be had.
+    ``auto`` is the compiled kernel on CPU and Triton's on CUDA if it is available, else the torch reference, and the
+    words say why. Raises RrmError if a backend that is asked for by name is not available.
     """
     wanted = {"cpu": "native", "cuda": "triton"}.get(device.type) if name == "auto" else name
     reason = ""
@@ -163,7 +163,7 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tup
 
 
 def _native(device: torch.device, dtype: torch.dtype) -> PagedAttention:
-    """Raises NativeUnavailable, or RrmError for a variant in the environment that does not run here."""
+    """Raises NativeUnavailable, or RrmError if ``RRM_CPU_KERNELS`` names a variant that does not run here."""
     if device.type != "cpu":
         raise NativeUnavailable(f"it runs on CPU only, not on {device}")
     if dtype not in DTYPES:
@@ -175,7 +175,9 @@ def _native(device: torch.device, dtype: torch.dtype) -> PagedAttention:
 
 
 class OnOwnDevice(PagedAttention):
-    """An attention with CUDA's current device that of its arguments, as kernels compiled outside torch need it."""
+    """An attention called with CUDA's current device set to that of its arguments, which Triton's and the
+    FlashAttention kernels need.
+    """
 
     def __init__(self, attend: PagedAttention) -> None:
         self.attend, self.name = attend, attend.name

@@ -1,4 +1,4 @@
-"""Fewer and faster operations: projections of one input merged, weights packed on CPU, norms in one kernel."""
+"""Fewer and faster operations: projections of the same input merged, weights packed on CPU, norms as one kernel."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,20 +13,20 @@ from torch import nn
 # Projections that read the same input, by the names transformers gives them.
 MERGES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-PREPACK_FP32_WEIGHTS = 1 << 20
+PREPACK_FP32_WEIGHTS = 1 << 20  # weights of a linear layer from which on oneDNN gains in fp32
 
 
 class PackedLinear(nn.Module):
-    """``x @ weight.T + bias`` with the weight packed by the compiled kernel or by oneDNN, else ``F.linear``.
+    """``x @ weight.T + bias`` with the weight packed for the compiled kernel or for oneDNN, else ``F.linear``.
 
-    In bf16, and with the compiled kernel in fp32, a row's result does not depend on the other rows.
+    In bf16, and with the compiled kernel in fp32, a row's result does not depend on the other rows of the batch.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-        # A plain attribute: nn.Module looks parameters up the slow way, and this is read in every step.
+        # A plain attribute, because nn.Module looks parameters up slowly, and this is read in every step.
         self.product = _native(weight, bias) or onednn_product(weight, bias) or _unpacked(weight, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,10 +44,10 @@ def _native(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
 
 
 def onednn_product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product | None:
-    """The product by oneDNN with the weight in its own layout, or None where that is not to be had or does not pay.
+    """The product by oneDNN with the weight in its own layout; None where that is not available or not faster.
 
-    The operators are torch-internal, so their absence is a normal case. In bf16 the result is bitwise that of
-    ``F.linear``. In fp32 it gains from about a million weights on; below, ``F.linear`` has less to do around it.
+    The operators are internal to torch and may be missing. In bf16 the result is bitwise that of ``F.linear``. In fp32
+    it is faster from about a million weights on; with fewer, ``F.linear`` has less overhead.
     """
     pays = weight.dtype == torch.bfloat16 or (weight.dtype == torch.float32 and weight.numel() >= PREPACK_FP32_WEIGHTS)
     supported = weight.device.type == "cpu" and pays
@@ -65,7 +65,7 @@ def _unpacked(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
 
 
 class _Merged:
-    """One product for several projections of the same input; the first one asked computes it for all."""
+    """One product for several projections of the same input; the first projection called computes it for all."""
 
     def __init__(self, linear: PackedLinear, sizes: Sequence[int]) -> None:
         self.linear = linear
@@ -86,7 +86,7 @@ class _Merged:
 
 
 class MergedPart(nn.Module):
-    """Stands where a projection was; its output is a slice of the merged product."""
+    """Replaces a projection; its output is a slice of the merged product."""
 
     def __init__(self, merged: _Merged, index: int) -> None:
         super().__init__()
@@ -107,7 +107,8 @@ class MergedPart(nn.Module):
 class FusedRMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight``, normalised in fp32 (Zhang and Sennrich 2019).
 
-    With a weight in fp32 the product is in fp32, too, and rounded once; else the norm is rounded before, as in Llama.
+    With an fp32 weight the product is fp32 and rounded once; otherwise the normalised values are rounded before it, as
+    in Llama.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
@@ -122,14 +123,14 @@ class FusedRMSNorm(nn.Module):
 
 
 class _Watched(nn.Linear):
-    """A linear layer that notes itself in ``seen`` when its parameters are read from outside of its own forward."""
+    """A linear layer that adds itself to ``seen`` when its parameters are read other than by its own forward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         return F.linear(x, weight, bias)
 
-    def __getattr__(self, name: str) -> Any:  # asked for what lies in no __dict__, as parameters do
+    def __getattr__(self, name: str) -> Any:  # Python calls it for parameters, because they are not in __dict__
         if name in self._parameters:
             self.__dict__["seen"].add(self)
         return super().__getattr__(name)
@@ -137,7 +138,9 @@ class _Watched(nn.Linear):
 
 @contextmanager
 def parameters_read(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """The linear layers of ``model`` whose weight or bias some other module's code reads in this context."""
+    """The linear layers of ``model`` whose weight or bias other modules read while in this context: these cannot be
+    replaced by a packed one.
+    """
     seen: set[nn.Module] = set()
     watched = [module for module in model.modules() if type(module) is nn.Linear]
     for module in watched:
@@ -153,8 +156,8 @@ def parameters_read(model: nn.Module) -> Iterator[set[nn.Module]]:
 def fuse(model: nn.Module, kept: Collection[nn.Module] = ()) -> None:
     """Merge and pack the linear layers of ``model`` and fuse its RMS norms, in place.
 
-    Only exact ``nn.Linear`` modules and norms that compute the same are touched; hooks placed by accelerate mark
-    modules that are left alone, as those ``kept`` are.
+    Only modules of exactly the type ``nn.Linear``, and norms that compute the same, are replaced; not those ``kept``,
+    nor those with hooks of accelerate.
     """
     with torch.no_grad():
         for module in list(model.modules()):
@@ -173,7 +176,7 @@ def fuse(model: nn.Module, kept: Collection[nn.Module] = ()) -> None:
 
 
 def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
-    """The fused stand-in for an RMS norm that comes closest on a random input, if there is one that gives the same."""
+    """A fused norm with the results of this RMS norm on a random input, if there is one; None for other modules."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or eps is None or hasattr(module, "_hf_hook"):
         return None
@@ -182,7 +185,7 @@ def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
     expected = module(x)
     if expected.dtype != x.dtype:
         return None
-    # Some families store the weight's distance from one, and some multiply by it before they round.
+    # Some families store the weight minus one, and some multiply by it before they round.
     scales = (weight.clone(), 1 + weight, weight.float(), 1 + weight.float())
     candidates = [FusedRMSNorm(scale, float(eps)) for scale in scales]
     best = min(candidates, key=lambda candidate: _distance(candidate(x), expected))

@@ -1,8 +1,8 @@
-"""A decoder's forward pass without modules: the layers of the Llama shape, four products and five kernels each.
+"""A decoder's forward pass without modules, for layers built like Llama's: four matrix products and five kernels each.
 
-transformers' own forward spends more time in Python than a small model's products take. This runs the same
-operations on the same (fused) weights, in the same order and with the same roundings; the check at load compares it
-with the plain model like any other path, and whatever is not recognised keeps transformers' forward.
+transformers' own forward spends more time in Python than a small model's matrix products take. This runs the same
+operations on the same (fused) weights, in the same order and with the same roundings. The check at load compares it
+with the plain model, and models that are not recognised keep transformers' forward.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Models whose layers are: norm, attention, add, norm, gated SiLU MLP, add; with one RoPE, half-split.
 MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-LEAST_POSITIONS = 256  # of the rotation's table
+LEAST_POSITIONS = 256  # that the RoPE tables are made for at first
 
 Linear = PackedLinear | nn.Linear
 Tables = tuple[torch.Tensor, torch.Tensor]
@@ -38,7 +38,7 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer's weights; ``norms`` are those of queries and keys, if it has them."""
+    """One layer's weights; ``norms`` are the weights of its query and key norms, if it has any."""
 
     index: int
     shape: LayerShape
@@ -56,10 +56,11 @@ class Layer:
 
 @dataclass(slots=True)
 class Stage:
-    """Consecutive layers on one device. ``norms``: each one's first, and the model's last after the last layer.
+    """Consecutive layers on one device. ``norms`` are the layers' input norms, in the last stage also the model's final
+    norm. The first stage has the ``embedding``, the last one the ``head``.
 
-    The first one has the ``embedding``, the last one the ``head``. With ``in_one_call`` the compiled kernels run all
-    layers of a step of decodes in one call; without, they are called one by one, as a profile needs it to name them.
+    ``in_one_call``: the compiled kernels run all layers of a step of decodes in one call. Without it they are called
+    one by one, so that a profile can name them.
     """
 
     in_one_call: ClassVar[bool] = True
@@ -83,7 +84,7 @@ class Stage:
     ) -> torch.Tensor:
         """The logits of the rows ``sampled``, or for the next stage the hidden states ``[tokens, hidden]``.
 
-        All is on its device; ``hidden`` is what the stage before returned, and is overwritten.
+        All tensors are on its device. ``hidden`` is what the stage before returned, and is overwritten.
         """
         hidden = self.embedding[token_ids] if self.embedding is not None else hidden
         assert hidden is not None
@@ -111,7 +112,7 @@ class Stage:
                 layer.output(mixed.flatten(1)), residual, layer.mlp_norm.weight, layer.mlp_norm.eps, normed
             )
             kernels.silu_mul(layer.gate_up(normed), gated)
-            if norm is None:  # it lies with the next stage
+            if norm is None:  # the next stage has it
                 residual += layer.down(gated)
             else:
                 kernels.add_norm(layer.down(gated), residual, norm.weight, norm.eps, normed)
@@ -131,10 +132,10 @@ class Stage:
 
 
 class LeanForward:
-    """A ``Forward``: packed tokens in, logits of the sampled rows out. On CUDA nothing in it waits for the device.
+    """A ``Forward``: packed tokens in, logits of the sampled rows out. On CUDA it never waits for the device.
 
     With Triton's kernels (``skips_padding``) a row with a negative slot and no sequence is padding: it stores nothing,
-    and what comes out of it is undefined. ``stages`` are its parts, one for each device.
+    and its output is undefined. ``stages`` are the forward's parts, one for each device.
     """
 
     def __init__(self, model: Any, stages: list[Stage]) -> None:
@@ -151,7 +152,7 @@ class LeanForward:
         self.skips_padding = not any(isinstance(stage.kernels, NativeLayer) for stage in stages)
 
     def reserve(self, positions: int) -> None:
-        """Make the stages' ``tables``, cos and sin of the rotation, be those of at least that many positions."""
+        """Make the stages' ``tables``, cos and sin of RoPE, cover at least that many positions."""
         if positions > self._reserved:
             self._reserved = max(positions, 2 * self._reserved)
             tables = self._rotation(self._reserved)
@@ -161,7 +162,7 @@ class LeanForward:
     def __call__(
         self, token_ids: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor, paged: PagedForward
     ) -> torch.Tensor:
-        assert paged.batch.longest > 0  # or the rotation's table might end before the positions do
+        assert paged.batch.longest > 0  # else the RoPE tables might not cover all positions
         self.reserve(paged.batch.longest)
         out = None
         for stage in self.stages:
@@ -181,9 +182,9 @@ class LeanForward:
 
 
 def lean_forward(model: Any, devices: Sequence[torch.device], attend: PagedAttention) -> LeanForward | None:
-    """The lean forward of a fused model, or None where its class, type or a device is not one that is known.
+    """The lean forward of a fused model, or None where its class, dtype or a device is not supported.
 
-    ``devices`` are those of its layers. Its kernels are the compiled ones on CPU, and Triton's on CUDA and wherever
+    ``devices`` are those of its layers. Kernels are the compiled ones on CPU, and Triton's on CUDA and where the
     attention is Triton's.
     """
     if type(model).__name__ not in MODELS or model.dtype not in (*DTYPES, torch.float16):
@@ -235,12 +236,12 @@ def _native_decoder(stage: Stage, cache: KVCache) -> NativeDecoder | None:
 
 
 def _plain(module: Any) -> bool:
-    """A product without hooks."""
+    """A linear layer without hooks."""
     return isinstance(module, PackedLinear) or (type(module) is nn.Linear and not hasattr(module, "_hf_hook"))
 
 
 def _rounds_before_weight(norm: Any, dtype: torch.dtype) -> bool:
-    """A fused norm that the kernels compute: see ``FusedRMSNorm``."""
+    """Whether the kernels compute this norm: see ``FusedRMSNorm``."""
     return isinstance(norm, FusedRMSNorm) and norm.weight.dtype == dtype
 
 

@@ -1,4 +1,4 @@
-"""A model's layers over several devices: where each module lies, and what a layer is given follows it there."""
+"""Spreading a model's layers over several devices: the device of each module, and hooks that move layers' inputs."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -16,9 +16,9 @@ Places = dict[str, torch.device]
 
 
 def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of a causal LM's layers and its name. Raises RrmError if it has none.
+    """The name and the list of a causal LM's layers. Raises RrmError if it has none.
 
-    Those of an image encoder beside them, of which there may be as many, are not taken for them.
+    The layers of an image encoder, of which there may be equally many, are not taken for them.
     """
     count = model.config.get_text_config().num_hidden_layers
     decoder = set(model.get_decoder().modules())
@@ -29,9 +29,9 @@ def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def places(model: Any, devices: Sequence[torch.device]) -> Places:
-    """By name the device of each layer, ``devices`` being those of the layers, and of every module around them.
+    """By name the device of each layer, as ``devices`` says, and of each other module that has tensors.
 
-    What turns token ids and positions into vectors lies with the first layer, the rest (norm and head) with the last.
+    Modules that turn token ids and positions into vectors go with the first layer, others (norm, head) with the last.
     """
     prefix, layers = decoder_layers(model)
     found = {f"{prefix}.{i}": device for i, device in enumerate(devices)}
@@ -52,7 +52,7 @@ def tied_modules(model: Any) -> dict[str, nn.Module]:
 
 
 def spread(model: Any, devices: Sequence[torch.device]) -> None:
-    """Move every module to its place and let each layer fetch its inputs. A weight tied across devices is copied."""
+    """Move every module to its device and make each layer fetch its inputs. A weight tied across devices is copied."""
     module: Any
     if devices[0] != devices[-1]:
         for module in tied_modules(model).values():
@@ -69,7 +69,7 @@ def spread(model: Any, devices: Sequence[torch.device]) -> None:
 
 
 def _fetch(device: torch.device, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """A layer's arguments on its device; what all layers are given is brought to each device once a step."""
+    """A layer's arguments on its device; what all layers are given is copied to each device once a step."""
     paged: PagedForward | None = kwargs.get("rrm_forward")
 
     def fetch(tensor: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ def read_answer(text: str) -> str | None:
 
 
 def in_brief(text: str) -> str:
-    """``text`` as somebody is told it who needs its answer: at most `MOST_SENTENCES` sentences, then the answer.
+    """``text`` for a node that needs its answer: at most `MOST_SENTENCES` sentences, then the answer.
 
     A text as short as that stays as it is. Of a longer one its answer is left, or its last sentences where none can
     be read. `read_answer` reads the same in it.

@@ -20,7 +20,7 @@ _IN_STRING = {quote: re.compile(f"[{closers}\\\\:]") for quote, closers in _CLOS
 _STRUCTURE = re.compile(f"[{QUOTES}{{}}\\[\\]:,]")
 _NOT_SPACE = re.compile(r"\S")
 _LOOK_BACK = 140
-_TYPE_BEHIND = re.compile(rf"\{{\s{{0,64}}([{QUOTES}])type[{QUOTES}]\s{{0,64}}\Z")
+_TYPE_AFTER = re.compile(rf"\{{\s{{0,64}}([{QUOTES}])type[{QUOTES}]\s{{0,64}}\Z")
 _LINE_START = re.compile(r"\n[\s\-*>`.)\d]*\Z")
 
 
@@ -159,7 +159,7 @@ class ObjectScanner:
 
     def _begins_event(self, text: str, colon: int) -> bool:
         """Whether this colon ends the head ``{"type":`` of an event that has no place inside this one."""
-        found = _TYPE_BEHIND.search(text, max(self.start + 1, colon - _LOOK_BACK), colon)
+        found = _TYPE_AFTER.search(text, max(self.start + 1, colon - _LOOK_BACK), colon)
         if found is None:
             return False
         self.restart = found.start()

@@ -1,4 +1,4 @@
-"""From a recorded run to graphs: who started whom after which token, and every node's true token ids."""
+"""From a recorded run to graphs: after which token each node started its children, and every node's token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

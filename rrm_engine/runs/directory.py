@@ -72,7 +72,7 @@ class RunDir:
         directory._made = made
         directory._open()
         try:
-            _refuse_used(path)  # again, now that nobody else is in it
+            _refuse_used(path)  # again, now that no other process is in it
         except RunDirError:
             directory.close()
             raise
@@ -182,7 +182,7 @@ class RunDir:
             if _locks(self._rows_fd, shared=False) is not False:
                 return
             if not last:
-                sleep(LOOK_S)  # it may be somebody who looks whether there is a writer
+                sleep(LOOK_S)  # it may be a reader that looks whether there is a writer
         self.close()
         raise RunDirError(f"Another process is writing to {self.path}; wait for it or stop it")
 

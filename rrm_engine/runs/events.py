@@ -11,8 +11,8 @@ line back as the same class. In the file ``event`` names the class, for what a n
     malformed      it wrote something that looked like one
     pause          a phase of decoding is over
     no_room        the engine did not take the node's next phase, mostly for its length
-    concluded      the node is over, and whoever waits for it has its answer
-    cancelled      the node is over, and nobody wants its answer any more
+    concluded      the node is over, and the nodes that wait for it have its answer
+    cancelled      the node is over, and its answer is not needed any more
     finish         the job is over; the last of its events
     text           (only streamed, never in the file) a node wrote some text
 
@@ -337,7 +337,7 @@ class Finished(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text(Event):
-    """One a token, so that nobody counts blocks that are pinned or offloaded for it."""
+    """One for each token; pinned and offloaded blocks are not counted for it, because that takes time."""
 
     EVENT = "text"
 

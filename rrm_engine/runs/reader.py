@@ -1,7 +1,8 @@
 """A run directory read back: the rows and the events of its jobs, and each job as a time line. The only reader of them.
 
 ``read_jobs`` gives every job as its lines stand in the files. ``read_run`` believes none whose events are not whole and
-do not bear out its row (checks.py), ``timeline`` is the first half of that, for who draws or runs tokens again.
+do not bear out its row (checks.py), ``timeline`` is the first half of that, for commands that draw tokens or run them
+again.
 """
 
 import gc

@@ -1,8 +1,7 @@
-"""The seam between a task's run and what decodes for it: what the run asks for, and what it is told.
+"""The interface between a task's run and the backend that decodes for it.
 
-A run opens nodes, reads what they write as it comes, has one stop after a place in its text, lets it go on with what
-the user says next, and ends it. How text becomes tokens, what happens to the KV of a node that waits, and where it is
-computed, is the backend's own affair.
+A run opens nodes, reads their text as it comes, pauses a node at a place in its text, lets it go on with a further user
+message, and ends it. Tokens, the KV of waiting nodes and the devices are the backend's business alone.
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -15,14 +14,14 @@ from rrm_engine.graph.types import Conclusion, EndReason, Phase
 from rrm_engine.protocol.thinking import Marks
 from rrm_engine.runs.events import Transcript
 
-Grammar = tuple[int, bool]  # children the node has had, whether it may split
-Place = object  # in a node's context; only the backend that gave it looks inside
+Grammar = tuple[int, bool]  # children that the node has had, whether it may split again
+Place = object  # a position in a node's context; only the backend that made it looks inside
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend can do beyond text. ``forks``: a child may start from its parent's context. ``joins``: what a
-    child computed may come back to its parent, so it is told of each conclusion (``Session.keep``).
+    """What a backend can do beyond text. ``forks``: a child may start from its parent's context. ``joins``: KV of a
+    child may be handed to its parent, so the backend is told of each conclusion (``Session.keep``).
     """
 
     forks: bool = False
@@ -31,9 +30,9 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How a node starts: with a ``system`` text and what the user says, or at a place of its parent (``fork``) with
-    what the user says next. Its answer begins with ``opens``, unless it thinks first. Backends that hold phases to a
-    grammar make it from ``grammar``.
+    """How a node starts: with the messages ``system`` and ``user``, or, if ``fork`` is given, at that place of its
+    parent's context with the message ``user``. Its answer begins with ``opens``, unless it thinks first. A backend that
+    constrains phases by grammars makes one from ``grammar``.
     """
 
     phase: Phase
@@ -47,8 +46,8 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """How a node goes on: with what the user says next, and an answer that begins with ``opens`` unless it thinks
-    first. It hands over ``conclusions`` of children; ``render`` writes the same text with others in their places.
+    """How a node goes on: with the message ``user``, and an answer that begins with ``opens`` unless it thinks first.
+    The message holds the ``conclusions`` of children; ``render`` writes it with other conclusions in their places.
     """
 
     phase: Phase
@@ -61,9 +60,8 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What a phase began with: the number of ``tokens`` that the prompt or turn took, those of ``opens``, with which
-    the node's text begins, included; which ranges of the node's
-    tokens are ``spliced``; ``settings`` are those it decodes with, for the trace.
+    """How a phase began: the number of ``tokens`` of the prompt or turn, with those of ``opens``, by which the node's
+    text begins; the ranges of the node's tokens that are ``spliced``; the ``settings`` it decodes with, for the trace.
     """
 
     tokens: int = 0
@@ -74,8 +72,8 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Waited:
-    """Seconds that a node was ready and had no place: before its phase's first token, or, if ``ran_s`` is given, since
-    its last one; ``ran_s`` is what it took from then on to the new one.
+    """``queued_s``: seconds that a node was ready but not admitted, before its phase's first token or, if ``ran_s`` is
+    given, since its last token. ``ran_s``: seconds from its admission to the new token.
     """
 
     queued_s: float
@@ -84,8 +82,8 @@ class Waited:
 
 @dataclass(slots=True)
 class Written:
-    """What a node wrote in a step: the ``text`` that is certain by now, of ``tokens`` tokens. With ``end`` it stopped
-    by itself. ``error`` is what went wrong with this node alone.
+    """What a node wrote in a step: ``tokens`` tokens, and the ``text`` that has become certain with them. With ``end``
+    it stopped by itself. ``error`` is one that concerns this node alone.
     """
 
     job: str
@@ -99,7 +97,7 @@ class Written:
 
 @dataclass(slots=True)
 class Costs:
-    """What a job took, by the names of `JobResult`'s fields."""
+    """What a job cost; the fields are those of `JobResult`."""
 
     forward_prefilled: int = 0
     forward_decoded: int = 0
@@ -124,34 +122,34 @@ class NodeHandle(Protocol):
 
     @property
     def begun(self) -> Begun:
-        """What its phase began with."""
+        """How its phase began."""
 
     @property
     def text(self) -> str:
-        """What it wrote in its phase, as far as that is certain, after what its answer was made to begin with."""
+        """The text of its phase as far as it is certain, from ``Begun.opens`` on."""
 
     @property
     def length(self) -> int:
-        """Tokens of its context; 0 where the backend does not know."""
+        """Number of tokens in its context; 0 if the backend does not know."""
 
     @property
     def thinking_cut(self) -> bool:
-        """Whether its phase's thinking was ended for it."""
+        """Whether the thinking of its phase was cut off by a limit."""
 
     def place(self, at: int) -> Place:
-        """Where in its context the character ``at`` of its phase's text is, for a fork that is opened later."""
+        """The place in its context of the character ``at`` of its phase's text, for a fork that is opened later."""
 
     def pause(self, at: int) -> None:
         """Stop it, and forget what it wrote after the character ``at`` of its phase's text, white space aside."""
 
     def halt(self) -> None:
-        """Its phase is over, for whatever reason, and nothing more is read of it; what it holds stays."""
+        """Its phase is over, for whatever reason, and nothing more of it is read. Its KV stays."""
 
     def resume(self, continuation: Continuation) -> None:
         """Let it go on in another phase. Raises NoRoom if its context would be too long, else RrmError."""
 
     def finish(self) -> Transcript:
-        """It is over, wherever it is: what it holds is free when this returns. A second call changes nothing."""
+        """End it in whatever state it is; all it holds is free when this returns. A second call changes nothing."""
 
 
 class Session(Protocol):
@@ -161,34 +159,34 @@ class Session(Protocol):
         """Start a node. Raises NoRoom if its prompt is too long, else RrmError."""
 
     def keep(self, parent: NodePath, child: NodePath, conclusion: Conclusion) -> None:
-        """A child has concluded and is about to be finished: hold what its parent will need of it (``joins``)."""
+        """A child has concluded and is about to be finished: hold the KV that its parent will need (``joins``)."""
 
     def costs(self) -> Costs: ...
 
     def close(self) -> None:
-        """End every node of the job; what the finished ones took can still be asked for."""
+        """End every node of the job. ``costs`` can be asked for afterwards."""
 
 
 class Backend(Protocol):
-    """Who decodes for all jobs of a run, in steps."""
+    """Decodes for all jobs of a run, in steps."""
 
     @property
     def capabilities(self) -> Capabilities: ...
 
     @property
     def marks(self) -> Marks:
-        """What thinking stands between."""
+        """The marks around thinking."""
 
     @property
     def steps(self) -> int:
-        """How many were taken."""
+        """Number of steps taken."""
 
     @property
     def used_blocks(self) -> int: ...
 
     @property
     def pinned_blocks(self) -> int:
-        """Blocks of nodes that wait."""
+        """Blocks held by waiting nodes."""
 
     @property
     def offloaded_blocks(self) -> int: ...
@@ -197,16 +195,16 @@ class Backend(Protocol):
         """Whether what a node writes in ``phase`` begins inside thinking."""
 
     def session(self, job: str, rank: int) -> Session:
-        """Begin a job, by its key; jobs of lower rank go first."""
+        """Begin the job with the key ``job``; jobs of lower rank have higher priority."""
 
     def step(self) -> Generator[Written, None, None]:
-        """One step of all nodes that decode. Nodes may be opened, paused and ended while it is read.
+        """One step of all nodes that decode. Nodes may be opened, paused and ended while the generator is read.
 
-        Raises what makes all jobs fail; what concerns one node is in what it wrote.
+        Raises errors that make all jobs fail; those of a single node are in its ``Written``.
         """
 
     def explain(self, error: Exception, job: str) -> str:
-        """What the row of ``job`` says about an error of ``step``, and what to do."""
+        """A sentence for the row of ``job`` about an error of ``step``, and what to do about it."""
 
     def ranges(self, name: str, of: Iterable[str] = ()) -> AbstractContextManager[Any]:
-        """A part of a step and the keys of the nodes it works for, for a profiler."""
+        """Announce to a profiler a part of a step and the keys of the nodes that it works for."""

@@ -1,4 +1,4 @@
-"""What the graph machine wants of a job's nodes, carried out on a backend."""
+"""Carries out the graph machine's commands for one job's nodes on a backend."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +30,7 @@ from rrm_engine.solver.trace import JobTrace, Now
 
 
 class Commands:
-    """The nodes of one job, and what is done with them. ``finish`` is called when the machine says that it is over."""
+    """The nodes of one job. ``finish`` is called with the machine's Finish."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Commands:
         self._queue: deque[Command] = deque()
 
     def carry_out(self, commands: Iterable[Command]) -> None:
-        """Execute commands in order; a command that fails may add more of them at the end."""
+        """Execute commands in order. One that fails may append further commands."""
         busy = bool(self._queue)
         self._queue.extend(commands)
         while self._queue and not busy:
@@ -76,11 +76,11 @@ class Commands:
             self._queue.popleft()
 
     def forget(self) -> None:
-        """Give up what is left to do: a command that an exception interrupted must not block those that follow."""
+        """Drop the commands left. One that an exception interrupted would otherwise block all later ones."""
         self._queue.clear()
 
     def now(self, node: str) -> Now:
-        """What an event of ``node`` says of this moment."""
+        """The fields that every event of ``node`` has, as of now."""
         return self._trace.now(node, self._length(node))
 
     def tell(self, event: Event) -> None:
@@ -90,12 +90,12 @@ class Commands:
         self._trace(Text(**self._trace.now_of_text(node, self._length(node)), text=text))
 
     def remember_fork(self, parent: NodeRun, child: str) -> None:
-        """``parent`` has just declared ``child``, which may start later from what its parent knows now."""
+        """``parent`` has just declared ``child``: note where a fork would start, for the child may start later."""
         place = parent.handle.place(parent.boundary) if self._runtime.child_context == "parent" else None
         parent.forks[child] = place, self._meter.clocks[parent.path].chain
 
     def halt(self, node: NodeRun, reason: str, end: int | None = None) -> None:
-        """A node does not decode any more in its phase, of whose text nothing counts after the character ``end``."""
+        """A node has stopped decoding in its phase. Its text after the character ``end`` is discarded."""
         node.handle.halt()
         if not node.running:
             return
@@ -154,7 +154,7 @@ class Commands:
             system, user, opens = style.start(phase.value, problem=problem, max_width=limits.max_width, **values)
         if phase is Phase.GRAPH:
             opens = ""
-        held = phase is Phase.GRAPH or command.fork  # the others have read of no events
+        held = phase is Phase.GRAPH or command.fork  # only these have been told how to write events
         grammar = self._grammar(command.node) if held else None
         return Opening(phase, user, system, opens, command.depth, grammar, place)
 
@@ -194,7 +194,7 @@ class Commands:
         )
 
     def _pause(self, node: NodeRun) -> None:
-        """Stop right after the event just read."""
+        """Stop a node right after the event just read."""
         node.handle.pause(node.boundary)
         self.halt(node, "await", node.boundary)
 
@@ -204,7 +204,7 @@ class Commands:
         self.tell(Concluded(**self.now(path), transcript=transcript, answer=conclusion.answer, ok=conclusion.ok))
 
     def _close(self, path: str, how: str) -> Transcript | None:
-        """A node is over, by conclusion or cancellation: give back what it holds. None if it was never opened."""
+        """End a node that has concluded or was cancelled, and free what it holds. None if it was never opened."""
         node = self.nodes.get(path)
         if node is None:
             return None
@@ -212,13 +212,13 @@ class Commands:
         return node.handle.finish()
 
     def _keep(self, path: NodePath, conclusion: Conclusion) -> None:
-        """A node that has concluded still has its KV; its parent may want some of it."""
+        """Let the backend hold KV of a concluded node for its parent, before the node is finished."""
         parent = path.parent
         if self._runtime.backend.capabilities.joins and path in self.nodes and parent in self.nodes:
             self._session.keep(parent, path, conclusion)
 
     def _refused(self, path: str, error: RrmError) -> None:
-        """A node that the backend does not take, mostly for its length, has failed; what waits for it is told."""
+        """The backend has refused a node, mostly because it is too long: tell the machine that it has failed."""
         self.errors.append(str(error))
         long = isinstance(error, NoRoom)
         self.without_room += long
@@ -230,7 +230,7 @@ class Commands:
         return self.nodes[path].handle.length if path in self.nodes else 0
 
     def _grammar(self, path: str) -> Grammar:
-        """What a node's next phase may write: it may split only where the machine would accept it."""
+        """What the grammar of a node's next phase depends on: it may split only if the machine would accept that."""
         node, limits = self._machine.nodes[path], self._runtime.limits
         room = limits.max_nodes - len(self._machine.nodes)
         splits = node.depth < limits.max_depth and node.awaits < limits.max_awaits and room >= limits.max_width
@@ -245,7 +245,7 @@ class Commands:
         return EventParser(backend.opens_thinking(phase), backend.marks, len(opens), form)
 
     def _count_thinking(self, node: NodeRun, reason: str) -> None:
-        """Note in the row where thinking was ended for it, or took all the tokens there were."""
+        """Count in the row that a node's thinking was cut off, or was not finished when its phase ended."""
         backend = self._runtime.backend
         if node.handle.thinking_cut:
             self.repairs["thinking_cut"] += 1

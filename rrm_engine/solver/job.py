@@ -1,4 +1,4 @@
-"""One job from its start to its result: the graph machine decides, a backend decodes."""
+"""One job from its start to its result: the graph machine decides what to do, a backend decodes."""
 
 import hashlib
 import math
@@ -43,23 +43,23 @@ class JobRun:
         self._trace = JobTrace(backend, job.key, events)
         self.commands = Commands(runtime, self._session, self.machine, self._meter, self._trace, self._finish)
         self._reading = Reading(backend, job.key, self.machine, self._meter, self.commands, texts)
-        self._cut = self._so_far = ""  # the limit of the row that ended it, and its answer by then
+        self._cut = self._so_far = ""  # the row limit that ended it, if one did, and its answer so far
         self._traceback: str | None = None
 
     def start(self) -> None:
-        """Begin. Whatever goes wrong here or in ``on_written`` is the end of this job and of no other."""
+        """Begin. An error here or in ``on_written`` fails this job and no other."""
         with self._own_errors():
             self._start_root()
 
     def on_written(self, written: Written) -> None:
-        """One of the job's nodes has written. Nothing more is done with it once the job is over."""
+        """One of the job's nodes has written. Ignored once the job is over."""
         with self._own_errors():
             if self.result is None:
                 self._reading.take(written)
 
     @contextmanager
     def _own_errors(self) -> Iterator[None]:
-        """An error in the block fails the job, unless it is one of the caller's callback."""
+        """An error in the block fails the job, except one of the caller's callback, which is raised."""
         try:
             yield
         except Exception as error:
@@ -75,11 +75,11 @@ class JobRun:
             self.commands.carry_out(self.machine.start())
 
     def release(self) -> None:
-        """End every node of this job, also one that an interrupted command had not noted down yet."""
+        """End every node of this job, even one opened by a command that was interrupted before it entered the node."""
         self._session.close()
 
     def fail(self, error: Exception, reason: str) -> None:
-        """End the job with an error; the traceback of one that is a bug goes into the result."""
+        """End the job with an error. If it is a bug, its traceback goes into the result."""
         if self.result is not None:
             return
         if not isinstance(error, RrmError):
@@ -89,16 +89,16 @@ class JobRun:
         except Exception as second:
             if second is self._tell.error:
                 raise
-        if self.result is None:  # the job's own books are broken: it cannot even be cancelled as others are
+        if self.result is None:  # cancelling failed too: make a result without the machine
             self.release()
             latency = monotonic() - self._meter.started_at
             self.result = JobResult(self.job, Status.FAILED, "", latency, error=reason, traceback=self._traceback)
             self._tell_finish(Status.FAILED, "")
 
     def keep_limits(self) -> None:
-        """End a job that has written as much or gone on as long as a row may, with what it has.
+        """End a job that has reached a row limit, tokens or seconds, with the answer that it has so far.
 
-        Called between steps: then all its nodes have been read as far as each other.
+        Called between steps, when all its nodes have been read up to the same step.
         """
         runtime, taken = self.runtime, monotonic() - self._meter.started_at
         spent = {"max_row_tokens": self._reading.tokens, "max_row_seconds": taken}
@@ -110,7 +110,7 @@ class JobRun:
                 self._end(f"--{reached[0].replace('_', '-')}")
 
     def cancel(self, reason: str) -> None:
-        """End the job wherever it is; what it holds is free when this returns."""
+        """End the job in whatever state it is; all it holds is free when this returns."""
         if self.result is None:
             self.commands.errors.append(reason)
             self._end(reason)
@@ -150,14 +150,14 @@ class JobRun:
         self.commands.tell(Finished(**now, status=status, answer=answer, events=self._trace.count + 1))
 
     def _error(self, finish: Finish) -> str | None:
-        """What went wrong, if the run failed. A model that finds no answer is no error; a task that has no room is."""
+        """The error of a failed run. It is no error if a model finds no answer, but it is one if a task has no room."""
         if finish.status in (Status.FAILED, Status.INVALID) and self.commands.errors:
             return "; ".join(self.commands.errors)
         return finish.error if finish.status is Status.FAILED else None
 
 
 def _refuse_surrogates(task: str) -> None:
-    """Half of a UTF-16 pair is no text; whoever reads JSON or file names may have one in a str all the same."""
+    """Raise RrmError for a lone UTF-16 surrogate, which is no text, but may get into a str from JSON or file names."""
     try:
         task.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""The loop of a run: jobs beside each other on one backend."""
+"""The loop of a run: several jobs at once on one backend."""
 
 from collections.abc import Generator, Iterable
 from contextlib import closing
@@ -13,9 +13,9 @@ from rrm_engine.solver.runtime import Runtime
 def run_jobs(
     runtime: Runtime, jobs: Iterable[Job], events: Events, concurrency: int, *, first: int = 1, texts: bool = False
 ) -> Generator[JobResult | None, None, None]:
-    """Start jobs while there is room, step, hand out what was written. Yields None for a step without result.
+    """Start jobs up to ``concurrency``, step the backend, and yield results. Yields None after every step.
 
-    ``first`` is the rank of the first job. Whatever runs when the generator is closed is cancelled.
+    ``first`` is the rank of the first job. Jobs still running when the generator is closed are cancelled.
     """
     pending, rank = iter(jobs), first
     runs: list[JobRun] = []
@@ -36,7 +36,7 @@ def run_jobs(
                 yield run.result
             yield None
     finally:
-        for run in runs:  # all that they hold first: writing the events of a cancellation may fail
+        for run in runs:  # first free what they hold, because writing the events of a cancellation may fail
             run.release()
         for run in runs:
             run.cancel("cancelled")
@@ -51,7 +51,7 @@ def step(backend: Backend, runs: Iterable[JobRun]) -> None:
 
 
 def _written(backend: Backend, runs: Iterable[JobRun]) -> Generator[Written, None, None]:
-    """What a step wrote. An error in it fails every job in flight, for what their nodes hold cannot be trusted."""
+    """What a step wrote. An error in the step fails every running job, because their nodes' KV may be wrong."""
     try:
         yield from backend.step()
     except Exception as error:

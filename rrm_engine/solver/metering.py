@@ -1,4 +1,4 @@
-"""What a job took: when nodes decoded beside each other, the critical path, first tokens, resumes."""
+"""Measures a job: time in which nodes decoded in parallel, the critical path, first tokens, resumes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -6,21 +6,21 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain of work, each piece after the one before: decoded ``tokens``, and the ``steps`` that gave them."""
+    """A chain of dependent work: the ``tokens`` decoded one after the other, and the ``steps`` that gave them."""
 
     tokens: int = 0
     steps: int = 0
 
     @staticmethod
     def longest(chains: "Iterable[Chain]") -> "Chain":
-        """The most tokens and the most steps; those may be of two different chains."""
+        """The most tokens and the most steps, possibly of two different chains."""
         found = [Chain(), *chains]
         return Chain(max(c.tokens for c in found), max(c.steps for c in found))
 
 
 @dataclass(slots=True)
 class Clock:
-    """One node's place on the critical path: the longest ``chain`` up to its last token, which ``step`` gave."""
+    """The longest ``chain`` up to a node's last token, which ``step`` gave."""
 
     chain: Chain = Chain()
     step: int = -1
@@ -30,7 +30,7 @@ class Clock:
 
 @dataclass(slots=True)
 class Meter:
-    """Told of every transition and token of one job's nodes; paths nest by dots."""
+    """Measures one job from its nodes' starts, tokens, pauses and resumes. Paths separate parent and child by dots."""
 
     started_at: float
     ttft_s: float | None = None
@@ -44,7 +44,7 @@ class Meter:
     _overlap: bool = False
 
     def start(self, node: str, now: float, after: Iterable[Chain] = ()) -> None:
-        """A node starts to decode after the chains given."""
+        """A node starts to decode, after the chains ``after``."""
         self.clocks[node] = Clock(Chain.longest(after))
         self._set_decoding(node, True, now)
 
@@ -61,11 +61,11 @@ class Meter:
             clock.resumed_at = None
 
     def pause(self, node: str, now: float) -> None:
-        """The node does not decode any more: it waits, or it is over."""
+        """The node has stopped decoding: it waits or is over."""
         self._set_decoding(node, False, now)
 
     def resume(self, node: str, now: float, after: Iterable[str]) -> None:
-        """The node goes on after its own last token and those of the nodes it waited for."""
+        """The node goes on, after its own last token and those of the nodes ``after`` that it waited for."""
         clock = self.clocks[node]
         clock.chain = Chain.longest([clock.chain, *(self.clocks[n].chain for n in after if n in self.clocks)])
         clock.resumed_at = now

@@ -1,4 +1,4 @@
-"""One node of a job: what the run knows of it besides what it wrote, which its handle has."""
+"""One node of a job: its handle, which has its text, and what the run keeps besides."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from rrm_engine.solver.metering import Chain
 
 @dataclass(slots=True)
 class NodeRun:
-    """A node that was opened. ``turn`` counts its resumes. ``forks`` says for each child where a fork of this node's
+    """A node that was opened. ``turn`` counts its resumes. ``forks``: by child, the place where a fork of this node's
     context ends, and the chain up to there.
     """
 
@@ -21,14 +21,14 @@ class NodeRun:
     parser: EventParser | None
     running: bool = True
     turn: int = 0
-    events: list[tuple[int, int]] = field(default_factory=list)  # where they stand in the phase's text
+    events: list[tuple[int, int]] = field(default_factory=list)  # (start, stop) of each in the phase's text
     forks: dict[str, tuple[Place | None, Chain]] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)  # why it stopped decoding, each time
-    phases: list[Phase] = field(default_factory=list)  # in which it did
+    phases: list[Phase] = field(default_factory=list)  # the phase that it stopped in, each time
 
     @property
     def boundary(self) -> int:
-        """Where in its phase's text the last event ends."""
+        """The end of the last event in the phase's text."""
         return self.events[-1][1]
 
     def enter(self, phase: Phase, parser: EventParser) -> None:
@@ -37,7 +37,7 @@ class NodeRun:
         self.events = []
 
     def text(self, end: int | None = None) -> str:
-        """What it wrote in this phase up to ``end``, without its events."""
+        """The phase's text up to ``end``, without events."""
         whole = self.handle.text[:end]
         parts, last = [], 0
         for start, stop in self.events:

@@ -1,4 +1,4 @@
-"""A job's result, from what its nodes, its clocks and its backend counted."""
+"""A job's result, put together from its nodes, its meter and its backend's costs."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -20,7 +20,7 @@ BUDGETS = {
     Phase.SOLVER: "solver_max_tokens",
     Phase.CONTINUATION: "continuation_max_tokens",
 }
-# What the graph machine calls it when a child is refused for a limit.
+# By setting, the graph machine's name for refusing a child because of that limit.
 REFUSALS = {"max_depth": "over_depth", "max_sibling_width": "over_width", "max_nodes": "over_nodes"}
 
 
@@ -34,8 +34,7 @@ def outcome(
     without_room: int,
     **more: Any,
 ) -> JobResult:
-    """The result of a job that ends now; ``more`` are fields of it that these do not know."""
-
+    """The result of a job that ends now; ``more`` are further fields of it."""
     answering = [n for n in ("root", "root!direct") if n in meter.clocks]
     return JobResult(
         job=job,
@@ -62,7 +61,7 @@ def outcome(
 
 
 def _cut(nodes: Collection[NodeRun], machine: Machine, without_room: int) -> dict[str, int]:
-    """How often the limit of which setting ended a phase, or refused a node."""
+    """By setting, how often its limit ended a phase or refused a node."""
     ends = Counter((phase, reason) for node in nodes for phase, reason in zip(node.phases, node.reasons, strict=True))
     found = {flag: ends[phase, EndReason.LENGTH] for phase, flag in BUDGETS.items()}
     found["max_sequence_tokens"] = without_room + sum(ends[phase, EndReason.CONTEXT] for phase in Phase)

@@ -1,4 +1,4 @@
-"""What a job's nodes write, read into events and handed to the graph machine."""
+"""Reads what a job's nodes write, and hands the events in it to the graph machine."""
 
 from collections.abc import Iterable
 from time import monotonic
@@ -15,11 +15,11 @@ from rrm_engine.solver.metering import Meter
 from rrm_engine.solver.node import NodeRun
 from rrm_engine.solver.trace import wrote
 
-PREVIEW = 200  # characters of what a row or an event quotes
+PREVIEW = 200  # characters that a row or an event quotes at most
 
 
 class Reading:
-    """Reads for one job. ``texts``: also tell of every piece of text."""
+    """Reads for one job. ``texts``: also emit an event for every piece of text."""
 
     def __init__(
         self, backend: Backend, job: str, machine: Machine, meter: Meter, commands: Commands, texts: bool
@@ -33,7 +33,7 @@ class Reading:
         self.tokens = 0  # that the job's nodes have written
 
     def take(self, written: Written) -> None:
-        """A node has written. Raises what went wrong with it."""
+        """A node has written. Raises its error, if it had one."""
         if written.error is not None:
             raise written.error
         node, commands = self._commands.nodes[written.node], self._commands
@@ -58,7 +58,7 @@ class Reading:
             self._commands.tell(Readmitted(**now, queued_s=waited.queued_s, ran_s=waited.ran_s))
 
     def _read(self, node: NodeRun, items: Iterable[ParsedEvent | Malformed]) -> None:
-        """Hand events to the machine until the node has been paused or is over: what follows is discarded."""
+        """Hand events to the machine until the node is paused or over; what follows is discarded."""
         turn = node.turn
         for item in items:
             if not node.running or node.turn != turn:
@@ -67,7 +67,7 @@ class Reading:
                 self._handle(node, item)
 
     def _handle(self, node: NodeRun, item: ParsedEvent | Malformed) -> None:
-        """Tell the machine of one event and do what it answers."""
+        """Tell the machine of one event and carry out its commands."""
         machine, commands = self._machine, self._commands
         node.events.append((item.start, item.end))
         if isinstance(item, Malformed):
@@ -75,7 +75,7 @@ class Reading:
             commands.carry_out(machine.on_malformed(node.path, item))
             return
         commands.repairs.update(item.repairs)
-        # The text before it matters only where the node may be done with it.
+        # The text before it is needed only for events that may conclude the node.
         needed = isinstance(item.event, (Atomic, Done))
         text = self._visible(node, node.text(item.start)) if needed else None
         answer = machine.on_event(node.path, item.event, text)
@@ -96,11 +96,11 @@ class Reading:
             self._commands.carry_out(self._machine.on_end(node.path, reason, text))
 
     def answer_so_far(self) -> str:
-        """What the node that answers for the job has written in its present phase, without events and thinking."""
+        """The text of the root, or of the fallback, in its present phase, without events and thinking."""
         nodes = self._commands.nodes
         node = nodes.get(FALLBACK) or nodes.get(ROOT)
         return self._visible(node, node.text()) if node else ""
 
     def _visible(self, node: NodeRun, text: str) -> str:
-        """``text``, from the beginning of the node's phase on, without its thinking."""
+        """``text``, which begins where the node's phase does, without its thinking."""
         return self._backend.marks.visible(text, self._backend.opens_thinking(node.phase))

@@ -1,4 +1,4 @@
-"""What a backend is asked and what it answers, shared by every backend and by the bench."""
+"""A job and its result, for every backend and the bench."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from rrm_engine.graph.types import Status
 class Job:
     """One solve of one task. ``key`` is unique in a run and seeds the job's sampling noise.
 
-    Raises RrmError for a value of another type, a mode that there is not, and a negative sample.
+    Raises RrmError for a value of the wrong type, an unknown mode and a negative sample.
     """
 
     id: str
@@ -40,9 +40,9 @@ class JobResult:
 
     ``forward_prefilled`` counts tokens run through the model that were not sampled there (prompts, conclusions,
     recomputation after preemption), ``forward_decoded`` the sampled tokens run or emitted, ``reused`` prompt tokens
-    whose KV was already in the pool (prefix cache or fork). ``critical_path_tokens`` is the longest chain of
-    decoded tokens: a child starts where its event closed, a parent resumes after its slowest child;
-    ``critical_path_steps`` is that chain in steps, of which one may give several tokens that were drafted.
+    whose KV was already in the pool (prefix cache or fork). ``critical_path_tokens`` is the longest chain of decoded
+    tokens that depend on each other: a child starts where its event ended, a parent resumes after its slowest child.
+    ``critical_path_steps`` is that chain in steps; with drafts a step may give several tokens.
     """
 
     job: Job
@@ -55,8 +55,8 @@ class JobResult:
     forward_prefilled: int = 0
     forward_decoded: int = 0
     reused: int = 0
-    drafted: int = 0  # tokens guessed and run with the token before
-    accepted: int = 0  # of these, those that the nodes came to have
+    drafted: int = 0  # guessed tokens that were run
+    accepted: int = 0  # of these, those that were then sampled
     critical_path_tokens: int = 0
     critical_path_steps: int = 0
     total_tokens: int = 0  # decoded by all nodes
@@ -75,8 +75,8 @@ class JobResult:
     restored_blocks: int = 0  # blocks brought back from there
     spliced_tokens: int = 0  # tokens whose KV was attached instead of computed: what follows them is approximate
     splice_report: list[dict[str, Any]] = field(default_factory=list)  # a SpliceReport per resume that was measured
-    text_joins: int = 0  # conclusions appended as text although the setting was another
-    servers: dict[str, Any] = field(default_factory=dict)  # which replicas took what: of servers, or several here
+    text_joins: int = 0  # conclusions appended as text although their KV was to be attached
+    servers: dict[str, Any] = field(default_factory=dict)  # by replica what it did: servers, or several devices here
     prompt_sha256: str = ""
     prompt_preview: str = ""
     finish_reasons: dict[str, str] = field(default_factory=dict)  # node path -> reason

@@ -11,9 +11,9 @@ from rrm_engine.solver.backend import Backend
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What all jobs of a run share. Raises RrmError for what the backend cannot do.
+    """Backend, style and limits of all jobs of a run. Raises RrmError for what the backend cannot do.
 
-    A job that has written ``max_row_tokens`` or gone on for ``max_row_seconds`` ends with what it has.
+    A job that has written ``max_row_tokens``, or run for ``max_row_seconds``, ends with the answer it has so far.
     """
 
     backend: Backend

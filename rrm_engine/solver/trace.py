@@ -1,4 +1,4 @@
-"""What a job tells of itself while it runs: the events of trace.jsonl."""
+"""The events that a job emits while it runs; they are the lines of trace.jsonl."""
 
 from time import monotonic
 from typing import Any
@@ -8,11 +8,11 @@ from rrm_engine.runs.events import Event, Wrote, WroteAtomic, WroteAwait, WroteC
 from rrm_engine.solver.backend import Backend
 from rrm_engine.solver.events import Events
 
-Now = dict[str, Any]  # what every event says
+Now = dict[str, Any]  # the fields that every event has
 
 
 class JobTrace:
-    """The events of one job, counted whether anybody listens or not."""
+    """Emits the events of one job and counts them, whether anybody listens or not."""
 
     def __init__(self, backend: Backend, job: str, tell: Events) -> None:
         self.count = 0
@@ -21,14 +21,14 @@ class JobTrace:
         self._tell = tell
 
     def now(self, node: str, tokens: int) -> Now:
-        """What an event of ``node``, whose context has ``tokens``, says of this moment; see `runs.events.Event`."""
+        """The common fields of an event of ``node``, whose context has ``tokens``, as of now: `runs.events.Event`."""
         return self.now_of_text(node, tokens) | {
             "pinned": self._backend.pinned_blocks,
             "offloaded": self._backend.offloaded_blocks,
         }
 
     def now_of_text(self, node: str, tokens: int) -> Now:
-        """The same for one that comes with every token, for counting takes time."""
+        """The same without counts that take time, for events that come with every token."""
         backend = self._backend
         return {
             "t": monotonic(),
@@ -46,7 +46,9 @@ class JobTrace:
 
 
 def wrote(item: ParsedEvent, child: str | None, same_as: str | None, now: Now) -> Wrote:
-    """That a node wrote ``item``; ``child`` is the path of the node that came of it, ``same_as`` of one there was."""
+    """The event that a node wrote ``item``. ``child`` is the path of the child that it declared, ``same_as`` that of
+    the sibling which already had its task.
+    """
     now, event = now | {"repairs": item.repairs}, item.event
     match event:
         case Child():

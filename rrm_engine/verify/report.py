@@ -103,7 +103,7 @@ def summary(recording: Recording, checks: Sequence[NodeCheck]) -> list[str]:
             f"{written:,} tokens equal, log-probabilities off by {_mean_logprob(some):.2g} on average."
         )
     if any(check.spliced for check in promised):
-        lines.append(_behind_splices(promised))
+        lines.append(_after_splices(promised))
     if recording.unfinished:
         lines.append(f"Left out: {plural(recording.unfinished, 'job')} that did not finish.")
     return lines
@@ -134,7 +134,7 @@ def _promise(recording: Recording, checks: Sequence[NodeCheck]) -> str:
     return f"Kept: every one of {written:,} tokens in {nodes} {how} that plain transformers gives{noise}."
 
 
-def _behind_splices(checks: Sequence[NodeCheck]) -> str:
+def _after_splices(checks: Sequence[NodeCheck]) -> str:
     """What nothing was promised of."""
     some = [check for check in checks if check.spliced]
     written, agree = sum(check.spliced for check in some), sum(check.spliced_agree for check in some)

@@ -1,4 +1,4 @@
-"""Emulated GPUs with a clock: what computes while what, and who waits for whom."""
+"""Emulated GPUs with a clock: what computes at the same time, and what waits for what."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,6 @@
-"""Several steps in flight: who waits for a token is left alone, and whatever becomes of him, nothing is mixed up."""
+"""Several steps in flight: a sequence that waits for a token is left out, and whatever becomes of it, nothing is mixed
+up.
+"""
 
 from typing import Any
 
@@ -30,7 +32,7 @@ def test_any_pipelined_life_that_looks_ahead_ends_and_every_query_reads_its_own_
     live_through(life, actions)
 
 
-def test_who_ends_in_two_steps_at_once_ran_a_token_that_nobody_got() -> None:
+def test_a_sequence_that_ends_in_two_steps_at_once_ran_a_token_that_is_discarded() -> None:
     """Six queries: a prompt of five tokens and, ahead, the first sampled one, which is thrown away with its KV."""
     life = Life(7, 1, 7, max_sequences=1, step_tokens=1, prefix_cache=False, stages=2, lookahead=True)
     fork: tuple[Any, ...] = ("fork", 0, 0.0, [], 1)
@@ -39,7 +41,7 @@ def test_who_ends_in_two_steps_at_once_ran_a_token_that_nobody_got() -> None:
     assert (life.memory.queries, counters.prefilled, counters.decoded, life.run_for_nothing) == (6, 5, 0, 1)
 
 
-def test_several_steps_are_in_flight_and_nobody_is_in_two() -> None:
+def test_several_steps_are_in_flight_and_no_sequence_is_in_two() -> None:
     """Eight sequences over four stages: two in each step, and every call of step hands out those of the oldest."""
     life = Life(40, 4, 20, stages=4)
     sequences = [submitted(life.submit(prompt(1, i), 9, root=i)) for i in range(8)]
@@ -56,7 +58,9 @@ def test_several_steps_are_in_flight_and_nobody_is_in_two() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_with_lookahead_one_step_more_is_in_flight(count: int) -> None:
-    """Every stage has a step and the first one has the next: that of who has waited longest. Few are in two at once."""
+    """Every stage has a step and the first one has the next: that of the sequence that has waited longest. Few are in
+    two at once.
+    """
     life = Life(100, 4, 40, stages=4, lookahead=True)
     sequences = [submitted(life.submit(prompt(1, i), 30, root=i)) for i in range(count)]
     for _ in range(8):
@@ -97,7 +101,7 @@ def flying(life: Life, tokens: int = 9) -> tuple[Sequence, Sequence]:
 
 @pytest.mark.parametrize("end", ["finish", "pause", "wait", "truncate"])
 @pytest.mark.parametrize("policy", ["pin", "drop", "offload", "lru"])
-def test_who_ends_in_flight_does_not_get_the_token(end: str, policy: Any) -> None:
+def test_a_sequence_that_ends_in_flight_does_not_get_the_token(end: str, policy: Any) -> None:
     life = Life(20, 4, 40, stages=2, wait_policy=policy, host_blocks=20)
     _, second = flying(life)
     before = list(second.tokens)
@@ -169,7 +173,7 @@ def test_a_fork_of_a_sequence_in_flight(length: int) -> None:
 
 
 def test_chunks_of_one_prompt_follow_each_other_through_the_stages() -> None:
-    """Nobody waits for a chunk that samples nothing: the next one is launched right after it."""
+    """A chunk that samples nothing is not waited for: the next one is launched right after it."""
     life = Life(20, 4, 60, stages=4, step_tokens=8)
     submitted(life.submit(prompt(32), 2))
     life.step()
@@ -178,8 +182,8 @@ def test_chunks_of_one_prompt_follow_each_other_through_the_stages() -> None:
 
 
 @pytest.mark.parametrize("lookahead", [True, False])
-def test_nobody_is_left_out_for_long(lookahead: bool) -> None:
-    """Sequences come and go in all sizes of batches; who could run waits for no more than a round of the stages."""
+def test_no_sequence_is_left_out_for_long(lookahead: bool) -> None:
+    """Sequences come and go in all sizes of batches; one that could run waits for at most a round of the stages."""
     life = Life(200, 4, 60, stages=4, step_tokens=100, lookahead=lookahead)
     waited: dict[str, int] = {}
     for turn in range(60):
@@ -206,7 +210,7 @@ def test_a_fork_that_shares_less_than_there_is_is_noticed(less: int, monkeypatch
 
 
 def test_a_sequence_in_flight_that_is_run_again_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody remembers who is in flight."""
+    """The scheduler forgets which sequences are in flight."""
 
     class Forgetful(Scheduler):
         def schedule(self, drawn: Any = ()) -> Any:
@@ -218,11 +222,11 @@ def test_a_sequence_in_flight_that_is_run_again_is_noticed(monkeypatch: pytest.M
     assert_noticed("in flight is run again|the first sequence runs|nothing to run", some_lives=lives(stages=(3,)))
 
 
-def test_a_token_for_who_does_not_wait_for_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken.tokens_that_nobody_waits_for(monkeypatch)
+def test_a_token_for_a_sequence_that_does_not_wait_for_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken.tokens_that_no_sequence_waits_for(monkeypatch)
     for end in ("finish", "pause", "wait", "truncate"):
         with pytest.raises((AssertionError, ValueError)):
-            test_who_ends_in_flight_does_not_get_the_token(end, "pin")
+            test_a_sequence_that_ends_in_flight_does_not_get_the_token(end, "pin")
 
 
 def test_tokens_in_the_wrong_order_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +235,6 @@ def test_tokens_in_the_wrong_order_are_noticed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_steps_that_run_what_was_launched_last_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever comes first in line runs ahead: devices would wait for a step that has only just been launched."""
+    """The first sequence in line runs ahead: devices would wait for a step that has only just been launched."""
     monkeypatch.setattr(Sequence, "launched", 0)
     assert_noticed("others waited longer", some_lives=AHEAD)

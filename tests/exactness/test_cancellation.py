@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from broken import Breaks, blocks_of_who_ends_paused
+from broken import Breaks, blocks_of_sequences_that_end_paused, descendants_are_forgotten
 from driven import NODES, TASK, TOKENS, Driven
 from forked_bench import break_forward
 from lab import engine_of
@@ -19,7 +19,6 @@ from lab import engine_of
 from rrm_engine.backends.local import Solver
 from rrm_engine.backends.session import EngineNode
 from rrm_engine.engine.sequence import Sequence, State
-from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.graph.types import Phase
 from rrm_engine.protocol.events import Atomic
 from rrm_engine.solver import events, loop
@@ -167,7 +166,7 @@ def test_states_that_are_not_reached_are_noticed(driven: Driven) -> None:
 def test_a_neighbour_that_suffers_is_noticed(
     driven: Driven, alone: Callable[[str], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Negative control: who is cancelled wipes out more KV than was its own."""
+    """Negative control: a cancelled node wipes out more KV than its own."""
     solver, release = driven.solver(), JobRun.release
 
     def wiping(self: JobRun) -> None:
@@ -198,24 +197,11 @@ def test_nodes_that_are_not_needed_any_more_are_gone_at_once(driven: Driven, alo
     assert last == alone("task")
 
 
-def forget_descendants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the machine nor the job looks further down than the nodes it is told of."""
-
-    def abandon(self: GraphMachine, nodes: Any, reason: str) -> None:
-        for node in nodes:
-            node.children, kept = {}, node.children
-            abandon_whole(self, [node], reason)
-            node.children = kept
-
-    abandon_whole = GraphMachine._abandon
-    monkeypatch.setattr(GraphMachine, "_abandon", abandon)
-    monkeypatch.setattr(JobRun, "release", lambda self: None)
-
-
 @pytest.mark.parametrize(
-    ("sabotage", "how"), [(forget_descendants, "still has sequences"), (blocks_of_who_ends_paused, "references kept")]
+    ("sabotage", "how"),
+    [(descendants_are_forgotten, "still has sequences"), (blocks_of_sequences_that_end_paused, "references kept")],
 )
-def test_what_is_left_behind_is_noticed(
+def test_what_is_not_freed_is_noticed(
     sabotage: Breaks, how: str, driven: Driven, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control of both tests above."""
@@ -261,7 +247,7 @@ def test_budgets_bind_every_descendant(planner: int, nodes: int, driven: Driven)
 
 
 def test_a_failed_step_under_memory_pressure_loses_no_block(driven: Driven, alone: Callable[[str], Outcome]) -> None:
-    """Wherever it fails, with blocks on their way to the host or back, and whoever was in it."""
+    """Wherever it fails, with blocks on their way to the host or back, whichever nodes were in it."""
     solver = driven.solver(wait_policy="offload", kv_blocks=40, max_concurrency=2)
     engine = engine_of(solver)
     reasons = []

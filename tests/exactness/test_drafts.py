@@ -78,7 +78,7 @@ def test_no_draft_is_longer_than_a_sequence_may_become() -> None:
 
 
 @pytest.mark.parametrize("taken", range(1, MOST + 1, 3))
-def test_who_pauses_between_the_tokens_of_a_step_has_those_that_were_handed_out(taken: int) -> None:
+def test_a_sequence_paused_between_the_tokens_of_a_step_has_those_that_were_handed_out(taken: int) -> None:
     life = Life(30, 4, 60, right=(100,), step_tokens=30)
     sequence = submitted(life.submit(prompt(5), 30))
     for _ in range(1 + taken):
@@ -96,7 +96,7 @@ def test_who_pauses_between_the_tokens_of_a_step_has_those_that_were_handed_out(
 
 
 def test_drafts_take_what_is_left_over() -> None:
-    """No tokens beyond a step's, no block that a running sequence needs next; nobody is preempted for them."""
+    """No tokens beyond a step's, no block that a running sequence needs next; no sequence is preempted for them."""
     life = Life(60, 1, 60, right=(100,), step_tokens=3, prefix_cache=False)
     first = submitted(life.submit(prompt(9), 20))
     life.drain()
@@ -109,7 +109,7 @@ def test_drafts_take_what_is_left_over() -> None:
     life.end()
 
 
-def test_who_has_a_guess_waits_for_the_token_in_flight_and_others_do_not() -> None:
+def test_a_sequence_with_a_guess_waits_for_the_token_in_flight_and_others_do_not() -> None:
     life = Life(60, 4, 60, right=(100, 100, 100, 0), step_tokens=50, lookahead=True)
     one, other = (submitted(life.submit(prompt(n), 20)) for n in (5, 6))
     life.drain()

@@ -186,7 +186,8 @@ def test_probabilities_are_those_of_generate(plain: Any, settings: Settings) -> 
 
 def test_a_draw_does_not_depend_on_its_neighbours(plain: Any) -> None:
     """Rows of many settings and lengths, alone, together, and in another order."""
-    params = [asked_of(plain, settings) for settings in ASKED.values()]
+    params = [SamplingParams(), SamplingParams(0.9), SamplingParams(0.9, top_k=7), SamplingParams(1.1, top_p=0.9)]
+    params += [asked_of(plain, settings) for settings in ASKED.values()]
     params += [SamplingParams.of({"temperature": 0.9, **settings}) for settings, _ in CASES.values()]
     sequences = [sequence(f"{i}", prompt(i, 3 + 5 * i % 60), params[i % len(params)]) for i in range(3 * len(params))]
     logits = 4 * torch.randn(len(sequences), 500, generator=torch.Generator().manual_seed(3))

@@ -200,7 +200,7 @@ def test_only_steps_of_decodes_run_in_one_call(calls: list[int], monkeypatch: py
     assert write(model) == tokens and calls == [1, 1]
 
 
-def test_positions_behind_the_first_table(native: NativeLayer) -> None:
+def test_positions_past_the_first_table(native: NativeLayer) -> None:
     """cos and sin are computed as far as they are needed."""
     plain = plain_model("qwen3")
     engine = engine_for(prepared(plain), blocks=120)
@@ -212,8 +212,12 @@ def test_positions_behind_the_first_table(native: NativeLayer) -> None:
 
 def test_a_lean_forward_that_is_wrong_is_not_used(native: NativeLayer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the check at load: a rotation by the wrong angles, and the model runs without it."""
-    rotation = LeanForward._rotation
-    monkeypatch.setattr(LeanForward, "_rotation", lambda self, count: rotation(self, count + 1)[::-1])
+    right = NativeLayer.rope_store
+
+    def wrong(self: NativeLayer, qkv: Any, norms: Any, eps: float, tables: Any, *rest: Any) -> None:
+        right(self, qkv, norms, eps, tables[::-1], *rest)
+
+    monkeypatch.setattr(NativeLayer, "rope_store", wrong)
     plain = plain_model("qwen3")
     model = prepared(plain)
     assert not isinstance(model.forward, LeanForward)

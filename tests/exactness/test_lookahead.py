@@ -46,7 +46,7 @@ def test_one_sequence_is_in_two_steps_at_once() -> None:
     life.end()
 
 
-def test_a_token_behind_an_unforeseen_end_is_thrown_away() -> None:
+def test_a_token_after_an_unforeseen_end_is_thrown_away() -> None:
     """An end of sequence is known only when the next step is under way: its token and its KV are gone."""
     foreseen = []
     for salt in range(30):
@@ -76,7 +76,7 @@ def test_a_child_runs_in_the_step_after_its_line_is_known() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_who_pauses_while_two_steps_are_in_flight_keeps_what_is_known(policy: WaitPolicy) -> None:
+def test_a_sequence_paused_with_two_steps_in_flight_keeps_what_is_known(policy: WaitPolicy) -> None:
     life = Life(20, 4, 40, lookahead=True, wait_policy=policy, host_blocks=20)
     sequence = submitted(life.submit(prompt(6), 9))
     life.engine.launch()
@@ -110,8 +110,8 @@ def test_the_host_knows_the_tokens_of_one_step_while_the_next_one_runs(
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("lookahead", ["on", "off"])
-def test_nobody_is_said_to_have_queued_where_there_is_room(lab: Lab, lookahead: str, count: int) -> None:
-    """Whoever runs in the first step launched since has not, be another one under way or not, on whatever replica."""
+def test_no_node_is_said_to_have_queued_where_there_is_room(lab: Lab, lookahead: str, count: int) -> None:
+    """A node in the first step launched after it was ready has not queued, even if another step was under way then."""
     config = RunConfig(prompt_style=str(lab.style), lookahead=lookahead, **{**LAB_SETTINGS, "kv_blocks": 2000})
     solver = Solver(lab.model, config, TASKS, [lab.model] * count)
     events: list[dict[str, Any]] = []
@@ -128,7 +128,7 @@ def test_what_auto_means_and_where_it_cannot_be_had(lab: Lab) -> None:
     assert _lookahead(RunConfig(), cuda) == "on"
     assert _lookahead(RunConfig(), replace(cuda, stages=2)) == "on"
     assert _lookahead(RunConfig(join="splice"), cuda) == "off", "the splice report reads tokens before the next step"
-    assert lab.solver().resolved.lookahead == "off", "on a CPU there is nobody to hide the host's work from"
+    assert lab.solver().resolved.lookahead == "off", "on a CPU there is no device to overlap the host's work with"
     with pytest.raises(ValueError, match="--splice-report 0"):
         lab.solver(lookahead="on", join="splice")
     assert lab.solver(lookahead="on", join="splice", splice_report=0).resolved.lookahead == "on"
@@ -145,11 +145,11 @@ def test_tokens_of_other_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 def test_kv_of_a_token_that_was_thrown_away_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     broken.kv_of_tokens_thrown_away(monkeypatch)
     with pytest.raises(AssertionError):
-        test_who_pauses_while_two_steps_are_in_flight_keeps_what_is_known("pin")
+        test_a_sequence_paused_with_two_steps_in_flight_keeps_what_is_known("pin")
 
 
 def test_blocks_offered_before_their_tokens_are_known_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block is offered as that of a token 0, and becomes that of another; who starts with 0 there finds it."""
+    """A block is offered as that of a token 0, and becomes that of another; a prompt with 0 there finds it."""
 
     def live() -> None:
         life = Life(12, 1, 8, lookahead=True)
@@ -181,7 +181,7 @@ def test_a_grammar_that_is_asked_too_early_is_noticed(lab: Lab, monkeypatch: pyt
 
 
 def test_noise_of_another_place_is_noticed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions counted by the tokens that are known, one too few for who runs ahead."""
+    """Positions counted by the tokens that are known, one too few for a sequence that runs ahead."""
     monkeypatch.setattr("rrm_engine.engine.engine.draw", short_of_one)
     assert wrong_tokens(lab.plain, recorded(lab, JOBS[:1], lookahead="on")) != {}
 

@@ -409,7 +409,7 @@ def test_spans_kept_at_any_price_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_spans_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken.spans_of_who_ends(monkeypatch)
+    broken.spans_of_sequences_that_end(monkeypatch)
     assert_noticed("counted", JOINS, LONG)
 
 

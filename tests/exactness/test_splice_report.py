@@ -4,6 +4,7 @@ import itertools
 from collections import Counter
 from typing import Any
 
+import broken
 import pytest
 import torch
 from lab import JOBS, Lab, Recorded, idle, recorded
@@ -137,14 +138,7 @@ def test_reports_are_those_of_plain_transformers(
 
 def test_a_shadow_that_goes_its_own_way_is_noticed(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: the shadow's own tokens instead of the node's."""
-    lead = Shadows._lead
-
-    def own(self: Shadows, shadow: Any) -> None:
-        token = shadow.sequence.tokens[-1]
-        lead(self, shadow)
-        shadow.sequence.tokens[-1] = token
-
-    monkeypatch.setattr(Shadows, "_lead", own)
+    broken.shadows_lead_themselves(monkeypatch)
     with pytest.raises(AssertionError, match="kl_mean"):
         check_reports(lab, "splice", 16, monkeypatch)
 

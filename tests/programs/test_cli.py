@@ -123,7 +123,7 @@ def bench(*argv: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_refusals_before_the_run_leave_nothing_behind(tmp_path: Path) -> None:
+def test_refusals_before_the_run_leave_no_files(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").touch()

@@ -241,15 +241,6 @@ def test_a_disk_without_room_for_the_settings_is_left_as_it_was(folder: Path) ->
 # too little memory, and forwards that fail
 
 
-def test_a_pool_larger_than_memory_is_refused_with_the_numbers(folder: Path) -> None:
-    bench = Bench(folder, "--kv-blocks", "100000000", "--out", "large")
-    assert bench.wait() == 2
-    _, sentence = bench.err.splitlines()
-    assert sentence.startswith("error: 100,000,000 KV blocks take 4,577.6 GiB and ")
-    assert "GiB are free on cpu: --kv-blocks may be " in sentence
-    assert not (folder / "large").exists()
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
 def test_a_pool_that_cannot_be_allocated_is_refused(folder: Path) -> None:
     """Whatever seems to be free: here the process may not take it."""
@@ -376,7 +367,7 @@ def test_interrupts_while_the_table_is_printed(where: str, folder: Path, whole: 
     assert "Go on with" not in bench.out
 
 
-# nobody hears what it says
+# output that cannot be written
 
 LOST: dict[str, tuple[Callable[[], None], str]] = {
     "a full stdout": (partial(replace_stream, 1, "/dev/full"), "standard output cannot be written: No space left on"),

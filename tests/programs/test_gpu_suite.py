@@ -87,8 +87,13 @@ def test_a_kernel_that_is_wrong_is_noticed(suite: Any, tmp_path: Path, monkeypat
     """Negative control."""
     from rrm_kernels import ragged
 
-    merge = ragged._merge
-    monkeypatch.setattr(ragged, "_merge", lambda out, *rest: (merge(out, *rest), out.mul_(1.1)))
+    attend = ragged.attend_shared
+
+    def wrong(call: Any, batch: Any, partial: Any, lse: Any, first: int) -> None:
+        attend(call, batch, partial, lse, first)
+        partial[first:] *= 1.1
+
+    monkeypatch.setattr(ragged, "attend_shared", wrong)
     assert suite.main(["--tiny", "--device", "cpu", "--only", "kernels", "--out", str(tmp_path)]) == 1
     section = json.loads((tmp_path / "result.json").read_text())["sections"]["kernels"]
     assert "shared prefix float32" in section["error"]

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from broken import Breaks, blocks_of_who_ends_paused, no_copies, no_swap_ins
+from broken import Breaks, blocks_of_sequences_that_end_paused, no_copies, no_swap_ins
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 MOST_LIVES = 60
@@ -63,7 +63,7 @@ def test_a_life_is_its_seed(run: Any, soak: ModuleType) -> None:
     [
         (no_copies, r"token \d+ is \d+, not \d+"),
         (no_swap_ins, r"token \d+ is \d+, not \d+"),
-        (blocks_of_who_ends_paused, "references kept|host blocks kept"),
+        (blocks_of_sequences_that_end_paused, "references kept|host blocks kept"),
     ],
 )
 def test_a_broken_engine_fails_with_its_seed(

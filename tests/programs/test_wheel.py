@@ -14,25 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources, so that nothing is left behind in the checkout."""
+    """A wheel built from a copy of the sources, so that the checkout gets no new files."""
     source, out = tmp_path_factory.mktemp("source") / "project", tmp_path_factory.mktemp("wheel")
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     for name in ("rrm_engine", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        ".",
-    ]
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
+    command = [sys.executable, "-m", "pip", "wheel", *flags, "."]
     subprocess.run(command, cwd=source, check=True, timeout=300)
     (built,) = out.glob("*.whl")
     return built

@@ -27,7 +27,7 @@ def test_reclaiming_a_scheduled_sequence_is_noticed(monkeypatch: pytest.MonkeyPa
 
 
 def test_skipping_the_copies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: a shared tail is replaced by a block of its own, but nobody copies what it held."""
+    """Negative control: a shared tail is replaced by a block of its own, but its content is not copied."""
 
     def live() -> None:
         life = Life(20, 4, 20, prefix_cache=False)
@@ -56,7 +56,7 @@ def test_a_prefix_hit_without_a_query_is_noticed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_blocks_kept_after_the_end_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken.blocks_of_who_ends_paused(monkeypatch)
+    broken.blocks_of_sequences_that_end_paused(monkeypatch)
     assert_noticed("counted")
 
 
@@ -172,7 +172,7 @@ def test_one_free_block_goes_to_the_first_of_two_that_need_one() -> None:
     life.step()
     assert (older.table.length, younger.table.length) == (5, 4)
     life.step()
-    assert (older.table.length, younger.table.length) == (6, 4)  # waits with its blocks until somebody needs them
+    assert (older.table.length, younger.table.length) == (6, 4)  # waits with its blocks until others need them
     life.drain()
     assert (len(older.tokens), len(younger.tokens)) == (8, 8)
     life.end()

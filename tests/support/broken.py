@@ -1,6 +1,6 @@
-"""What tests break in the engine on purpose, to see that it shows: each function breaks one thing for one test.
+"""What tests break in the product on purpose, to see that it shows: each function breaks one thing for one test.
 
-Only here do tests replace what is private to the engine.
+Private methods are replaced here, and by no test itself.
 """
 
 from collections import deque
@@ -12,15 +12,18 @@ import pytest
 import torch
 from rrm_kernels.staging import Staging
 
+from rrm_engine.backends.shadow import Shadows
 from rrm_engine.engine.cuda_graphs import Share
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.packing import Drawn
 from rrm_engine.engine.processors import Transcripts
 from rrm_engine.engine.scheduler import Scheduler
 from rrm_engine.engine.sequence import Sequence, State
+from rrm_engine.graph.machine import GraphMachine
 from rrm_engine.kv.cache import KVCache
 from rrm_engine.kv.table import BlockTable
 from rrm_engine.models.attention import PagedForward
+from rrm_engine.solver.job import JobRun
 
 Patch = pytest.MonkeyPatch
 Breaks = Callable[[Patch], None]
@@ -87,7 +90,7 @@ def tokens_in_another_order(patch: Patch) -> None:
     patch.setattr(Engine, "collect", swapped)
 
 
-def tokens_that_nobody_waits_for(patch: Patch) -> None:
+def tokens_that_no_sequence_waits_for(patch: Patch) -> None:
     """Pausing in flight does not call the token off."""
     remove = Scheduler._remove
 
@@ -184,11 +187,11 @@ def kv_of_wrong_drafts(patch: Patch) -> None:
     patch.setattr(Engine, "_accepted", kept)
 
 
-# who runs, and whose memory is taken
+# which sequences run, and whose memory is reclaimed
 
 
 def victims_are_anybody(patch: Patch) -> None:
-    """Victims are taken from everybody, also from those already in this step."""
+    """Any sequence may be a victim, even one already in this step."""
 
     def anybody(self: Scheduler, sequence: Sequence, lower: list[Sequence], siblings: bool) -> Iterator[Sequence]:
         yield from (s for s in [*self.live, *self.paused.values()] if s.table.blocks and s is not sequence)
@@ -218,7 +221,7 @@ def newcomers_run_nothing(patch: Patch) -> None:
 
 
 def spans_go_before_the_step(patch: Patch) -> None:
-    """Somebody else could get their blocks in that very step."""
+    """Other sequences could get their blocks in that very step."""
     plan = Scheduler._run
 
     def hasty(self: Scheduler, sequence: Sequence, *args: Any) -> Any:
@@ -246,7 +249,7 @@ def pinned_blocks_are_old(name: str) -> Breaks:
     return breaks
 
 
-def blocks_of_who_ends_paused(patch: Patch) -> None:
+def blocks_of_sequences_that_end_paused(patch: Patch) -> None:
     """A sequence that ends while it is paused loses its blocks without giving them back."""
     finish = Scheduler.finish
 
@@ -258,7 +261,7 @@ def blocks_of_who_ends_paused(patch: Patch) -> None:
     patch.setattr(Scheduler, "finish", forgetful)
 
 
-def spans_of_who_ends(patch: Patch) -> None:
+def spans_of_sequences_that_end(patch: Patch) -> None:
     finish = Scheduler.finish
 
     def forgetful(self: Scheduler, sequence: Sequence) -> None:
@@ -266,3 +269,32 @@ def spans_of_who_ends(patch: Patch) -> None:
         finish(self, sequence)
 
     patch.setattr(Scheduler, "finish", forgetful)
+
+
+# the graph and its reports
+
+
+def descendants_are_forgotten(patch: Patch) -> None:
+    """A cancelled node's children are not cancelled, and the job does not end what is left of it."""
+    abandon = GraphMachine._abandon
+
+    def shallow(self: GraphMachine, nodes: Any, reason: str) -> None:
+        for node in nodes:
+            node.children, kept = {}, node.children
+            abandon(self, [node], reason)
+            node.children = kept
+
+    patch.setattr(GraphMachine, "_abandon", shallow)
+    patch.setattr(JobRun, "release", lambda self: None)
+
+
+def shadows_lead_themselves(patch: Patch) -> None:
+    """The shadow that a splice report compares with goes on with its own tokens instead of the node's."""
+    lead = Shadows._lead
+
+    def own(self: Shadows, shadow: Any) -> None:
+        token = shadow.sequence.tokens[-1]
+        lead(self, shadow)
+        shadow.sequence.tokens[-1] = token
+
+    patch.setattr(Shadows, "_lead", own)

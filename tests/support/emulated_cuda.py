@@ -12,7 +12,7 @@ top of that the rules of CUDA are kept, those that would go unnoticed on a fast 
   capturing nothing is computed and nothing may wait; a replay spoils what other graphs of the same pool left;
 - fresh memory holds rubbish.
 
-Every device has a clock that counts what is given to it (``Emulation.cost``), so that one can see who waits for whom.
+Every device has a clock that counts what is given to it (``Emulation.cost``), so that one can see what waits for what.
 """
 
 import ctypes

@@ -12,7 +12,7 @@ import torch
 
 
 class Memory:
-    """A tensor's memory on a device, and who used it: by stream the tick of its last use, and of its last write."""
+    """A tensor's memory on a device, and its uses: by stream the tick of its last use, and of its last write."""
 
     def __init__(self, machine: "Machine", stream: "Stream") -> None:
         self.machine = machine
@@ -124,7 +124,7 @@ class Graph:
 
 @dataclass(slots=True)
 class Transfer:
-    """A copy between a device and pinned memory that nobody has waited for."""
+    """A copy between a device and pinned memory that the host has not waited for."""
 
     stream: int
     tick: int

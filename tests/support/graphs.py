@@ -1,4 +1,4 @@
-"""Helpers of the graph machine's tests: shorthands, and its contract with whoever drives it.
+"""Helpers of the graph machine's tests: shorthands, and its contract with its driver.
 
 `Contract` keeps its own record of events told and commands received and never looks into the machine.
 """
@@ -25,10 +25,12 @@ from rrm_engine.graph.types import (
 from rrm_engine.protocol.events import Await, Child, Event
 
 
-def started(**limits: int | bool | None) -> GraphMachine:
-    """A machine whose root is decoding."""
+def started(*children: str, **limits: int | bool | None) -> GraphMachine:
+    """A machine whose root is decoding and has declared ``children``."""
     machine = GraphMachine("the task", Limits(**limits))  # type: ignore[arg-type]
     machine.start()
+    for name in children:
+        machine.on_event("root", child(name))
     return machine
 
 
@@ -84,7 +86,7 @@ class Declared:
     event: Child
     parent: str
     round: int
-    dropped: set[str] = field(default_factory=set)  # names nobody had declared when the parent waited
+    dropped: set[str] = field(default_factory=set)  # names not declared when the parent waited
     path: str | None = None
 
     @property
@@ -177,7 +179,7 @@ class Contract:
             self._start_child(start, start.parent)
 
     def _start_child(self, start: Start, parent: str) -> None:
-        require(start.task in self.declared, "a child that nobody declared")
+        require(start.task in self.declared, "a child that was not declared")
         child = self.declared[start.task]
         require(child.path is None, "one event, two nodes")
         child.path = start.node

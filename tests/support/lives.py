@@ -178,7 +178,7 @@ class Plans(Ranges):
     def __init__(self, life: "Life") -> None:
         self.life = life
         self.reclaimed: list[Sequence] = []  # in the last plan
-        self.in_flight = 0  # times that somebody lost its KV while a step of it was under way
+        self.in_flight = 0  # times that a sequence lost its KV while a step of it was under way
 
     def __call__(self, name: str, of: Any = ()) -> AbstractContextManager[Any]:
         return self.schedule() if name == "schedule" else super().__call__(name, of)
@@ -276,7 +276,7 @@ class Life:
         )
 
     def _watch(self) -> None:
-        """Note what is thrown away: tokens that were sampled or run and belong to nobody."""
+        """Note what is thrown away: tokens that were sampled or run and are in no sequence."""
         engine, scheduler = self.engine, self.scheduler
         truncate, pause, finish = engine.truncate, scheduler.pause, scheduler.finish
 
@@ -436,7 +436,7 @@ class Life:
         for sequence in self.sequences:
             table = sequence.table
             known = self.known(sequence)
-            assert table.stored <= len(known), "KV of a token that nobody knows"
+            assert table.stored <= len(known), "KV of a token that is not known"
             assert len(table.blocks) == -(-table.length // size)
             read = [self.memory.slots[slot] for slot in table.slots(0, table.length)]
             assert self.memory.owns(sequence, known, read)
@@ -456,7 +456,7 @@ class Life:
         )
 
     def drain(self) -> None:
-        """Run what is live to its end. While nobody joins, the first sequence only ever gains tokens: a bound."""
+        """Run what is live to its end. While none is added, the first sequence only ever gains tokens: a bound."""
         steps = (self.scheduler.stages + self.engine.settings.lookahead) * sum(
             len(s.tokens) + s.budget for s in self.scheduler.live
         )
@@ -466,7 +466,7 @@ class Life:
             self.step()
 
     def end(self) -> None:
-        """Nothing runs, nobody is left, nothing is held, and every query that was run is told of."""
+        """Nothing runs, no sequence is left, nothing is held, and every query that was run is told of."""
         self.drain()
         for sequence in list(self.sequences):
             assert sequence.state is State.PAUSED

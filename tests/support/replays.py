@@ -33,7 +33,7 @@ FLAT: dict[str, Any] = {
         "b": {"prompt": PROMPT, "steps": [{"decode": 8}]},
     },
 }
-DEEP = {  # two levels, a fork of a node that goes on, dependencies, two awaits, a turn that awaits nobody
+DEEP = {  # two levels, a fork of a node that goes on, dependencies, two awaits, a turn that awaits no child
     "id": "deep",
     "seed": 3,
     "shared_prefix": 10,

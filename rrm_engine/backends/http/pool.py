@@ -40,7 +40,7 @@ class Replica:
 
 
 class Gate:
-    """Lets at most ``places`` in at once; of those that wait the lowest rank goes first, then who came first."""
+    """Lets at most ``places`` in at once; of those that wait the lowest rank goes first, then the first to come."""
 
     def __init__(self, places: int) -> None:
         self.free = places

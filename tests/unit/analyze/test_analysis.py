@@ -155,7 +155,7 @@ def votes(*answers: str) -> list[Sample]:
         (["7", "FINAL: 8", "FINAL: 9"], 3, 1 / 3),
         (["7", "FINAL: 8", "So FINAL: 8.0"], 3, 0.0),  # one answer in two spellings
         (["7", "FINAL: 8"], 1, 0.5),
-        (["7", "nothing", "nothing either"], 3, 1.0),  # who states nothing does not vote
+        (["7", "nothing", "nothing either"], 3, 1.0),  # a sample that states nothing does not vote
         (["nothing"], 1, 0.0),
     ],
 )

@@ -213,7 +213,7 @@ def test_places_are_kept_and_waiting_is_told() -> None:
     assert result.servers["queued_s"] >= waits["root.a"] > 0
 
 
-def test_a_place_is_not_lost_with_who_was_just_let_in() -> None:
+def test_a_place_is_not_lost_with_a_request_that_was_just_let_in() -> None:
     async def cancelled() -> int:
         gate = Gate(1)
         await gate.enter(0)

@@ -3,11 +3,11 @@
 import io
 import json
 import random
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recorded_runs import both, row
 from rich.console import Console
 
 from rrm_engine.bench.grader import Verdict
@@ -18,24 +18,6 @@ from rrm_engine.bench.table import print_closing, speedup, splice_line
 from rrm_engine.graph.types import Status
 from rrm_engine.runs.rows import Row
 from rrm_engine.solver.result import Job, JobResult
-
-
-def row(task: str, mode: str, *, right: bool | None = True, sample: int = 0, **measured: Any) -> Row:
-    """A row through the code that writes rows, so that its fields are the real ones."""
-    usual = {
-        "status": Status.ATOMIC if mode == "direct" else Status.GRAPH,
-        "latency_s": 2.0 if mode == "direct" else 1.0,
-        "critical_path_tokens": 300 if mode == "direct" else 100,
-        "total_tokens": 300,
-        "overlap_s": 0.0 if mode == "direct" else 0.5,
-    }
-    result = JobResult(job=Job(task, "p", mode, sample), answer="FINAL: 7", **{**usual, **measured})
-    expected = None if right is None else "7" if right else "8"
-    return make_row(result, expected, Verdict(right if right is None else right and result.error is None), {}, 0)
-
-
-def both(task: str, sample: int = 0, **recursive: Any) -> list[Row]:
-    return [row(task, "direct", sample=sample), row(task, "rrm", sample=sample, **recursive)]
 
 
 def test_wilson_against_published_values() -> None:

@@ -87,17 +87,6 @@ def test_top_p_from_the_likeliest_tokens_is_top_p_of_all(
         assert choose(rows[row : row + 1], params, [5], [row]).tolist() == fast[row : row + 1].tolist()
 
 
-def test_a_token_does_not_depend_on_its_neighbours() -> None:
-    """Every row drawn alone, in a batch, and in a batch of other order and mixed settings gives the same token."""
-    settings = [SamplingParams(), SamplingParams(0.9), SamplingParams(0.9, top_k=7), SamplingParams(1.1, top_p=0.9)]
-    rows = logits(24)
-    sequences = [sequence(f"n{i}", settings[i % 4], length=3 + i) for i in range(24)]
-    together = sample(rows.clone(), sequences)
-    alone = [sample(rows[i : i + 1].clone(), [s])[0] for i, s in enumerate(sequences)]
-    backwards = sample(rows.flip(0).clone(), sequences[::-1])[::-1]
-    assert together == alone == backwards
-
-
 def test_noise_depends_on_key_position_and_token() -> None:
     ids = torch.arange(1000)[None]
 

@@ -1,4 +1,4 @@
-"""What ``export`` writes of a run: rendered again it is what each model saw, and its masks are who wrote what."""
+"""What ``export`` writes of a run: rendered again it is what each model saw, and its masks say who wrote what."""
 
 import json
 import re

@@ -11,8 +11,7 @@ from rrm_engine.protocol.events import Atomic, Await, Done, Malformed
 
 class TestAwait:
     def test_conclusions_that_are_there_already_come_at_once(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         m.on_event("root.a", Atomic("A"))
         assert m.on_event("root", Await(("a",))) == [
             Pause(ROOT),
@@ -29,22 +28,19 @@ class TestAwait:
         assert [c.id for c in resume.conclusions] == ["a", "c"]
 
     def test_awaiting_nothing_known_resumes_with_a_note(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         resume = resume_of(m.on_event("root", Await(("A",))))
         assert resume.notes == ("There is no child A; not yet awaited: a.",)
         assert resume.conclusions == ()
 
     def test_a_conclusion_is_delivered_once(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         m.on_event("root.a", Atomic("A"))
         assert len(resume_of(m.on_event("root", Await(("a", "a")))).conclusions) == 1
         assert resume_of(m.on_event("root", Await(("a",)))).notes == ("Child a was awaited before.",)
 
     def test_beyond_max_awaits_the_node_is_told_to_answer_and_then_left_to_its_budget(self) -> None:
-        m = started(max_awaits=1)
-        m.on_event("root", child("a"))
+        m = started("a", max_awaits=1)
         m.on_event("root.a", Atomic("A"))
         m.on_event("root", Await())
         last = resume_of(m.on_event("root", Await()))
@@ -61,21 +57,18 @@ class TestAwait:
 
     @pytest.mark.parametrize("reason", [EndReason.EOS, EndReason.LENGTH])
     def test_a_sequence_that_ends_with_children_running_awaits_them(self, reason: EndReason) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         assert m.on_end("root", reason, "FINAL: hasty") == []  # ended by itself: there is nothing to pause
         assert m.nodes["root"].state is NodeState.AWAITING
         assert brief(m.on_event("root.a", Atomic("A"))) == ["stop root.a", "resume root"]
         assert m.repairs == {"implicit_await": 1}
 
     def test_done_with_children_running_awaits_them(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         assert m.on_event("root", Done(), text="") == [Pause(ROOT)]
 
     def test_what_a_paused_node_had_in_flight_is_ignored(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         m.on_event("root", Await())
         assert m.on_event("root", Atomic("hasty")) == m.on_end("root", EndReason.EOS, "") == []
         assert m.on_malformed("root", Malformed("{", "unclosed", 0, 1)) == []
@@ -96,14 +89,12 @@ class TestConclusions:
         assert brief(m.on_event("root", Atomic(), text="It is 4.")) == ["stop root", "finish atomic"]
 
     def test_atomic_without_an_answer_is_done_where_there_are_children(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         assert m.on_event("root", Atomic()) == [Pause(ROOT)]
         assert m.repairs == {"implicit_await": 1}
 
     def test_an_answer_abandons_the_children_still_running(self) -> None:
-        m = started()
-        m.on_event("root", child("quick"))
+        m = started("quick")
         m.on_event("root.quick", Atomic("q"))
         m.on_event("root", child("a"))
         m.on_event("root.a", child("deep"))
@@ -114,8 +105,7 @@ class TestConclusions:
         assert m.nodes["root.quick"].state is NodeState.CONCLUDED
 
     def test_done_concludes_with_the_text_before_it(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         assert m.on_event("root.a", Done(), text="It is 4.\n") == [
             Stop(NodePath("root.a"), concluded("root.a", "It is 4."))
         ]
@@ -138,19 +128,17 @@ class TestConclusions:
         assert brief(started().on_end("root", EndReason.LENGTH, "The answer is 10. So"))[-1] == "start root!direct"
 
     def test_done_without_text_leaves_the_decision_to_the_end(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         assert m.on_event("root.a", Done()) == []
         assert brief(m.on_end("root.a", EndReason.EOS, "It is 4.")) == ["stop root.a"]
 
-    def test_text_cut_off_behind_its_final_counts_by_its_final(self) -> None:
+    def test_text_cut_off_after_its_final_counts_by_its_final(self) -> None:
         m = started(max_depth=0)
         commands = m.on_end("root", EndReason.LENGTH, "FINAL: 4\nWait, let me check again and again and")
         assert commands[-1] == Finish(Status.ATOMIC, "FINAL: 4")
 
     def test_a_child_that_wrote_nothing_fails(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         (stop,) = m.on_end("root.a", EndReason.EOS, " \n")
         assert stop == Stop(NodePath("root.a"), concluded("root.a", "failed: it ended without an answer", ok=False))
 
@@ -169,8 +157,7 @@ class TestFallback:
         assert brief(started().on_end("root", EndReason.EOS, "Easy. FINAL: 9"))[-1] == "finish atomic"
 
     def test_a_failing_root_takes_its_children_along(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         commands = m.on_end("root", EndReason.CONTEXT, "")
         assert brief(commands) == ["stop root", "cancel root.a", "start root!direct"]
 

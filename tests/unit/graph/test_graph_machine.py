@@ -55,9 +55,7 @@ def test_a_root_splits_into_two_cases_and_joins_them() -> None:
 
 class TestDependencies:
     def test_a_child_waits_for_its_dependencies_and_is_given_their_conclusions_in_order(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
-        m.on_event("root", child("b"))
+        m = started("a", "b")
         assert m.on_event("root", child("c", "b", "a")) == []
         assert m.nodes["root.c"].state is NodeState.BLOCKED
         m.on_event("root.a", Atomic("A"))
@@ -93,8 +91,7 @@ class TestDependencies:
         assert m.repairs["cycle"] == 1
 
     def test_dependants_of_a_failed_child_start_and_can_read_why(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         m.on_event("root", child("b", "a"))
         start = m.on_end("root.a", EndReason.LENGTH, "thinking out loud")[-1]
         assert isinstance(start, Start)
@@ -132,8 +129,7 @@ class TestSolvesAfresh:
         assert brief(m.on_end("root!direct", EndReason.EOS, "")) == ["stop root!direct", "finish invalid"]
 
     def test_an_answer_or_a_child_is_no_reason_to_begin_again(self) -> None:
-        m = started(solves_afresh=True)
-        m.on_event("root", child("a"))
+        m = started("a", solves_afresh=True)
         assert brief(m.on_event("root.a", Atomic(""))) == ["pause root.a", "resume root.a"]
         assert brief(started(solves_afresh=True).on_event("root", Atomic("4"))) == ["stop root", "finish atomic"]
 
@@ -150,8 +146,7 @@ class TestIds:
         assert resume.notes == ("This child a is called a_2.",)
 
     def test_the_same_child_again_is_ignored(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         assert m.on_event("root", child("a")) == []
         assert m.repairs == {"repeated_child": 1}
 
@@ -229,20 +224,17 @@ class TestIds:
         assert resume_of(commands).notes == ("Child a was not started: it has the task of this node itself.",)
 
     def test_a_child_with_the_task_of_a_node_further_up_makes_its_parent_solve_its_own(self) -> None:
-        m = started(max_depth=3)
-        m.on_event("root", child("a"))
+        m = started("a", max_depth=3)
         commands = m.on_event("root.a", Child("b", "The task"))
         assert brief(commands) == ["pause root.a", "resume root.a"] and m.repairs == {"own_task": 1}
         assert resume_of(commands).notes == ("Child b was not started: it has the task of a node above this one.",)
 
     def test_a_child_with_its_parents_task_beside_others_is_only_refused(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         assert m.on_event("root", Child("b", "the task")) == [] and m.repairs == {"own_task": 1}
 
     def test_a_child_may_be_tried_again_once_its_conclusion_was_read(self) -> None:
-        m = started()
-        m.on_event("root", child("a"))
+        m = started("a")
         m.on_end("root.a", EndReason.LENGTH, "")
         m.on_event("root", Await())
         assert brief(m.on_event("root", child("a"))) == ["start root.a_2"]
@@ -298,8 +290,7 @@ class TestLimits:
         assert brief(m.on_end("root.a", EndReason.EOS, "It is 4.")) == ["stop root.a"]
 
     def test_width_is_per_round(self) -> None:
-        m = started(max_width=1)
-        m.on_event("root", child("a"))
+        m = started("a", max_width=1)
         assert m.on_event("root", child("b")) == []
         m.on_event("root.a", Atomic("A"))
         resume = resume_of(m.on_event("root", Await(("a", "b"))))
@@ -309,14 +300,12 @@ class TestLimits:
         assert brief(m.on_event("root", child("b"))) == ["start root.b"], "a new round"
 
     def test_the_graph_has_at_most_max_nodes_nodes(self) -> None:
-        m = started(max_nodes=2)
-        m.on_event("root", child("a"))
+        m = started("a", max_nodes=2)
         assert m.on_event("root.a", child("b")) == []
         assert m.repairs["over_nodes"] == 1
 
     def test_a_node_that_ends_before_it_knows_of_a_refusal_reads_of_it(self) -> None:
-        m = started(max_nodes=1)
-        m.on_event("root", child("a"))
+        m = started("a", max_nodes=1)
         pause, resume = m.on_event("root", Done())
         assert pause == Pause(ROOT)
         assert resume == Resume(
@@ -324,8 +313,7 @@ class TestLimits:
         )
 
     def test_what_a_node_has_read_of_neither_keeps_it_from_ending_nor_comes_again(self) -> None:
-        m = started(max_nodes=1)
-        m.on_event("root", child("a"))
+        m = started("a", max_nodes=1)
         assert resume_of(m.on_event("root", Await())).notes
         assert resume_of(m.on_event("root", Await())).notes == ("There was no child to await.",)
         assert brief(m.on_event("root", Done(), text="It is 4.")) == ["stop root", "finish atomic"]
@@ -352,8 +340,7 @@ def test_resumes_go_before_starts_and_deeper_nodes_before_older_ones() -> None:
 
 
 def test_cancel_ends_everything_once() -> None:
-    m = started()
-    m.on_event("root", child("a"))
+    m = started("a")
     m.on_event("root", Await())
     commands = m.cancel("the user left")
     assert commands == [

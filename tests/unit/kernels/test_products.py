@@ -1,13 +1,12 @@
 """The compiled linear layers against float64, whatever the shape; a row's result depends on that row alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from oracle import VARIANTS, compiled, engine_for, plain_model, prepared, prompt, wrong_tokens
 from rrm_kernels import products
 from rrm_kernels.build import load_library
-from rrm_kernels.native import load_native, load_native_layer
 from rrm_kernels.products import Kind, NativeLinear, NativeUnavailable
 
 from rrm_engine.engine.sampler import SamplingParams
@@ -25,16 +24,6 @@ ROWS = (1, 2, 3, 11, 12, 13, 25, 241)  # around the rows done at once, and more 
 @pytest.fixture(autouse=True)
 def needs_a_compiler() -> None:
     compiled(load_library)
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Chooses the variant of everything that is compiled, for this test."""
-    load_native.cache_clear()
-    load_native_layer.cache_clear()
-    yield lambda variant: monkeypatch.setenv("RRM_CPU_KERNELS", variant)
-    load_native.cache_clear()
-    load_native_layer.cache_clear()
 
 
 @pytest.fixture
@@ -155,12 +144,6 @@ def test_an_input_that_does_not_fit_is_refused(x: torch.Tensor) -> None:
         linear(x)
 
 
-def test_a_variant_that_is_not_to_be_had_is_refused(kernels: Callable[[str], None]) -> None:
-    kernels("sse9")
-    with pytest.raises(ValueError, match=r"RRM_CPU_KERNELS=sse9: .* choose one of native, .*plain"):
-        load_library()
-
-
 @pytest.mark.parametrize("reason", ["no compiler", "another product is faster"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_the_kernel_torch_multiplies(dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +164,8 @@ def test_without_the_kernel_torch_multiplies(dtype: torch.dtype, reason: str, mo
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_engine_on_the_kernels_is_exact(variant: str, kernels: Callable[[str], None]) -> None:
-    kernels(variant)
+def test_an_engine_on_the_kernels_is_exact(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RRM_CPU_KERNELS", variant)
     product = PackedLinear(torch.randn(8, 8), None).product
     assert isinstance(product, NativeLinear)
     assert product.library is load_library(variant)

@@ -51,7 +51,7 @@ def test_a_prompt_is_found_again_until_its_blocks_are_needed() -> None:
     again = BlockTable(pool)
     assert again.reuse([1, 2, 7]) == 2 and again.blocks == [1]
     other = BlockTable(pool)
-    other.append(6)  # 3, 4, and then what can be found and nobody holds
+    other.append(6)  # 3, 4, and then one that is cached and not held
     assert sorted(other.blocks) == [2, 3, 4]
     assert pool.match([1, 2, 3, 4, 9]) == [1], "block 2 holds something else now"
     pool.check([again.blocks, other.blocks])
@@ -71,6 +71,8 @@ def test_a_tail_goes_to_the_host_and_comes_back_elsewhere() -> None:
     assert table.first_own == 1  # block 1 is the child's too
     assert table.offload(1) is not None
     assert table.blocks == [1] and pool.num_free == 3
+    with pytest.raises(ValueError, match="comes back before"):
+        table.append(1)
     BlockTable(pool).append(2)
     table.restore()
     assert len(table.blocks) == 3 and table.blocks[0] == 1 and pool.num_free == 0

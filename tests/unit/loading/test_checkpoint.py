@@ -98,15 +98,13 @@ def test_every_json_file_is_an_object(folder: Path, name: str, content: bytes, r
     assert f"{name} {reason}" in refusal(folder)
 
 
-@pytest.mark.parametrize("share", [0, 0.0000015, 0.0005, 0.5, 0.9999999])
-def test_safetensors_that_are_cut(folder: Path, share: float) -> None:
-    cut(folder / "model.safetensors", share)
+@pytest.mark.parametrize("share", [0, 0.0000015, 0.0005, 0.5, 0.9999999, None])
+def test_safetensors_that_are_cut_or_something_else(folder: Path, share: float | None) -> None:
+    if share is None:
+        (folder / "model.safetensors").write_bytes(b"<html>not found</html>" * 9)
+    else:
+        cut(folder / "model.safetensors", share)
     assert "model.safetensors is damaged or incomplete, download it again: " in refusal(folder)
-
-
-def test_safetensors_that_are_something_else(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"<html>not found</html>" * 9)
-    assert "model.safetensors is damaged or incomplete" in refusal(folder)
 
 
 def test_a_sharded_checkpoint(folder: Path) -> None:
@@ -433,7 +431,9 @@ def test_a_tokenizer_config_may_be_missing(folder: Path) -> None:
 # the hub
 
 
-def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "./nowhere: there is no such directory or GGUF file" in refusal("./nowhere")
+    assert "there is no such GGUF file" in refusal("nowhere/model.gguf")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(hub, "TIMEOUT_S", 1.0)
     assert "no local directory or GGUF file, and is not on this machine, and the hub cannot be" in refusal(
@@ -441,3 +441,6 @@ def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, capfd: pytest
     )
     assert capfd.readouterr().err == ""
     assert "is no hub id either: those are written owner/name" in refusal("C:\\model")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "is not on this machine, and HF_HUB_OFFLINE keeps it from" in refusal("nobody/none")

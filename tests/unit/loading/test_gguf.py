@@ -35,11 +35,12 @@ def gguf(metadata: dict[str, Any], tensors: dict[str, int]) -> bytes:
 
 WHOLE = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
 WHOLE |= {"tokenizer.ggml.merges": ["a b"]}
+CUTS = (0, 3, 20, 30, 60, 100, 170, -1)  # bytes of a file
 
 
-@pytest.mark.parametrize("stop", [0, 3, 20, 30, 60, 100, 170, -1])
-def test_a_gguf_file_that_is_cut(tmp_path: Path, stop: int) -> None:
-    (tmp_path / "x.gguf").write_bytes(gguf(WHOLE, {"a": 32, "b": 64})[:stop])
+@pytest.mark.parametrize("content", [*(gguf(WHOLE, {"a": 32, "b": 64})[:n] for n in CUTS), b"not at all"])
+def test_a_gguf_file_that_is_cut_or_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
     assert "the GGUF file is damaged or incomplete, download it again: " in refusal(tmp_path / "x.gguf")
 
 

@@ -37,42 +37,7 @@ def refusal(plain: Any, attention: str = "auto") -> str:
     return str(caught.value)
 
 
-# what is not there
-
-
-def test_a_directory_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"--model \./nowhere: there is no such directory or GGUF file"):
-        load_model("./nowhere")
-
-
-def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"has no config\.json, so it is not a saved model"):
-        load_model(str(tmp_path))
-
-
-def test_a_gguf_file_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no such GGUF file"):
-        load_model(str(tmp_path / "model.gguf"))
-
-
-def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"not at all")
-    with pytest.raises(ValueError, match=r"--model .*model\.gguf: the GGUF file is damaged or incomplete"):
-        load_model(str(tmp_path / "model.gguf"))
-
-
-def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
-    plain_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"--model .*: the directory has no tokenizer"):
-        load_model(str(tmp_path))
-
-
-def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"is not on this machine, and HF_HUB_OFFLINE keeps it from"):
-        load_model("nobody/no-such-model")
+# devices
 
 
 def test_a_device_this_torch_does_not_have() -> None:

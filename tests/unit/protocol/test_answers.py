@@ -57,7 +57,7 @@ def test_what_is_no_answer(ending: str) -> None:
 
 @searched(100)
 @given(st.sampled_from([f for f in STATED if "because" not in f]), st.sampled_from(FALSE_ALARMS))
-def test_a_stated_answer_is_found_behind_false_alarms(form: str, alarm: str) -> None:
+def test_a_stated_answer_is_found_after_false_alarms(form: str, alarm: str) -> None:
     if "Wait" not in alarm:
         assert read_answer(f"{alarm}\n\n{REASONING}{form.format(8)}") == "8"
 

@@ -95,7 +95,7 @@ def test_a_conversation_that_goes_on_is_the_whole_one(kind: str, template: str) 
     assert ids == whole(tokenizer, said("User 0", first, "User 1", second, "User 2", system=system))
 
 
-def test_an_end_behind_a_space_is_not_taken_for_the_model_s_own() -> None:
+def test_an_end_after_a_space_is_not_taken_for_the_model_s_own() -> None:
     tokenizer = with_template("byte_fallback", SPACED)
     chat = ChatFormat(tokenizer)
     assert not chat.closes_with(tokenizer.eos_token_id)
@@ -243,6 +243,11 @@ def test_in_a_run_the_end_of_a_turn_stands_once(tmp_path: Path, monkeypatch: pyt
         (BLOCKS.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), "each once"),
         (BLOCKS.replace("m.content", "m.content / 0"), "unsupported operand"),
         (BLOCKS.replace("m.content", "(1 / 0)"), "division by zero"),
+        ("{{ raise_exception('not for chat') }}", "not for chat"),
+        ("{% for m in messages %}{{ m.content ", "end of"),
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "assistant"),
+        ("{{ messages[0].content }}", "does not hold"),
+        ("{{ messages.nothing.at_all }}", "nothing"),
     ],
 )
 def test_unusable_templates_say_why(template: str, why: str) -> None:

@@ -134,7 +134,7 @@ def test_a_cut_keeps_the_text_up_to_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_fallback", "byte_fallback_first", "byte_fallback_bare", "byte_level"])
-def test_going_on_behind_a_cut_is_the_whole_text(kind: str) -> None:
+def test_going_on_after_a_cut_is_the_whole_text(kind: str) -> None:
     tokenizer = KINDS[kind]()
     added = tokenizer.convert_tokens_to_ids("<think>")
     tokens = tokenizer.encode('{"type":"done"}', add_special_tokens=False)

@@ -206,22 +206,6 @@ def test_plain_format_without_a_template() -> None:
     assert tok.decode(chat.turn("more")) == "\n\nUser: more\n\nAssistant:"
 
 
-@pytest.mark.parametrize(
-    ("template", "why"),
-    [
-        ("{{ raise_exception('not for chat') }}", "not for chat"),
-        ("{% for m in messages %}{{ m.content ", "end of"),
-        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "assistant"),
-        ("{{ messages[0].content }}", "does not hold"),
-        ("{{ messages.nothing.at_all }}", "nothing"),
-    ],
-)
-def test_unusable_template_is_refused(template: str, why: str) -> None:
-    with pytest.raises(ValueError, match="chat template") as error:
-        ChatFormat(chatml(template))
-    assert why in str(error.value)
-
-
 # ---- styles
 
 

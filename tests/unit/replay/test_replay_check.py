@@ -50,7 +50,7 @@ def test_free_choices_are_those_of_plain_transformers(model: LoadedModel, lookah
 
 
 def test_a_step_that_runs_the_sampled_token_is_noticed(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: whoever runs ahead runs what the model wrote, not what the graph says."""
+    """Negative control: a sequence that runs ahead runs the model's own token, not the graph's."""
 
     def unforced(work: Any, block_size: int) -> Any:
         work = list(work)

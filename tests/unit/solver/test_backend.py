@@ -1,4 +1,4 @@
-"""The seam between a task's run and who decodes: whole graphs on a backend of scripted texts, without torch."""
+"""The interface between a task's run and its backend: whole graphs on a backend of scripted texts, without torch."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def test_a_graph_of_dependent_children(size: int) -> None:
     assert events[-1]["event"] == "finish" and events[-1]["events"] == len(events)
 
 
-def test_who_solves_a_part_by_reference_sees_the_whole_problem() -> None:
+def test_a_node_that_solves_a_part_by_reference_sees_the_whole_problem() -> None:
     plan = "Parts: 2\n" + child("c1", "question (1)") + child("c2", "question (2)") + AWAIT
     script = {"root": [Text(pieces(plan)), *answer("3")], "root.c1": answer("1"), "root.c2": answer("2")}
     backend = Scripted({"t": script})

@@ -63,7 +63,7 @@ def test_the_longest_chain_of_tokens_follows_from_the_events(each: Path) -> None
 
 
 def test_the_path_is_the_longest_chain_where_time_goes_by_tokens(calm: Path) -> None:
-    """One token a step for everybody from the step after the start on: what takes longest has most tokens."""
+    """Every node has one token a step from the step after its start on, so the longest path has the most tokens."""
     comparable = 0
     for trace, found in recursive(calm):
         stretches = [s for path in trace.nodes for s in trace.real(path) if s.first is not None]

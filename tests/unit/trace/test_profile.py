@@ -1,4 +1,4 @@
-"""--profile on the real engine: which ranges there are, for whom, when; what it writes; and that off is off."""
+"""--profile on the real engine: which ranges there are, for which nodes, when; what it writes; and that off is off."""
 
 import gzip
 import json
@@ -371,7 +371,7 @@ def operators_of_forwards(directory: Path) -> list[Counter[str]]:
 
 
 def products(operators: Counter[str]) -> int:
-    """Whoever multiplies."""
+    """The methods that multiply."""
     return sum(operators[name] for name in ("rrm::linear", "aten::linear", "mkldnn::_linear_pointwise"))
 
 

@@ -75,7 +75,7 @@ def test_an_interrupted_run_leaves_a_profile_of_what_there_was(tmp_path: Path) -
     solver.close()
 
 
-def test_a_run_without_a_step_behind_the_warm_up_says_so(solver: Solver, tmp_path: Path) -> None:
+def test_a_run_without_a_step_after_the_warm_up_says_so(solver: Solver, tmp_path: Path) -> None:
     with pytest.raises(ProfileError, match="there were 0 steps"), solver.profile(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []

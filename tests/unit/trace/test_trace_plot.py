@@ -83,7 +83,7 @@ def test_all_time_of_a_recorded_run_is_drawn_once(each: Path) -> None:
         assert path == [(hop.ready_s, hop.until_s) for hop in attribution.hops]
 
 
-def test_who_split_planned_and_who_did_not_solved(each: Path) -> None:
+def test_nodes_that_split_planned_and_others_solved(each: Path) -> None:
     for trace, _ in recursive(each):
         (axes,) = draw([trace]).axes
         drawn = bars(axes)

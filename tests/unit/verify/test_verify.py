@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,17 +62,7 @@ def record(folder: Path) -> Callable[..., Path]:
     def run(*flags: str) -> Path:
         if flags not in done:
             out = folder / f"run{len(done)}"
-            always = [
-                "--constrain",
-                "on",
-                "--max-depth",
-                "1",
-                "--max-sibling-width",
-                "3",
-                "--kv-blocks",
-                "200",
-                "--quiet",
-            ]
+            always = shlex.split("--constrain on --max-depth 1 --max-sibling-width 3 --kv-blocks 200 --quiet")
             paths = ["--model", str(folder / "model"), "--prompt-style", str(folder / "style.toml"), "--out", str(out)]
             assert bench([str(folder / "tasks.jsonl"), *paths, *always, *flags]) == 0
             done[flags] = out
