@@ -84,7 +84,7 @@ class RunConfig:
         "off",
         "model",
         "guess a node's next tokens from its own context and its grammar, up to N, and check them in one step; what "
-        "nodes write is the same; auto: as many as are likely to save time on this machine",
+        "nodes write is the same; auto: as many as are likely to save time on this machine, none on CUDA so far",
         metavar="{auto,off,N}",
     )
     eager: bool = setting(False, "model", "on CUDA launch kernels one by one instead of replaying CUDA graphs")

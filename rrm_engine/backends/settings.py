@@ -61,6 +61,8 @@ def resolve(
         "placement": "replicate" if len(replicas) > 1 else "pipeline" if model.stages > 1 else "single",
         "attention": model.attend.name,
         "lookahead": _lookahead(config, model),
+        # What rows cost has been measured on CPU only.
+        "draft": "off" if config.draft == "auto" and model.device.type == "cuda" else config.draft,
         "step_tokens": config.step_tokens or (4096 if model.device.type == "cuda" else 512),
         "max_sequence_tokens": longest,
         "kv_blocks": blocks,

@@ -45,5 +45,6 @@ def build_engine(
     engine = Engine(runner, replace(settings, vocabulary=model.vocabulary), costs)
     if settings.drafts:
         rows = measure_row_costs(runner, settings.max_sequence_tokens) if settings.weigh_drafts else None
-        engine.draft(Drafting(settings.drafts, settings.eos_ids, rows))
+        if rows is not None or not settings.weigh_drafts:
+            engine.draft(Drafting(settings.drafts, settings.eos_ids, rows))
     return engine

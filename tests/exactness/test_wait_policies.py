@@ -18,6 +18,7 @@ from rrm_engine.engine.scheduler import SchedulerOutput
 from rrm_engine.engine.sequence import Sequence
 from rrm_engine.kv.cache import KVCache, LayerShape
 from rrm_engine.kv.host import HostCopy, SwapCosts
+from rrm_engine.loading import row_costs
 from rrm_engine.loading.prepare import LoadedModel
 
 POLICIES = get_args(WaitPolicy)
@@ -135,7 +136,8 @@ def test_two_waiting_parents_that_fill_the_pool_under_every_policy(policy: WaitP
     assert any(p.counters.prefilled > 7 + 3 or p.counters.restored_blocks > 0 for p in parents)  # it did not stay
 
 
-def test_costs_are_measured_and_leave_no_trace() -> None:
+from rrm_engine.kv.host import HostCopy, SwapCosts
+from rrm_engine.loading import row_costs
     engine = engine_for(prepared(plain_model("qwen3")), wait_policy="auto", drafts=3, weigh_drafts=True)
     costs, drafting = engine.scheduler.costs, engine.drafting
     assert costs is not None and costs.copy_block_s > 0 and costs.prefill_token_s > 0
@@ -143,6 +145,13 @@ def test_costs_are_measured_and_leave_no_trace() -> None:
     assert (engine.steps, engine.pool.peak_used, engine.pool.num_used) == (0, 0, 0)
     assert engine.pool.match([0] * 50) == []
     engine.check()
+
+
+def test_drafts_are_not_weighed_where_steps_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(plain_model("qwen3"))
+    monkeypatch.setattr(row_costs, "SHORTEST_S", float("inf"))
+    assert engine_for(model, drafts=3, weigh_drafts=True).drafting is None
+    assert engine_for(model, drafts=3).drafting is not None
 
 
 def test_a_block_that_was_copied_from_may_be_swapped_into_in_the_same_step() -> None:
