@@ -37,7 +37,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "copying": {"modes": ("rrm",), "prompt_style": "instruct"},
     "reference": {"modes": ("rrm",), "prompt_style": "by-reference"},
 }
-ARMS |= {f"{name}-drafted": {**settings, "draft": "auto"} for name, settings in ARMS.items()}
+DRAFTED = {f"{name}-drafted": {**settings, "draft": "auto"} for name, settings in ARMS.items()}
+ARMS = {name: {**settings, "draft": "off"} for name, settings in ARMS.items()} | DRAFTED
 ARMS["serial"] = {**ARMS["reference"], "max_concurrency": 1}
 MEASURES = ("accuracy", "time")
 

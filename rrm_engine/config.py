@@ -81,7 +81,7 @@ class RunConfig:
         choices=("auto", "on", "off"),
     )
     draft: str = setting(
-        "off",
+        "auto",
         "model",
         "guess a node's next tokens from its own context and its grammar, up to N, and check them in one step; what "
         "nodes write is the same; auto: as many as are likely to save time on this machine, none on CUDA so far",
