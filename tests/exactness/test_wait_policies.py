@@ -136,8 +136,8 @@ def test_two_waiting_parents_that_fill_the_pool_under_every_policy(policy: WaitP
     assert any(p.counters.prefilled > 7 + 3 or p.counters.restored_blocks > 0 for p in parents)  # it did not stay
 
 
-from rrm_engine.kv.host import HostCopy, SwapCosts
-from rrm_engine.loading import row_costs
+def test_costs_are_measured_and_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_costs, "SHORTEST_S", 0.0)
     engine = engine_for(prepared(plain_model("qwen3")), wait_policy="auto", drafts=3, weigh_drafts=True)
     costs, drafting = engine.scheduler.costs, engine.drafting
     assert costs is not None and costs.copy_block_s > 0 and costs.prefill_token_s > 0
