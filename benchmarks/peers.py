@@ -27,6 +27,7 @@ from begin import ROOT, flags_first
 from rrm_engine.command_line import Parser
 from rrm_engine.replay.flags import ATTENTIONS, DTYPES
 from rrm_engine.replay.generate import SHAPES
+from rrm_engine.trace.command import add_jobs
 
 PLAN = ROOT / "benchmarks" / "graphs" / "plan.jsonl"
 PEERS = ("ours", "vllm", "vllm-http", "generate-batch", "generate")
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from", dest="run", type=Path, metavar="RUN_DIR", help="a bench run whose graphs of several nodes to replay"
     )
+    add_jobs(parser)
     parser.add_argument("--count", type=int, default=1, metavar="N", help="graphs of a shape, and the first of a run")
     parser.add_argument("--seed", type=int, default=0, help="of a shape's graphs")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; a replay of the smallest graph warms up")
@@ -108,7 +110,7 @@ def workloads(args: argparse.Namespace) -> dict[str, list[Graph]]:
         several = [graph for graph in load_graphs(args.run, whole) if len(graph.nodes) > 1]
         if not several:
             raise RrmError(f"--from {args.run}: no graph of this run has several nodes")
-        found["recorded"] = several[: args.count]
+        found["recorded"] = several[: None if args.jobs else args.count]
     if not found:
         raise RrmError("there is nothing to replay: give --batch, --graphs or --from")
     return found

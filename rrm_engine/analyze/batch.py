@@ -11,7 +11,6 @@ from rrm_engine.analyze.statistics import mean, median
 from rrm_engine.runs.arms import Arm
 from rrm_engine.runs.errors import RunError
 from rrm_engine.runs.events import Cancelled, WroteMalformed
-from rrm_engine.runs.reader import read_run
 from rrm_engine.runs.timeline import FALLBACK, ROOT, Interval, JobTrace
 from rrm_engine.runs.trust import RECURSIVE
 
@@ -31,7 +30,7 @@ def batch_figures(arm: Arm) -> dict[str, Any]:
     incomplete, problems = 0, []
     for number, run in enumerate(arm.runs):
         try:
-            found = read_run(run.path)
+            found = run.trace
         except RunError as error:
             problems.append(str(error))
             continue

@@ -7,6 +7,7 @@ from pathlib import Path
 from rrm_engine.command import OK, guarded, say
 from rrm_engine.command_line import Parser
 from rrm_engine.legible import spelled
+from rrm_engine.trace.command import add_runs
 
 PROGRAM = "python -m rrm_engine.analyze"
 DESCRIPTION = """\
@@ -35,7 +36,7 @@ def build_parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN_DIR", help="directories that bench runs have written")
+    add_runs(parser)
     add("--rows", action="store_true", help="list every row with its trust label and the reason for it")
     add("--out", type=Path, metavar="DIR", help="write analysis.json, tables as CSV, and plots")
     return parser
@@ -43,15 +44,18 @@ def build_parser() -> Parser:
 
 def _analyse(options: argparse.Namespace) -> int:
     from rrm_engine.analyze.statistics import scipy_stats
+    from rrm_engine.runs.arms import arms, read_runs
+    from rrm_engine.runs.directory import check_output_folder
 
-    scipy_stats()  # before anything is read
+    check_output_folder(options.out, "--out")
+    runs = read_runs(options.runs, options.jobs)
+    scipy_stats()  # before anything is made of them
     from rich.console import Console
 
     from rrm_engine.analyze.analysis import analyse
     from rrm_engine.analyze.report import print_report
-    from rrm_engine.runs.arms import arms, read_runs
 
-    document = analyse(arms(read_runs(options.runs)))
+    document = analyse(arms(runs))
     print_report(Console(), document, rows=options.rows)
     if options.out:
         from rrm_engine.analyze.files import PLOT, write

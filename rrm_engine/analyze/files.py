@@ -23,7 +23,7 @@ def write(document: Figures, folder: Path) -> list[str]:
             _write_csv(folder / name, rows)
     except OSError as error:
         raise RrmError(f"{folder} cannot be written: {error.strerror or error}") from None
-    write_json(folder / "analysis.json", document)
+    write_json(folder / "analysis.json", document, "--out")
     drawn = plot(document, folder / PLOT)
     return ["analysis.json", *tables, *([PLOT] if drawn else [])]
 

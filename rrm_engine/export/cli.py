@@ -10,7 +10,7 @@ from rrm_engine.command_line import Parser
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import plural, spelled
 from rrm_engine.runs.trust import Label
-from rrm_engine.trace.command import names
+from rrm_engine.trace.command import add_runs, names
 
 PROGRAM = "python -m rrm_engine.export"
 FORMATS, NODES = ("sft",), ("all", "planner")
@@ -38,7 +38,7 @@ def build_parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN_DIR", help="directories that bench runs have written")
+    add_runs(parser)
     add("--format", choices=FORMATS, default="sft", help="chat data for supervised fine-tuning")
     add("--out", type=Path, required=True, metavar="FILE", help="the file, such as planners.jsonl")
     add(
@@ -57,13 +57,15 @@ def build_parser() -> Parser:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from rrm_engine.export.conversations import Choice, conversations
     from rrm_engine.runs.arms import arms, read_runs
-    from rrm_engine.runs.directory import ESCAPED, refuse_own
+    from rrm_engine.runs.directory import ESCAPED, check_output
 
-    refuse_own(options.out, "--out")
+    check_output(options.out, "--out")
+    runs = read_runs(options.runs, options.jobs)
+    from rrm_engine.export.conversations import Choice, conversations  # which take seconds to import
+
     choice = Choice(options.labels, options.modes, options.clean, options.nodes == "planner")
-    found = conversations(arms(read_runs(options.runs)), choice, options.model, options.trust_remote_code)
+    found = conversations(arms(runs), choice, options.model, options.trust_remote_code)
     lines = [json.dumps(line.as_json(), ensure_ascii=False) + "\n" for line in found]
     try:
         with options.out.open("w", encoding="utf-8", errors=ESCAPED, newline="\n") as file:

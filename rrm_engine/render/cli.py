@@ -7,6 +7,7 @@ from pathlib import Path
 from rrm_engine.command import OK, guarded
 from rrm_engine.command_line import Parser
 from rrm_engine.legible import plural, spelled
+from rrm_engine.trace.command import add_runs
 
 PROGRAM = "python -m rrm_engine.render"
 LONGEST = 20_000
@@ -20,6 +21,7 @@ EPILOG = f"""\
 examples:
   {PROGRAM} runs/aime --out aime.html
   {PROGRAM} runs/pin runs/drop --out policies.html
+  {PROGRAM} runs/aime --jobs aime-2024-i-01,aime-2024-i-02 --out two.html
   python -m rrm_engine.verify runs/aime --json runs/aime/verify.json
 
 exit code: 0 done, 2 refused"""
@@ -34,7 +36,7 @@ def build_parser() -> Parser:
     """The command's flags."""
     parser = Parser(prog=PROGRAM, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN_DIR", help="directories that bench runs have written")
+    add_runs(parser)
     add("--out", type=Path, required=True, metavar="FILE", help="the page, such as page.html")
     add(
         "--longest-text",
@@ -54,14 +56,16 @@ def build_parser() -> Parser:
 def _render(options: argparse.Namespace) -> int:
     from rrm_engine.analyze.statistics import scipy_stats
     from rrm_engine.errors import RrmError
+    from rrm_engine.runs.arms import arms, read_runs
+    from rrm_engine.runs.directory import check_output
+
+    check_output(options.out, "--out")
+    runs = read_runs(options.runs, options.jobs, tokens=options.decode)
+    scipy_stats()  # before anything is made of them
     from rrm_engine.render.document import document
     from rrm_engine.render.page import page
-    from rrm_engine.runs.arms import arms, read_runs
-    from rrm_engine.runs.directory import refuse_own
 
-    refuse_own(options.out, "--out")
-    scipy_stats()  # before anything is read
-    found = document(arms(read_runs(options.runs)), options.longest_text, options.decode)
+    found = document(arms(runs), options.longest_text, options.decode)
     text = page(found)
     try:
         options.out.write_text(text, encoding="utf-8", newline="\n")

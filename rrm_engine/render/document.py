@@ -13,9 +13,8 @@ from rrm_engine.render.strings import Strings
 from rrm_engine.runs.arms import Arm, Run, Sample
 from rrm_engine.runs.errors import RunError
 from rrm_engine.runs.events import Paused
-from rrm_engine.runs.reader import RecordedJob, believed, read_jobs
 from rrm_engine.runs.rows import row_key
-from rrm_engine.runs.timeline import Incomplete, JobTrace
+from rrm_engine.runs.timeline import JobTrace
 from rrm_engine.runs.trust import DIRECT, RECURSIVE, has_time, trust
 
 VERDICTS = "verify.json"  # in a run's directory: what `verify --json` wrote
@@ -24,7 +23,8 @@ Figures = dict[str, Any]
 
 def document(arms: Sequence[Arm], longest: int, decode: bool = False) -> Figures:
     """Everything; texts longer than ``longest`` characters lose their middle. ``decode``: texts that a run did not
-    record are made from its token ids with its model's tokenizer. Raises RrmError where that is not to be had."""
+    record are made from the token ids of its trace, with its model's tokenizer. Raises RrmError where that is not to
+    be had."""
     strings = Strings(longest)
     runs = [run for arm in arms for run in arm.runs]
     traces = {id(run): _Traces(run, decode) for run in runs}
@@ -54,18 +54,12 @@ class _Traces:
         self.problem: str | None = None
         self.decode: Decode | None = None
         try:
-            for job in read_jobs(run.path, tokens=decode):
-                self._add(job)
+            self.jobs = {(trace.key, trace.session): trace for trace in run.trace.jobs}
+            self.incomplete = run.trace.incomplete
         except RunError as error:
             self.problem = str(error)
         if decode and not any(isinstance(e, Paused) and e.text for t in self.jobs.values() for e in t.events):
             self.decode = _decoder(run)
-
-    def _add(self, job: RecordedJob) -> None:
-        try:
-            self.jobs[job.key, job.session] = believed(job)
-        except Incomplete as error:
-            self.incomplete[job.key] = str(error)
 
     def why_not(self, key: str) -> str:
         return self.problem or self.incomplete.get(key, "its events are not there")
@@ -169,7 +163,7 @@ def _verdict(path: Path) -> Figures | None:
         verdicts = [check["verdict"] for check in checks]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error!r}): verify --json writes it; move it away otherwise") from None
     counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
     said = ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items())

@@ -4,7 +4,10 @@ import argparse
 from collections.abc import Sequence
 
 from rrm_engine.command import FAILED, OK, guarded, say
+from rrm_engine.errors import RrmError
 from rrm_engine.replay.flags import build_parser
+from rrm_engine.replay.recorded import check_from
+from rrm_engine.runs.directory import check_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,6 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
+    for flag in ("json", "save"):
+        check_output(getattr(options, flag), f"--{flag}")
+    if options.run is not None:
+        check_from(options.run)
+    elif options.jobs:
+        raise RrmError("--jobs names jobs of a recorded run: give it with --from")
     from rich.console import Console
 
     from rrm_engine.replay.check import ReplayMismatch

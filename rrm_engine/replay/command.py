@@ -48,7 +48,7 @@ def load(name: str, args: argparse.Namespace) -> LoadedModel:
 def load_graphs(source: str | Path, args: argparse.Namespace) -> list[Graph]:
     """The graphs of a shape, a graph file, or (a Path) a recorded run, without their tokens drawn."""
     if isinstance(source, Path):
-        return recorded_graphs(source)[: args.count]
+        return recorded_graphs(source, args.jobs)[: None if args.jobs else args.count]
     return generate(source, args.count, args.seed) if source in SHAPES else read_graphs(Path(source))[: args.count]
 
 

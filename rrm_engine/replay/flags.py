@@ -8,6 +8,7 @@ from rrm_engine.command_line import Parser
 from rrm_engine.loading.geometry import GEOMETRIES, PREFIX
 from rrm_engine.replay.generate import SHAPES
 from rrm_engine.replay.variant import HELP
+from rrm_engine.trace.command import add_jobs
 
 PROGRAM = "python -m rrm_engine.replay"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,6 +43,7 @@ def build_parser() -> Parser:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--graphs", default="small", help=f"a graph file, or a shape: {', '.join(SHAPES)}")
     source.add_argument("--from", dest="run", type=Path, metavar="RUN_DIR", help="the graphs of a recorded bench run")
+    add_jobs(parser)
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the graphs to a graph file too")
     parser.add_argument("--policies", default="pin,offload,drop,lru,auto", help=HELP.replace("%", "%%"))
     parser.add_argument("--compare", default="", help=f"other engines on the same graphs: {', '.join(PEERS)}")

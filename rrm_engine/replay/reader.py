@@ -175,7 +175,9 @@ def contains(answer: Tokens, tokens: tuple[int, ...]) -> bool:
 def _json(line: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
+    except GraphError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise GraphError(f"not JSON ({error})") from None
 
 

@@ -1,6 +1,6 @@
 """From a recorded run to graphs: after which token each node started its children, and every node's token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,18 +16,27 @@ from rrm_engine.runs.reader import read_jobs, timeline
 from rrm_engine.runs.timeline import FALLBACK, ROOT, Incomplete, JobTrace
 
 
-def recorded_graphs(directory: Path) -> list[Graph]:
-    """One graph per finished job of a run, under the job's key ``id/mode/sample``. Raises GraphError.
+def check_from(directory: Path) -> None:
+    """Raise GraphError unless it is the directory of a run that recorded its token ids."""
+    try:
+        used = read_manifest(directory).resolved
+    except RunError as error:
+        raise GraphError(f"--from {directory}: {error}") from None
+    if used.get("backend", "local") != "local" and used.get("continue_by") == "turn":
+        raise GraphError(f"--from {directory}: its servers gave no token ids, and a replay needs them")
+
+
+def recorded_graphs(directory: Path, keys: Collection[str] = ()) -> list[Graph]:
+    """One graph per finished job of a run, under the job's key ``id/mode/sample``; ``keys`` as for `read_run`. Raises
+    GraphError.
 
     What a node wrote after an await and lost is not in its tokens and not replayed, nodes that never wrote a token
     are left out, and one that was cancelled ends where it was. The fallback of a broken graph is a second root.
     """
+    check_from(directory)
     try:
-        used = read_manifest(directory).resolved
-        if used.get("backend", "local") != "local" and used.get("continue_by") == "turn":
-            raise GraphError(f"--from {directory}: its servers gave no token ids, and a replay needs them")
-        forks = used.get("child_context") == "parent"
-        jobs = read_jobs(directory)
+        forks = read_manifest(directory).resolved.get("child_context") == "parent"
+        jobs = read_jobs(directory, keys)
     except RunError as error:
         raise GraphError(f"--from {directory}: {error}") from None
     graphs = []
@@ -38,7 +47,8 @@ def recorded_graphs(directory: Path) -> list[Graph]:
             graph = _graph(timeline(job), forks)
         except Incomplete as error:
             raise GraphError(
-                f"--from {directory}: the trace of {legible_key(job.key)} cannot be replayed: {error}"
+                f"--from {directory}: the trace of {legible_key(job.key)} cannot be replayed: {error}; "
+                "--jobs can leave it out"
             ) from None
         if graph is not None:
             graphs.append(graph)

@@ -10,8 +10,9 @@ arm that is most like it. What that one was run with otherwise is said wherever 
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from rrm_engine.command import say
 from rrm_engine.errors import RrmError
 from rrm_engine.legible import legible, spelled
 from rrm_engine.runs.manifest import Manifest, read_manifest
-from rrm_engine.runs.reader import read_rows
-from rrm_engine.runs.rows import Row
+from rrm_engine.runs.reader import RunTrace, chosen_jobs, read_rows, read_run
+from rrm_engine.runs.rows import Row, row_key
 from rrm_engine.runs.trust import DIRECT, RECURSIVE, Trust, trust
 
 MAY_DIFFER = ("seed", "limit", "shard", "modes")  # within an arm
@@ -32,13 +33,23 @@ Draw = tuple[int, int]  # the run's seed and the sample
 Difference = tuple[Any, Any]  # of a setting: what one arm has, what the other
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
-    """A run's directory as it was recorded."""
+    """A run's directory as it was recorded; of its jobs those named in ``jobs`` (none: all).
+
+    ``tokens``: its trace has the ids of the tokens.
+    """
 
     path: Path
     manifest: Manifest
     rows: tuple[Row, ...] = ()
+    jobs: tuple[str, ...] = ()
+    tokens: bool = False
+
+    @cached_property
+    def trace(self) -> RunTrace:
+        """The events of its jobs, read when they are first asked for. Raises RunError."""
+        return read_run(self.path, self.jobs, tokens=self.tokens)
 
     @property
     def seed(self) -> int:
@@ -168,9 +179,9 @@ class Arm:
         return found
 
 
-def read_runs(paths: Iterable[Path]) -> list[Run]:
+def read_runs(paths: Iterable[Path], jobs: Collection[str] = (), *, tokens: bool = False) -> list[Run]:
     """As `runs_in`, but for those that have no row yet, of which the user is told. Raises RrmError where none has."""
-    runs = runs_in(paths)
+    runs = runs_in(paths, jobs, tokens=tokens)
     found = [run for run in runs if run.rows]
     if not found:
         raise RrmError(f"{runs[0].path} has no finished row to analyse yet")
@@ -180,10 +191,18 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
     return found
 
 
-def runs_in(paths: Iterable[Path]) -> list[Run]:
-    """The runs in the directories, each once; also those that have no row yet. Raises RunError where there is none."""
+def runs_in(paths: Iterable[Path], jobs: Collection[str] = (), *, tokens: bool = False) -> list[Run]:
+    """The runs in the directories, each once; also those that have no row yet. Raises RunError where there is none.
+
+    Of the jobs named, if any are (``id/mode/sample``, ``id/mode`` or ``id``), those runs that have a row of one.
+    """
     once = {path.resolve(): path for path in paths}
-    return [Run(path, read_manifest(path), tuple(read_rows(path))) for path in once.values()]
+    runs = [Run(path, read_manifest(path), tuple(read_rows(path)), tokens=tokens) for path in once.values()]
+    if not jobs:
+        return runs
+    chosen = chosen_jobs((row_key(row) for run in runs for row in run.rows), jobs)
+    chosen_of = [replace(run, rows=tuple(row for row in run.rows if row_key(row) in chosen)) for run in runs]
+    return [replace(run, jobs=tuple(map(row_key, run.rows))) for run in chosen_of if run.rows]
 
 
 def arms(runs: Sequence[Run]) -> list[Arm]:

@@ -280,7 +280,7 @@ def _last_line(file: BinaryIO) -> bytes:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -314,7 +314,31 @@ def _saying(what: str) -> Iterator[None]:
         raise RunDirError(f"{what}: {error.strerror or error}") from None
 
 
-def refuse_own(path: Path, flag: str) -> None:
-    """Raise RunDirError if ``path``, which ``flag`` names to be written, is one of a run's own files."""
-    if path.name in OWN and (path.parent / NAME).is_file():
-        raise RunDirError(f"{flag} {path} is a file of the run in {path.parent}: name another one")
+def check_output(path: Path | None, flag: str) -> None:
+    """Raise RunDirError unless a file can be written to ``path``, which ``flag`` names, and is none of a run's own.
+
+    To be asked before anything that takes long. None: nothing is to be written.
+    """
+    if path is None:
+        return
+    with _saying(f"{flag} {path} cannot be written"):
+        if path.is_dir():
+            raise RunDirError(f"{flag} {path} is a directory: name a file in it")
+        if path.name in OWN and (path.parent / NAME).is_file():
+            raise RunDirError(f"{flag} {path} is a file of the run in {path.parent}: name another one")
+        if not path.parent.is_dir():
+            raise RunDirError(f"{flag} {path} cannot be written: there is no directory {path.parent}; make it first")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise RunDirError(f"{flag} {path} cannot be written: you may not write there")
+
+
+def check_output_folder(path: Path | None, flag: str) -> None:
+    """As ``check_output``, for a directory that is made where it is not there."""
+    if path is None:
+        return
+    with _saying(f"{flag} {path} cannot be written"):
+        there = next(above for above in (path, *path.absolute().parents) if above.exists())
+        if not there.is_dir():
+            raise RunDirError(f"{flag} {path}: {there} is a file; pass another directory")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise RunDirError(f"{flag} {path} cannot be written: you may not write in {there}")

@@ -123,7 +123,14 @@ def _frame(records: Iterable[Mapping[str, Any]], types: Types) -> "DataFrame":
     found = list(records)
     names = dict.fromkeys([*types, *(name for record in found for name in record)])
     columns = {name: [record.get(name) for record in found] for name in names}
-    return pandas.DataFrame({name: pandas.Series(of, dtype=_dtype(types, name)) for name, of in columns.items()})
+
+    def column(name: str) -> Any:
+        try:
+            return pandas.Series(columns[name], dtype=_dtype(types, name))
+        except OverflowError:  # a number that its type has no room for
+            return pandas.Series(columns[name], dtype="object")
+
+    return pandas.DataFrame({name: column(name) for name in names})
 
 
 def _dtype(types: Types, column: str) -> str | None:

@@ -60,7 +60,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise RunError(f"{directory} {_instead(directory)}") from None
     except NotADirectoryError:
         raise RunError(f"{directory} is not a directory; {_pass(directory.parent)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise RunError(f"{path} was written by another version")

@@ -43,13 +43,13 @@ class RunTrace:
     incomplete: dict[str, str] = field(default_factory=dict)
 
 
-def read_run(directory: Path, keys: Collection[str] = ()) -> RunTrace:
+def read_run(directory: Path, keys: Collection[str] = (), *, tokens: bool = False) -> RunTrace:
     """Read the jobs named (``id/mode/sample``, or ``id``, or ``id/mode``; none: all). Raises RunError.
 
-    Their transcripts lack the token ids, which are most of a run's bytes.
+    Their transcripts lack the ids of their ``tokens``, which are most of a run's bytes, unless these are asked for.
     """
     run = RunTrace()
-    for job in read_jobs(directory, keys, tokens=False):
+    for job in read_jobs(directory, keys, tokens=tokens):
         try:
             run.jobs.append(believed(job))
         except Incomplete as error:
@@ -184,7 +184,7 @@ def _objects(path: Path, place: Place) -> Iterator[dict[str, Any]]:
                 place.line, place.byte = place.line + 1, place.byte + len(line)
                 try:
                     value = json.loads(line.decode())
-                except ValueError:
+                except (ValueError, RecursionError):
                     value = None
                 if isinstance(value, dict):
                     yield value
@@ -199,12 +199,15 @@ def _objects(path: Path, place: Place) -> Iterator[dict[str, Any]]:
 def chosen_jobs(known: Iterable[str], wanted: Collection[str], flag: str = "--jobs") -> set[str]:
     """The job keys named (as ``id/mode/sample``, ``id/mode`` or ``id``; none: all). Raises RunError."""
     known = dict.fromkeys(known)
-    chosen: set[str] = set()
+    if not wanted:
+        return set(known)
+    named: dict[str, list[str]] = {}  # by every name of theirs, for there may be thousands of both
+    for key in known:
+        for end in (*(i for i, char in enumerate(key) if char == "/"), len(key)):
+            named.setdefault(key[:end], []).append(key)
     for name in wanted:
-        found = {key for key in known if is_named(key, [name])}
-        refuse_unknown(flag, name, "job", bool(found), known)
-        chosen |= found
-    return chosen if wanted else set(known)
+        refuse_unknown(flag, name, "job", name.rstrip("/") in named, known)
+    return {key for name in wanted for key in named[name.rstrip("/")]}
 
 
 def is_named(key: str, wanted: Collection[str]) -> bool:

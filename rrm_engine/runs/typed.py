@@ -18,6 +18,7 @@ WORDS = {
     frozenset({dict}): "an object",
 }
 SHOWN = 40  # characters of a wrong value
+BITS = 63  # that whole numbers may not reach
 
 Convert = Callable[[Any, str], Any]  # takes a value and what it is called
 
@@ -73,12 +74,15 @@ def _first_fault(cls: Any, value: dict[str, Any], what: str) -> WrongShape:
 
 
 def check_keys(cls: Any, value: dict[str, Any], what: str) -> None:
-    """Raise WrongShape unless ``value`` has what the TypedDict ``cls`` asks for; it may have more."""
+    """Raise WrongShape unless ``value`` has what the TypedDict ``cls`` asks for; it may have more. Whole numbers must
+    fit where they are used: floats, and the columns of data frames."""
     for name in sorted(cls.__required_keys__ - value.keys()):
         raise WrongShape(f"{what} lacks {name}")
     for name, kind in _kinds(cls).items():
         if name in value and type(value[name]) not in kind.types:
             raise _wrong(f"{name} of {what}", value[name], kind.words)
+        if type(value.get(name)) is int and value[name].bit_length() >= BITS:
+            raise WrongShape(f"{name} of {what} has {BITS} bits or more")
 
 
 def _wrong(what: str, found: Any, wanted: str) -> WrongShape:

@@ -49,12 +49,13 @@ def build_parser() -> Parser:
 
 
 def _show(options: argparse.Namespace) -> int:
+    if not options.follow:
+        read_manifest(options.run)
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if options.follow:
         return _follow(console, options)
-    read_manifest(options.run)
     if not (options.row or options.node or (options.run / TRACE).exists()):
         _print_list(console, [RecordedJob(row_key(row), 0, [], row) for row in read_rows(options.run)])
         console.print(f"It holds no {TRACE}, and so nothing of nodes.")

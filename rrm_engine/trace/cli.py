@@ -7,6 +7,7 @@ from typing import Any
 
 from rrm_engine.command import OK, guarded, say
 from rrm_engine.legible import legible, plural, spelled
+from rrm_engine.runs.directory import check_output
 from rrm_engine.runs.reader import SHOWN_KEYS, RunTrace, read_run
 from rrm_engine.trace.attribution import PARTS, RECURSIVE, Attribution, as_json, attribute, is_attributed, medians
 from rrm_engine.trace.command import TraceError, make_parser, write_json
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _trace(options: argparse.Namespace) -> int:
+    for flag in ("perfetto", "plot", "json"):
+        check_output(getattr(options, flag), f"--{flag}")
     run = read_run(options.run, options.jobs)
     if options.plot:
         _plot(run, options.plot)

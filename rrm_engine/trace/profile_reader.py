@@ -93,7 +93,7 @@ def read_profile(directory: Path) -> RecordedProfile | None:
         return None
     try:
         return from_chrome(json.loads(gzip.decompress(path.read_bytes())))
-    except (EOFError, KeyError, zlib.error) as error:
+    except (EOFError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise ValueError(f"not what a run writes there: {error!r}") from error
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrm_engine.command import OK, guarded, say
 from rrm_engine.errors import RrmError
+from rrm_engine.runs.directory import check_output
 from rrm_engine.trace.command import make_parser, names, write_json
 
 if TYPE_CHECKING:
@@ -67,13 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if not options.quiet:
-        say(f"Reading {options.run} and loading its model ...")
-    from rrm_engine.device.memory import is_out_of_memory
     from rrm_engine.verify.recording import read_recording
+
+    check_output(options.json, "--json")
+    recording = read_recording(options.run, options.nodes, options.jobs, options.limit)
+    if not options.quiet:
+        say(f"Loading {options.model or recording.model} ...")
+    from rrm_engine.device.memory import is_out_of_memory
     from rrm_engine.verify.report import print_report
 
-    recording = read_recording(options.run, options.nodes, options.jobs, options.limit)
     try:
         checks = _checks(recording, options)
     except (RuntimeError, OSError, MemoryError) as error:

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rrm_engine.engine.sampler import SamplingParams
 from rrm_engine.errors import RrmError
 from rrm_engine.graph.types import Phase
 from rrm_engine.legible import legible_key
@@ -13,6 +13,9 @@ from rrm_engine.runs.events import Began, Grammar
 from rrm_engine.runs.manifest import read_manifest
 from rrm_engine.runs.reader import RecordedJob, chosen_jobs, read_jobs, refuse_unknown, timeline
 from rrm_engine.runs.timeline import Incomplete, JobTrace
+
+if TYPE_CHECKING:
+    from rrm_engine.engine.sampler import SamplingParams
 
 
 class VerifyError(RrmError):
@@ -29,7 +32,7 @@ class Segment:
     start: int
     stop: int
     phase: Phase
-    sampling: SamplingParams
+    sampling: "SamplingParams"
     grammar: Grammar | None
     budget: int
 
@@ -165,5 +168,7 @@ def _segment(event: Began, start: int, stop: int) -> Segment:
             f"the trace of {legible_key(event.job)} does not say how {event.node} was sampled: another version "
             f"recorded it, or a server decoded it"
         )
+    from rrm_engine.engine.sampler import SamplingParams  # torch, for which nobody waits who is refused
+
     budget = stop - start if event.budget is None else event.budget  # older runs had no setting that asks for it
     return Segment(start, stop, event.phase, SamplingParams.of(event.sampling), event.grammar, budget)

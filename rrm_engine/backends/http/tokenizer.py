@@ -55,7 +55,7 @@ def _folder(name: str) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or not needed
+    except (OSError, ValueError, RecursionError):  # not there, or not needed
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -33,9 +33,9 @@ function drawFilters() {
 }
 
 function drawList() {
-  const found = shownEntries();
-  $("count").textContent = found.length === DATA.entries.length
-    ? plural(found.length, "problem") : `${count(found.length)} of ${plural(DATA.entries.length, "problem")}`;
+  const found = shownEntries(), all = DATA.entries, problems = new Set(all.map((e) => `${e.id}\n${e.task}`)).size;
+  const what = problems < all.length ? "sample" : "problem";
+  $("count").textContent = found.length === all.length ? plural(all.length, what) : `${count(found.length)} of ${plural(all.length, what)}`;
   const mixed = new Set(DATA.entries.map((entry) => entry.arm)).size > 1;
   fill("entries", found.map(({ entry, index }) => {
     const several = [mixed && DATA.arms[entry.arm], entry.seed && `seed ${entry.seed}`, entry.sample && `sample ${entry.sample}`];
