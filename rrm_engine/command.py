@@ -107,7 +107,7 @@ def guarded(body: Callable[[], int]) -> int:
     try:
         return body()
     except RrmError as error:
-        say(f"error: {error}")
+        say("error: " + str(error).replace("\n", "\\n"))  # as the name of a file may have it
         return REFUSED
     except BrokenPipeError:
         close_output()

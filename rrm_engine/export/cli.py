@@ -59,12 +59,17 @@ def build_parser() -> Parser:
 def _export(options: argparse.Namespace) -> int:
     from rrm_engine.runs.arms import arms, read_runs
     from rrm_engine.runs.directory import ESCAPED, check_output
+    from rrm_engine.runs.reader import chosen_jobs
+    from rrm_engine.runs.rows import row_key
 
     check_output(options.out, "--out")
-    runs = read_runs(options.runs, options.jobs)
+    runs = read_runs(options.runs)
+    jobs = chosen_jobs(
+        (row_key(row) for run in runs for row in run.rows), options.jobs
+    )  # labels take the other rows, too
     from rrm_engine.export.conversations import Choice, conversations  # which take seconds to import
 
-    choice = Choice(options.labels, options.modes, options.clean, options.nodes == "planner")
+    choice = Choice(jobs, options.labels, options.modes, options.clean, options.nodes == "planner")
     found = conversations(arms(runs), choice, options.model, options.trust_remote_code)
     lines = [json.dumps(line.as_json(), ensure_ascii=False) + "\n" for line in found]
     try:

@@ -24,14 +24,17 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which rows, and which of their nodes: with ``planners`` only those that made children."""
+    """Which rows, ``jobs`` by their keys, and which of their nodes: with ``planners`` only those that made children."""
 
+    jobs: Collection[str]
     labels: Collection[str]
     modes: Collection[str]
     clean: bool
     planners: bool
 
     def takes(self, sample: Sample, trust: Trust) -> bool:
+        if row_key(sample.row) not in self.jobs:
+            return False
         return trust.label in self.labels and sample.mode in self.modes and not (self.clean and trust.marks)
 
 
@@ -92,7 +95,9 @@ def conversations(
         there = Counter(str(trust.label) for arm in arms for _, trust in arm.trusted)
         told = ", ".join(f"{label} {count:,}" for label, count in there.most_common())
         what = " or ".join(choice.labels)
-        raise RrmError(f"no row is to be exported: --labels {what} chooses none that --modes and --clean keep ({told})")
+        raise RrmError(
+            f"no row is to be exported: --labels {what} chooses none that --jobs, --modes and --clean keep ({told})"
+        )
     return found
 
 

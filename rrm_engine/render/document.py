@@ -8,9 +8,10 @@ from typing import Any
 
 import rrm_engine
 from rrm_engine.analyze.analysis import analyse
+from rrm_engine.legible import plural
 from rrm_engine.render.jobs import Decode, drawn
 from rrm_engine.render.strings import Strings
-from rrm_engine.runs.arms import Arm, Run, Sample
+from rrm_engine.runs.arms import Arm, Run, Sample, gpus_of
 from rrm_engine.runs.errors import RunError
 from rrm_engine.runs.events import Paused
 from rrm_engine.runs.rows import row_key
@@ -127,8 +128,11 @@ def _job(sample: Sample, strings: Strings, traces: _Traces) -> Figures:
 def _about(run: Run, traces: _Traces) -> Figures:
     manifest = run.manifest
     hardware = manifest.hardware
-    gpus = ", ".join(str(gpu.get("name")) for gpu in hardware.get("gpus") or ())
-    parts = [hardware.get("cpu"), f"{hardware.get('cores')} cores", gpus]
+    parts = [
+        hardware.get("cpu"),
+        plural(cores, "core") if isinstance(cores := hardware.get("cores"), int) else None,
+        *gpus_of(hardware),
+    ]
     left_out = traces.incomplete
     return {
         "name": run.path.name,
@@ -142,7 +146,7 @@ def _about(run: Run, traces: _Traces) -> Figures:
         "command": manifest.command,
         "commit": (manifest.git or {}).get("commit"),
         "dirty": (manifest.git or {}).get("dirty"),
-        "hardware": ", ".join(part for part in parts if part),
+        "hardware": ", ".join(str(part) for part in parts if part),
         "versions": manifest.versions,
         "left_out": traces.problem or "; ".join(f"{key}: {why}" for key, why in list(left_out.items())[:5]) or None,
         "verdict": _verdict(run.path / VERDICTS),

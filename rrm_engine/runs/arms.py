@@ -74,7 +74,7 @@ class Run:
         return {
             "cpu": hardware.get("cpu"),
             "cores": hardware.get("cores"),
-            "gpus": [gpu.get("name") for gpu in hardware.get("gpus") or ()],
+            "gpus": gpus_of(hardware),
             "torch": versions.get("torch"),
             "commit": git.get("commit"),
         }
@@ -177,6 +177,12 @@ class Arm:
             if len(values) > 1:
                 found.append(f"its runs differ in {name}: {', '.join(sorted(values))}")
         return found
+
+
+def gpus_of(hardware: dict[str, Any]) -> list[Any]:
+    """The names of the GPUs that a manifest tells of."""
+    told = hardware.get("gpus")
+    return [gpu.get("name") for gpu in told if isinstance(gpu, dict)] if isinstance(told, list) else []
 
 
 def read_runs(paths: Iterable[Path], jobs: Collection[str] = (), *, tokens: bool = False) -> list[Run]:

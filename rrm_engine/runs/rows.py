@@ -11,6 +11,18 @@ from rrm_engine.runs.typed import WrongShape, check_keys
 Row = dict[str, Any]  # as Fields says, and whatever a newer version adds
 
 
+class Servers(TypedDict, total=False):
+    """Which replicas had each node, and, of servers, what waited, was tried again or was found in their caches."""
+
+    continued_by: str
+    replicas: dict[str, list[str]]
+    queued_s: float
+    attempts: int
+    restarts: int
+    cached_tokens: int | None
+    cached_untold: int
+
+
 class Fields(TypedDict):
     """What is NotRequired was added after the first version of the file; older runs lack it."""
 
@@ -59,7 +71,7 @@ class Fields(TypedDict):
     spliced_tokens: NotRequired[int]
     splice_report: NotRequired[list[dict[str, Any]]]
     text_joins: NotRequired[int]
-    servers: NotRequired[dict[str, Any]]
+    servers: NotRequired[Servers]
     # the grade: ``correct`` is None without an expected answer
     expected: str | None
     correct: bool | None

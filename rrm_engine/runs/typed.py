@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
 from functools import cache, partial
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from rrm_engine.legible import legible
 
@@ -83,6 +83,8 @@ def check_keys(cls: Any, value: dict[str, Any], what: str) -> None:
             raise _wrong(f"{name} of {what}", value[name], kind.words)
         if type(value.get(name)) is int and value[name].bit_length() >= BITS:
             raise WrongShape(f"{name} of {what} has {BITS} bits or more")
+        if kind.convert is not None and value.get(name) is not None:
+            kind.convert(value[name], f"{name} of {what}")
 
 
 def _wrong(what: str, found: Any, wanted: str) -> WrongShape:
@@ -117,7 +119,10 @@ def _kind(hint: Any) -> Kind:
     if origin in (list, tuple):
         return Kind(frozenset({list}), partial(_items, origin, _kind(parts[0])))
     if origin in (dict, Mapping) or hint is dict:
-        return Kind(frozenset({dict}))
+        of = parts[1] if parts else Any
+        return Kind(frozenset({dict}), None if of is Any else partial(_values, _kind(of)))
+    if is_typeddict(hint):
+        return Kind(frozenset({dict}), partial(_checked, hint))
     if is_dataclass(hint):
         return Kind(frozenset({dict}), partial(read_as, hint))
     if issubclass(hint, StrEnum):
@@ -132,6 +137,16 @@ def _items(container: type, kind: Kind, values: list[Any], what: str) -> Any:
     if kind.convert is not None:
         values = [kind.convert(value, f"an entry in {what}") for value in values]
     return values if container is list else container(values)
+
+
+def _values(kind: Kind, value: dict[str, Any], what: str) -> dict[str, Any]:
+    _items(list, kind, list(value.values()), what)
+    return value
+
+
+def _checked(cls: Any, value: dict[str, Any], what: str) -> dict[str, Any]:
+    check_keys(cls, value, what)
+    return value
 
 
 def _tuple(kinds: Sequence[Kind], values: list[Any], what: str) -> tuple[Any, ...]:

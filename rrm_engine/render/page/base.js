@@ -52,6 +52,15 @@ function badge(label, mark = false) {
   return el("span", { class: `badge ${mark ? "mark" : label.replaceAll(" ", "-")}` }, label);
 }
 
+// An entry's name, with what tells it from the others of its problem.
+const MIXED = new Set(DATA.entries.map((entry) => entry.arm)).size > 1;
+const SAMPLED = DATA.entries.some((entry) => entry.sample), SEEDED = DATA.entries.some((entry) => entry.seed);
+
+function nameOf(entry) {
+  const apart = [MIXED && legible(DATA.arms[entry.arm]), SEEDED && `seed ${entry.seed}`, SAMPLED && `sample ${entry.sample}`];
+  return [legible(entry.id), ...apart.filter(Boolean)].join(" · ");
+}
+
 // Addresses: #job=KEY and #node=KEY:PATH, with &arm=N where there are several arms. A path holds no colon.
 function address(entry, node = null, side = "rrm") {
   const found = DATA.entries[entry];

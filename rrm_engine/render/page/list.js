@@ -36,12 +36,9 @@ function drawList() {
   const found = shownEntries(), all = DATA.entries, problems = new Set(all.map((e) => `${e.id}\n${e.task}`)).size;
   const what = problems < all.length ? "sample" : "problem";
   $("count").textContent = found.length === all.length ? plural(all.length, what) : `${count(found.length)} of ${plural(all.length, what)}`;
-  const mixed = new Set(DATA.entries.map((entry) => entry.arm)).size > 1;
   fill("entries", found.map(({ entry, index }) => {
-    const several = [mixed && DATA.arms[entry.arm], entry.seed && `seed ${entry.seed}`, entry.sample && `sample ${entry.sample}`];
-    const name = [legible(entry.id), ...several.filter(Boolean)].join(" · ");
     return el("li", {}, el("a", { href: address(index), "aria-current": String(index === state.entry), title: entry.reason },
-      el("div", { class: "entry-head" }, el("b", {}, name),
+      el("div", { class: "entry-head" }, el("b", {}, nameOf(entry)),
         el("span", { class: `ratio ${entry.ratio >= 1 ? "good" : "bad"}` }, entry.ratio ? times(entry.ratio) : "")),
       el("div", {}, badge(entry.label), " ", entry.marks.map((mark) => [badge(mark, true), " "])),
       el("div", { class: "entry-task" }, legible(entry.task.slice(0, 160).replace(/\s+/g, " ")))));

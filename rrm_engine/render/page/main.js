@@ -7,7 +7,7 @@ function drawProblem() {
   const of = (arm) => (entry.arm === entry.direct_arm ? null : el("div", { class: "soft small" }, legible(DATA.arms[arm])));
   const speeds = [["fit", "in 8 s"], ["0.25", "0.25x"], ["1", "real time"], ["4", "4x"]];
   fill("main",
-    el("h1", {}, legible(entry.id), entry.sample || entry.seed ? ` · sample ${entry.sample}${entry.seed ? `, seed ${entry.seed}` : ""}` : ""),
+    el("h1", {}, nameOf(entry)),
     el("p", {}, badge(entry.label), " ", entry.marks.map((mark) => [badge(mark, true), " "]), el("span", { class: "soft small" }, legible(entry.reason))),
     el("div", { class: "task" }, entry.task),
     entry.expected !== null ? el("p", { class: "small" }, "Expected: ", el("code", {}, legible(entry.expected))) : null,

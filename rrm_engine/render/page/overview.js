@@ -128,7 +128,7 @@ function cases() {
   const most = Math.min(6, Math.ceil(known.length / 2));
   const lost = DATA.entries.map((entry, index) => ({ entry, index })).filter(({ entry }) => entry.direct?.correct && entry.rrm && entry.rrm.correct === false);
   const item = ({ entry, index }) => el("li", {}, el("span", { class: `ratio ${entry.ratio >= 1 ? "good" : "bad"}` }, times(entry.ratio)),
-    badge(entry.label), el("a", { href: address(index), title: entry.reason }, legible(entry.id)));
+    badge(entry.label), el("a", { href: address(index), title: entry.reason }, nameOf(entry)));
   return el("div", { class: "cases" },
     el("section", {}, el("h2", {}, "Most gained"), el("ol", {}, known.slice(0, most).map(item))),
     el("section", {}, el("h2", {}, "Least gained, or lost"), el("ol", {}, known.slice(-most).reverse().map(item))),
@@ -156,7 +156,7 @@ function drawScatter() {
     svg.append("circle").attr("class", "dot").attr("r", 4.5).attr("cx", x(entry.direct.latency)).attr("cy", y(entry.rrm.latency))
       .style("fill", entry.label === "headline" ? "var(--solve)" : bad ? "var(--queued)" : "var(--continue)")
       .on("click", () => { location.hash = address(index); })
-      .append("title").text(`${legible(entry.id)}: ${entry.label}, ${faster(entry.ratio)}`);
+      .append("title").text(`${nameOf(entry)}: ${entry.label}, ${faster(entry.ratio)}`);
   }
   const key = (colour, what) => { const mark = el("i"); mark.style.background = colour; return el("span", {}, mark, what); };
   fill("scatter", svg.node(), el("div", { class: "legend" }, key("var(--solve)", "headline"), key("var(--queued)", "wrong or failed"),
