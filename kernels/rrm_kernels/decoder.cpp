@@ -6,7 +6,7 @@
 
 namespace {
 
-// Memory that is kept from step to step; begins at a line of the cache.
+// Memory that is kept from step to step; begins at a cache line.
 class Room {
     std::vector<char> memory;
 

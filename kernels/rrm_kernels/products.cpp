@@ -1,4 +1,5 @@
-// Linear layers for a decode step's few rows and a prompt's many: the weight lies as it is read, and is read for all rows.
+// Linear layers for a decode step's few rows and a prompt's many. A weight is stored in the order in which it is read, and
+// read once for all rows.
 //
 // A weight [columns, depth] is packed into panels of LANES columns over the whole depth, padded with zeros, a vector
 // holding one depth in fp32, two in bf16: [columns / LANES][depth][LANES] or [columns / LANES][depth / 2][LANES][2].
@@ -34,7 +35,7 @@ constexpr int ROWS = 6;  // 16 registers
 constexpr int ROWS = 4;
 #endif
 constexpr int LINES = 2, TILE = LINES * LANES;  // columns done at once
-constexpr int STEP = 64 / VECTOR;               // vectors of a panel done at once: a line of the cache
+constexpr int STEP = 64 / VECTOR;               // vectors of a panel done at once: a cache line
 constexpr int64_t RUN = 64;                     // inputs of one row that lie side by side
 constexpr int64_t CHUNK = 120;                  // rows a weight is read for at once, at most
 constexpr int64_t FEW = 48;                     // at least, before the depth is done in several passes
@@ -52,8 +53,8 @@ inline Bits line(const Bits* from) {
     return out;
 }
 
-// What is read through the pointer from here on is read anew: registers are too few to keep it.
-inline void again(const Bits*& panel) { asm("" : "+r"(panel)); }
+// Makes the compiler load from the panel again instead of keeping what it has loaded: there are too few registers.
+inline void reload(const Bits*& panel) { asm("" : "+r"(panel)); }
 
 // The ways to multiply: what x and the output hold, and the inputs made of x. They go 64 bytes of every panel at a time,
 // DEPTHS depths in STEP vectors.
@@ -98,7 +99,7 @@ struct Halves {  // both halves of every 32 bits made fp32
 #pragma GCC unroll 2
             for (int i = 0; i < LINES; i++) weights[i] = (Lanes)(line(panel + i * length + at) << 16);
             Fp32::add(sums, weights, x + 2 * at);
-            again(panel);
+            reload(panel);
 #pragma GCC unroll 2
             for (int i = 0; i < LINES; i++) weights[i] = (Lanes)(line(panel + i * length + at) & 0xffff0000u);
             Fp32::add(sums, weights, x + 2 * at + 1);

@@ -2,7 +2,7 @@
 
 What a sequence writes is a function of its context alone, noise included. So a guess is right or wrong, at any
 temperature: each row of a step samples the token after it, and as long as that is the one that was guessed, the row
-after it has run what the sequence has. Whatever else was run is forgotten. Tokens are those without drafts.
+after it has run on the right tokens. The rows after a wrong guess are thrown away. Tokens are those without drafts.
 
 Guesses come from what a grammar forces and from the sequence's own context (prompt look-up, Saxena 2023): where its
 last tokens stood before, it is likely to go on as it did there. How many are run follows from how often they came true
@@ -39,7 +39,7 @@ class RowCosts:
     key: float
 
     def step(self, rows: int) -> float:
-        """A step of so many rows: between those that were measured on straight lines, beyond them in proportion."""
+        """A step of that many rows: interpolated between measured sizes, in proportion above the largest."""
         if rows >= self.rows[-1]:
             return self.seconds[-1] * rows / self.rows[-1]
         i = max(bisect_right(self.rows, rows), 1)
@@ -86,7 +86,7 @@ class Lookup:
 
 @dataclass(slots=True)
 class Record:
-    """How often guesses came true, by their source; what is long ago counts less."""
+    """How often guesses came true, by their source; recent ones count more."""
 
     tries: dict[int, float] = field(default_factory=lambda: dict.fromkeys(EXPECTED, WEIGHT))
     hits: dict[int, float] = field(default_factory=lambda: {source: WEIGHT * p for source, p in EXPECTED.items()})
@@ -104,7 +104,7 @@ class Record:
         self.tries[source] = MEMORY * self.tries[source] + (1 - MEMORY) * WEIGHT
 
     def heir(self) -> "Record":
-        """Of a new sequence: it expects what the others have seen."""
+        """The record that a new sequence begins with: the rates of this one, with the weight of an expectation."""
         return Record(dict.fromkeys(EXPECTED, WEIGHT), {source: WEIGHT * self.rate(source) for source in EXPECTED})
 
 
@@ -179,11 +179,11 @@ class Drafting:
         return min(self.most, sequence.budget - 1, sequence.longest - len(sequence.tokens) - 1)
 
     def expects(self, sequence: Sequence) -> bool:
-        """Whether it had better wait for the token that is in flight, for a draft, than run it unread."""
+        """Whether waiting for the token in flight, to draft after it, is worth more than a step at once."""
         return len(self.guess(sequence)) > 1
 
     def checked(self, sequence: Sequence, drafted: int, hits: int) -> None:
-        """Of so many drafted tokens that were run the first ``hits`` have come true."""
+        """Take note that ``drafted`` guesses were run, of which the first ``hits`` came true."""
         for i, source in enumerate(self._sources.pop(sequence, [])[: min(drafted, hits + 1)]):
             for record in (self._record(sequence), self._all):
                 record.note(source, i < hits)

@@ -122,7 +122,7 @@ class Stage:
         return normed
 
     def _decoder(self, rows: int, paged: PagedForward) -> NativeDecoder | None:
-        """What runs this step's layers in one call, if that can be done."""
+        """What runs all layers of this step in one call; None where it has prompts, or the kernels lack a part."""
         one_by_one = not self.in_one_call or paged.exchange is not None or paged.batch.decodes < rows
         if one_by_one or not isinstance(paged.attend, NativeAttention):
             return None
