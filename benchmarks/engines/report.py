@@ -169,11 +169,8 @@ def verdict(measured: Measured) -> str:
 def markdown(measured: Measured) -> str:
     model = about(measured.memory)
     threads = "one thread" if model["threads"] == 1 else f"{model['threads']} threads"
-    first = next(iter(measured.rows.values()))[0]
-    parts = [
-        f"# {model['model']}, {model['dtype']} on {model['device']}, {threads} each, "
-        f"{len(first.answer_s)} rounds in turns\n"
-    ]
+    rounds = ", ".join(f"{kind} {len(rows[0].answer_s)}" for kind, rows in measured.rows.items())
+    parts = [f"# {model['model']}, {model['dtype']} on {model['device']}, {threads} each, rounds in turns: {rounds}\n"]
     for header, lines in tables(measured):
         rows = [header, ["---", "---", *["---:"] * (len(header) - 2)], *lines]
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")

@@ -94,7 +94,7 @@ class LiveDisplay:
         for row in rows:
             self._tally.add(row)
         self._bar = progress.Progress(
-            progress.BarColumn(bar_width=20),
+            *([progress.BarColumn(bar_width=20)] if self._console.width >= WIDTH else []),  # the times need the room
             progress.MofNCompleteColumn(),
             progress.TextColumn("rows"),
             progress.TimeElapsedColumn(),

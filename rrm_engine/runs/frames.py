@@ -56,6 +56,9 @@ DTYPES: dict[frozenset[type], str] = {
 }
 
 
+SHOWN: dict[str, Any] = {"float_format": "{:.3g}".format, "na_rep": "-"}  # how a run shows itself
+
+
 class Frames:
     """What ``load`` gives. Nodes and events are read when they are first asked for.
 
@@ -95,11 +98,11 @@ class Frames:
         return f"{plural(len(runs), 'run')} ({names}), {plural(sum(len(run.rows) for run in runs), 'row')}"
 
     def __repr__(self) -> str:
-        return f"{self._about()}\n{self.summary.to_string(index=False)}"
+        return f"{self._about()}\n{self.summary.to_string(index=False, **SHOWN)}"
 
     def _repr_html_(self) -> str:
         return (
-            f"<p>{escape(self._about())}</p>{self.summary.to_html(index=False, escape=True)}"
+            f"<p>{escape(self._about())}</p>{self.summary.to_html(index=False, escape=True, **SHOWN)}"
             "<p>ratio: median over pairs of the direct row's latency divided by the recursive one's</p>"
         )
 

@@ -191,7 +191,9 @@ def _objects(path: Path, place: Place) -> Iterator[dict[str, Any]]:
                 elif line.endswith(b"\n"):
                     raise RunError(f"{path}, line {place.line}: not what a run writes there")
     except FileNotFoundError:
-        raise RunError(f"{path.parent} holds no {path.name}; pass the directory of a recorded run") from None
+        there = path.parent.is_dir()
+        what = f"holds no {path.name}; pass the directory of a recorded run" if there else "is not a directory"
+        raise RunError(f"{path.parent} {what}") from None
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
 

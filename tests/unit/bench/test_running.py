@@ -3,6 +3,8 @@
 import re
 from io import StringIO
 
+import pytest
+from recorded_runs import row
 from rich.console import Console
 from scripted import Script, Scripted, Text, pieces, solve
 
@@ -77,3 +79,15 @@ def test_the_live_view_shows_the_tree_and_leaves_nothing() -> None:
     display.stop()
     assert "b solves" in out.getvalue() and "7 tok/s" in out.getvalue() and "\x1b[2J" not in out.getvalue()
     assert out.getvalue().rstrip().endswith("\x1b[2K")
+
+
+@pytest.mark.parametrize(("width", "bar"), [(36, False), (120, True)])
+def test_times_are_seen_on_a_narrow_terminal(width: int, bar: bool) -> None:
+    out = StringIO()
+    display = LiveDisplay(Console(file=out, force_terminal=True, width=width, height=30, color_system=None))
+    display.start(4, [], lambda: {"tokens_per_s": 7.0})
+    display.row(row("t", "rrm"))
+    display._live.refresh()
+    display.stop()
+    seen = re.findall(r"1/4 rows 0:00:0\d about 0:00 left", out.getvalue())
+    assert seen and ("\u2501" in out.getvalue()) is bar and "\u2026" not in out.getvalue()

@@ -97,7 +97,7 @@ def test_a_run_shows_itself_and_obeys_nothing(tmp_path: Path) -> None:
     with_events(path, events)
     found = runs.load(path)
     html, text = found._repr_html_(), repr(found)
-    assert "headline 1" in html and "2.0" in html and "headline 1" in text
+    assert "headline 1" in html and "<td>2</td>" in html and "NaN" not in html and "headline 1" in text
     for shown in (html, found.rows._repr_html_(), found.nodes._repr_html_(), found.events._repr_html_()):
         assert not re.search(r"<(script|img|b)\b", shown)
     assert found.rows["id"][0] == HALF and "\x1b" not in html + text
