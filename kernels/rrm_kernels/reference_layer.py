@@ -58,6 +58,7 @@ class ReferenceLayer:
 class ReferenceRagged(PagedAttention):
     """Attention computed from the batch's device buffers alone. Rows that belong to no sequence become NaN."""
 
+    name = "sdpa"
     capturable = True
 
     def __call__(

@@ -314,5 +314,5 @@ def test_nothing_waits_for_the_device_before_sampling(on_torch: tuple[Any, Loade
 def test_the_setting_reaches_the_runner(on_torch: tuple[Any, LoadedModel], eager: bool) -> None:
     ready = Solver.load(RunConfig(kv_blocks=400))
     ready.model.forward, ready.model.attend = on_torch[1].forward, on_torch[1].attend
-    engine = engine_of(Solver(ready.model, RunConfig(kv_blocks=400, eager=eager)))
+    engine = engine_of(Solver(ready.model, RunConfig(kv_blocks=400, draft="off", eager=eager)))
     assert engine.runner.static.pad is not eager

@@ -26,6 +26,7 @@ from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
 from rrm_engine.loading import engines
 from rrm_engine.models.attention import PagedForward
+from rrm_engine.models.lean import Stage
 from rrm_engine.runs import directory
 from rrm_engine.runs.directory import RunDir
 from rrm_engine.runs.rows import Row
@@ -181,9 +182,9 @@ def fail_forward(number: int, memory: bool) -> None:
 def break_forward(runner: ModelRunner, number: int, memory: bool) -> Callable[[], None]:
     """Let ``runner``'s forward ``number`` fail in its second layer: out of memory, for real, or with another error.
 
-    What is returned mends it.
+    What is returned mends it. Layers run one by one until then, or a step of decodes would have no middle.
     """
-    right, step = PagedForward.attention, 0
+    right, step, in_one_call = PagedForward.attention, 0, Stage.in_one_call
 
     def failing(self: PagedForward, layer: int, *given: Any) -> torch.Tensor:
         nonlocal step
@@ -195,8 +196,10 @@ def break_forward(runner: ModelRunner, number: int, memory: bool) -> Callable[[]
 
     def mend() -> None:
         PagedForward.attention = right  # type: ignore[method-assign]
+        Stage.in_one_call = in_one_call
 
     PagedForward.attention = failing  # type: ignore[assignment]
+    Stage.in_one_call = False
     return mend
 
 

@@ -76,9 +76,9 @@ def test_rounds_rotate_and_the_first_replay_does_not_count() -> None:
 def test_the_command_measures_checks_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "g.jsonl").write_text(json.dumps(FLAT) + "\n")
     options = ["--policies", "pin,no-reuse", "--repeats", "1", "--check", "--kv-blocks", "80%", "--threads", "1"]
-    assert not main(["--graphs", str(tmp_path / "g.jsonl"), *options, "--json", str(tmp_path / "out" / "r.json")])
+    assert not main(["--graphs", str(tmp_path / "g.jsonl"), *options, "--json", str(tmp_path / "r.json")])
     assert "no-reuse" in capsys.readouterr().out
-    result = json.loads((tmp_path / "out" / "r.json").read_text())
+    result = json.loads((tmp_path / "r.json").read_text())
     assert [entry["name"] for entry in result["summary"]] == ["pin", "no-reuse"]
     assert result["compared_steps"] == 2 * 2 * 31
     assert result["graphs"][0]["critical_path_tokens"] == 7 + 11 + 4

@@ -117,7 +117,7 @@ def test_what_cannot_be_drawn_is_said(calm: Path, tmp_path: Path, capsys: Any, m
         return str(capsys.readouterr().err)
 
     assert "not supported" in said("--plot", str(tmp_path / "p.xyz"))
-    assert "No such file" in said("--plot", "/no/where/p.png")
+    assert "there is no directory /no/where" in said("--plot", "/no/where/p.png")
     direct = next(trace.key for trace in read_run(calm).jobs if "/direct/" in trace.key)
     assert "there is none" in said("--plot", str(tmp_path / "p.png"), "--jobs", direct)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
