@@ -112,6 +112,7 @@ class NativeDecoder:
 
 def _described(layer: DecoderLayer) -> _Layer:
     norms = layer.norms
+    assert layer.scores.softcap is None and layer.scores.sinks is None  # no model of this shape has them
     _, _, kv_heads, width = layer.keys.shape
     return _Layer(
         layer.qkv.address,

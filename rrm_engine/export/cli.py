@@ -64,9 +64,8 @@ def _export(options: argparse.Namespace) -> int:
 
     check_output(options.out, "--out")
     runs = read_runs(options.runs)
-    jobs = chosen_jobs(
-        (row_key(row) for run in runs for row in run.rows), options.jobs
-    )  # labels take the other rows, too
+    # All rows are read, for a row's label depends on its partner's.
+    jobs = chosen_jobs((row_key(row) for run in runs for row in run.rows), options.jobs)
     from rrm_engine.export.conversations import Choice, conversations  # which take seconds to import
 
     choice = Choice(jobs, options.labels, options.modes, options.clean, options.nodes == "planner")

@@ -44,7 +44,6 @@ def read_graphs(path: Path) -> list[Graph]:
 
 def write_graphs(path: Path, graphs: Iterable[Graph]) -> None:
     """Write a file that ``read_graphs`` reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(as_json(graph)) + "\n" for graph in graphs), encoding="utf-8")
 
 

@@ -168,7 +168,7 @@ def _segment(event: Began, start: int, stop: int) -> Segment:
             f"the trace of {legible_key(event.job)} does not say how {event.node} was sampled: another version "
             f"recorded it, or a server decoded it"
         )
-    from rrm_engine.engine.sampler import SamplingParams  # torch, for which nobody waits who is refused
+    from rrm_engine.engine.sampler import SamplingParams  # imports torch; refusals need not wait for it
 
     budget = stop - start if event.budget is None else event.budget  # older runs had no setting that asks for it
     return Segment(start, stop, event.phase, SamplingParams.of(event.sampling), event.grammar, budget)

@@ -127,4 +127,5 @@ def test_whole_runs(machine: Emulation, fast: None, lab: Lab, devices: int, chan
     model = replace(prepare_model(plain, tokenizer, "tiny", FIRST, "auto", layers), stages=devices)
     there = recorded(replace(lab, model=model), SMALL, **changes)
     assert there.solver.resolved.lookahead == ("off" if changes else "on")
+    assert there.solver.resolved.draft == "off"  # it was left to ``auto``
     assert there.rows() == recorded(lab, SMALL, **changes).rows()

@@ -9,7 +9,9 @@ from rrm_kernels.native import NativeLayer, load_native_layer
 from rrm_kernels.native_decoder import NativeDecoder
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
+from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.sampler import SamplingParams
+from rrm_engine.engine.sequence import Sequence
 from rrm_engine.loading.prepare import LoadedModel, prepare_model
 from rrm_engine.models.lean import LeanForward, Stage
 
@@ -136,8 +138,15 @@ def test_variants_of_a_known_class_are_run_exactly(native: NativeLayer, changes:
 def test_layers_in_one_call_write_the_bits_of_layers_one_by_one(
     family: str, changes: dict[str, Any], dtype: torch.dtype, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits of one to six decodes, over contexts beyond a window of 16; a rotation by other angles shows in them."""
-    model = prepared(plain_model(family, **changes).to(dtype))
+    """Logits of one to six decodes, over contexts beyond a window of 16; a rotation by other angles shows in them.
+
+    Every norm has weights of its own, so that none can stand for another.
+    """
+    plain = plain_model(family, **changes).to(dtype)
+    for seed, (name, weight) in enumerate(plain.named_parameters()):
+        if "norm" in name:
+            weight.data = 1 + 0.3 * random(*weight.shape, dtype=dtype, seed=seed)
+    model = prepared(plain)
     in_one_call = logits_of_decodes(model)
     assert {1, 5} <= set(calls)
     calls.clear()
@@ -178,6 +187,28 @@ def logits_of_decodes(model: LoadedModel) -> list[torch.Tensor]:
     while engine.has_work:
         engine.step()
     return logits
+
+
+def test_every_engine_of_a_model_has_its_own_pools(calls: list[int]) -> None:
+    """Two that run in turns write what each writes alone."""
+    model = prepared(plain_model("qwen3"))
+
+    def begun(seed: int) -> tuple[Engine, Sequence]:
+        engine = engine_for(model)
+        return engine, engine.submit("root", prompt(seed, 20), 20, SamplingParams())
+
+    alone = []
+    for seed in (1, 2):
+        engine, sequence = begun(seed)
+        while engine.has_work:
+            engine.step()
+        alone.append(sequence.tokens)
+    calls.clear()
+    both = [begun(1), begun(2)]
+    while any(engine.has_work for engine, _ in both):
+        for engine, _ in both:
+            engine.step()
+    assert [sequence.tokens for _, sequence in both] == alone and len(calls) == 2 * 19
 
 
 def test_only_steps_of_decodes_run_in_one_call(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
