@@ -125,7 +125,7 @@ def test_whole_runs(machine: Emulation, fast: None, lab: Lab, devices: int, chan
     layers = [FIRST, SECOND if devices == 2 else FIRST]
     plain, tokenizer = copy.deepcopy(lab.plain), lab.model.tokenizer
     model = replace(prepare_model(plain, tokenizer, "tiny", FIRST, "auto", layers), stages=devices)
-    there = recorded(replace(lab, model=model), SMALL, **changes)
+    there = recorded(replace(lab, model=model), SMALL, **changes, draft="auto")
     assert there.solver.resolved.lookahead == ("off" if changes else "on")
-    assert there.solver.resolved.draft == "off"  # it was left to ``auto``
+    assert there.solver.resolved.draft == "off"
     assert there.rows() == recorded(lab, SMALL, **changes).rows()
