@@ -10,15 +10,12 @@
 
 namespace {
 
-struct Shape {
-    int64_t rows, table_width, block_size, heads, kv_heads, key_width, value_width;
-    float scale, softcap;  // softcap 0: none
-    int64_t window;        // 0: none
-};
+using Shape = team::Decode;
 
 // Tokens that are processed at once, by one group of heads after another, while their keys or values stay in the
 // processor's cache. A multiple of LANES for every vector width.
 constexpr int64_t TILE = 64;
+constexpr int64_t WORTH_THREADS = 1 << 18;  // products of a query and a key, in numbers
 
 // What to prefetch meanwhile: of the keys or values one tile ahead, up to the token `known`, every `every`-th, beginning
 // with number `phase`.
@@ -239,30 +236,22 @@ void attend_any(const Shape& s, const T* query, const T* keys, const T* values, 
 }
 
 template <typename T, int WIDTH>
-void decode(const Shape& s, const T* query, const T* keys, const T* values, T* out, const int32_t* tables,
-            const int32_t* lengths, const float* sinks) {
+void decode(team::Member& me, const Shape& s, const T* query, const T* keys, const T* values, T* out) {
     const int64_t group = s.heads / s.kv_heads;
-    int64_t tokens = 0;
-    for (int64_t row = 0; row < s.rows; row++) tokens += lengths[row];
-    const bool worth_threads = tokens * s.heads * s.key_width > 1 << 18;
-#pragma omp parallel for collapse(2) schedule(dynamic) if (worth_threads)
-    for (int64_t row = 0; row < s.rows; row++) {
-        for (int64_t head = 0; head < s.kv_heads; head++) {
-            const int64_t at = row * s.heads + head * group;
-            const Context context(s, tables + row * s.table_width, lengths[row]);
-            const auto run = [&](auto attend) {
-                attend(s, query + at * s.key_width, keys + head * s.key_width, values + head * s.value_width,
-                       out + at * s.value_width, context, sinks ? sinks + head * group : nullptr);
-            };
-            if constexpr (WIDTH == 0) run(attend_any<T>);
-            else run(attend<T, WIDTH>);
-        }
-    }
+    me.share(s.rows * s.kv_heads, [&](int64_t item) {
+        const int64_t row = item / s.kv_heads, head = item % s.kv_heads, at = item * group;
+        const Context context(s, s.tables + row * s.table_width, s.lengths[row]);
+        const auto run = [&](auto attend) {
+            attend(s, query + at * s.key_width, keys + head * s.key_width, values + head * s.value_width,
+                   out + at * s.value_width, context, s.sinks ? s.sinks + head * group : nullptr);
+        };
+        if constexpr (WIDTH == 0) run(attend_any<T>);
+        else run(attend<T, WIDTH>);
+    });
 }
 
 template <typename T>
-void decode_any_width(const Shape& s, const void* query, const void* keys, const void* values, void* out,
-                      const int32_t* tables, const int32_t* lengths, const float* sinks) {
+void decode_any_width(team::Member& me, const Shape& s, const void* query, const void* keys, const void* values, void* out) {
     auto run = decode<T, 0>;
     if (s.key_width == s.value_width) {
         switch (s.key_width) {
@@ -274,17 +263,25 @@ void decode_any_width(const Shape& s, const void* query, const void* keys, const
             case 256: run = decode<T, 256>; break;
         }
     }
-    run(s, static_cast<const T*>(query), static_cast<const T*>(keys), static_cast<const T*>(values),
-        static_cast<T*>(out), tables, lengths, sinks);
+    run(me, s, static_cast<const T*>(query), static_cast<const T*>(keys), static_cast<const T*>(values),
+        static_cast<T*>(out));
 }
 
 }  // namespace
+
+void team::paged_decode(Member& me, int is_bf16, const Decode& decode, const void* query, const void* keys,
+                        const void* values, void* out) {
+    (is_bf16 ? decode_any_width<bf16> : decode_any_width<float>)(me, decode, query, keys, values, out);
+}
 
 extern "C" void rrm_paged_decode(int is_bf16, const void* query, const void* keys, const void* values, void* out,
                                  const int32_t* tables, const int32_t* lengths, const float* sinks, int64_t rows,
                                  int64_t table_width, int64_t block_size, int64_t heads, int64_t kv_heads,
                                  int64_t key_width, int64_t value_width, float scale, float softcap, int64_t window) {
-    const Shape shape{rows,      table_width, block_size, heads,   kv_heads,
-                      key_width, value_width, scale,      softcap, window};
-    (is_bf16 ? decode_any_width<bf16> : decode_any_width<float>)(shape, query, keys, values, out, tables, lengths, sinks);
+    const team::Decode decode{tables, lengths,  sinks,     rows,        table_width, block_size, heads,
+                              kv_heads, key_width, value_width, scale,       softcap,     window};
+    int64_t tokens = 0;
+    for (int64_t row = 0; row < rows; row++) tokens += lengths[row];
+    team::run(tokens * heads * key_width > WORTH_THREADS,
+              [&](team::Member& me) { team::paged_decode(me, is_bf16, decode, query, keys, values, out); });
 }

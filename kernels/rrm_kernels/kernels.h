@@ -1,26 +1,158 @@
-// What Python calls, and what one part of the library calls of another.
+// What one part of the library calls of another: kernels that a team of threads shares.
 
 #pragma once
 
-#include <cstdint>
+#include <omp.h>
 
-struct Linear;  // a packed weight, in products.cpp
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <thread>
 
-extern "C" {
-bool rrm_linear(const Linear* linear, const void* x, void* out, int64_t rows);
+#include "common.h"
 
-void rrm_norm(int is_bf16, const void* x, void* residual, const void* weight, void* out, int64_t rows, int64_t width,
-              float eps);
+struct Linear {  // a packed weight, as in products.py
+    const Bits* panels;
+    const float* bias;
+    int64_t columns, depth;
+    int32_t kind;
+};
 
-void rrm_silu_mul(int is_bf16, const void* gate_up, void* out, int64_t rows, int64_t width);
+namespace team {
 
-void rrm_rope_store(int is_bf16, const void* qkv, const void* q_norm, const void* k_norm, const float* cos,
-                    const float* sin, const int64_t* positions, const int64_t* slots, void* query, void* keys,
-                    void* values, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width, int64_t rotary,
-                    float eps);
+// Memory that is kept from call to call; begins at a cache line.
+class Room {
+    static constexpr int64_t LINE = 64;
+    std::vector<char> memory;
 
-void rrm_paged_decode(int is_bf16, const void* query, const void* keys, const void* values, void* out,
-                      const int32_t* tables, const int32_t* lengths, const float* sinks, int64_t rows,
-                      int64_t table_width, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t key_width,
-                      int64_t value_width, float scale, float softcap, int64_t window);
+  public:
+    void hold(int64_t bytes) {
+        if (int64_t(memory.size()) < bytes + LINE) memory.resize(bytes + LINE);
+    }
+
+    template <typename T>
+    T* as() {
+        return (T*)(memory.data() + (-(intptr_t)memory.data() & (LINE - 1)));
+    }
+};
+
+// Work in items that threads take until none is left. It is over when every item is done, not when every thread has come:
+// one that other programs keep from running delays no more than the item that it holds, and what is over when it comes it
+// passes by.
+class Phase {
+    static constexpr int SPINS = 2000;  // some 0.1 ms. Then the waiting thread's core is free for one that holds an item.
+    alignas(64) std::atomic<int64_t> taken{0};
+    std::atomic<int64_t> done{0};
+
+  public:
+    void reset() { taken = done = 0; }
+
+    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+
+    // Add what this thread has done and wait for the others' items.
+    void finish(int64_t count, int64_t items) {
+        done.fetch_add(count, std::memory_order_release);
+        for (int spins = 0; done.load(std::memory_order_acquire) < items; spins++) {
+            if (spins < SPINS) {
+#if defined(__x86_64__)
+                __builtin_ia32_pause();
+#endif
+            } else {
+                std::this_thread::sleep_for(std::chrono::microseconds(20));
+            }
+        }
+    }
+};
+
+// What the threads of one parallel region share. Before it one thread calls `hold`.
+struct Team {
+    Room inputs, sums;  // of products, one at a time
+
+    void hold(int64_t phases) {
+        if (phases > capacity) all = std::make_unique<Phase[]>(capacity = phases);
+        for (int64_t i = 0; i < phases; i++) all[i].reset();
+    }
+
+    Phase& phase(int64_t i) { return all[i]; }
+
+  private:
+    std::unique_ptr<Phase[]> all;
+    int64_t capacity = 0;
+};
+
+// One thread of a team. All of them call the same kernels with the same arguments in the same order.
+class Member {
+    int64_t phases = 0;
+
+  public:
+    Team& team;
+    const int64_t thread = omp_get_thread_num();
+
+    explicit Member(Team& team) : team(team) {}
+
+    Phase& next() { return team.phase(phases++); }
+
+    template <typename F>
+    void share(int64_t items, F f) {
+        Phase& phase = next();
+        int64_t count = 0;
+        for (int64_t item; (item = phase.take()) < items; count++) f(item);
+        phase.finish(count, items);
+    }
+};
+
+// Makes room for a product, before the parallel region. Returns its number of phases, all other kernels have one; 0 if this
+// kind was not compiled.
+int64_t prepare(Team& team, const Linear& linear, int64_t rows);
+
+void linear(Member& me, const Linear& linear, const void* x, void* out, int64_t rows);
+
+void norm(Member& me, int is_bf16, const void* x, void* residual, const void* weight, void* out, int64_t rows,
+          int64_t width, float eps);
+
+void silu_mul(Member& me, int is_bf16, const void* gate_up, void* out, int64_t rows, int64_t width);
+
+struct Rope {
+    const void *q_norm, *k_norm;  // null: none
+    const float *cos, *sin;       // [positions, rotary / 2]
+    const int64_t *positions, *slots;
+    int64_t heads, kv_heads, width, rotary;
+    float eps;
+};
+
+void rope_store(Member& me, int is_bf16, const Rope& rope, const void* qkv, void* query, void* keys, void* values,
+                int64_t rows);
+
+struct Decode {
+    const int32_t *tables, *lengths;
+    const float* sinks;  // null: none
+    int64_t rows, table_width, block_size, heads, kv_heads, key_width, value_width;
+    float scale, softcap;  // softcap 0: none
+    int64_t window;        // 0: none
+};
+
+void paged_decode(Member& me, int is_bf16, const Decode& decode, const void* query, const void* keys,
+                  const void* values, void* out);
+
+// Runs kernels on all threads if they are worth them. `prepare` makes the team ready and returns the number of phases; if
+// that is 0 nothing runs and the result is false.
+template <typename Prepare, typename Kernels>
+bool run(bool worth_threads, Prepare prepare, Kernels kernels) {
+    thread_local Team mine;
+    Team& team = mine;  // the calling thread's, not each thread's own
+    const int64_t phases = prepare(team);
+    team.hold(phases);
+#pragma omp parallel if (phases && worth_threads)
+    if (phases) {
+        Member me(team);
+        kernels(me);
+    }
+    return phases;
 }
+
+template <typename Kernel>
+void run(bool worth_threads, Kernel kernel) {
+    run(worth_threads, [](Team&) { return 1; }, kernel);
+}
+
+}  // namespace team

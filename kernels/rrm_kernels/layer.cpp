@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int64_t WORTH_THREADS = 1 << 16;  // elements from which on several threads are faster than one
+constexpr int64_t PIECE = 512;              // elements of a row that a thread takes at once
 
 template <typename T>
 inline float rounded(float x) {
@@ -29,9 +30,8 @@ inline void normalise(const T* x, const T* weight, T* out, int64_t width, float 
 }
 
 template <typename T>
-void norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t width, float eps) {
-#pragma omp parallel for if (rows * width > WORTH_THREADS)
-    for (int64_t row = 0; row < rows; row++) {
+void norm(team::Member& me, const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t width, float eps) {
+    me.share(rows, [&](int64_t row) {
         const T* from = x + row * width;
         if (residual) {
             T* sum = residual + row * width;
@@ -40,28 +40,24 @@ void norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_
             from = sum;
         }
         normalise(from, weight, out + row * width, width, eps);
-    }
+    });
 }
 
 template <typename T>
-void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t width) {
-#pragma omp parallel for if (rows * width > WORTH_THREADS)
-    for (int64_t row = 0; row < rows; row++) {
-        const T *gate = gate_up + row * 2 * width, *up = gate + width;
-        T* to = out + row * width;
+void silu_mul(team::Member& me, const T* gate_up, T* out, int64_t rows, int64_t width) {
+    const int64_t pieces = (width + PIECE - 1) / PIECE;
+    me.share(rows * pieces, [&](int64_t item) {
+        const int64_t row = item / pieces, first = item % pieces * PIECE, count = std::min(PIECE, width - first);
+        const T *gate = gate_up + row * 2 * width + first, *up = gate + width;
+        T* to = out + row * width + first;
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) {
+        for (int64_t i = 0; i < count; i++) {
             const float x = to_float(gate[i]), e = exp_nonpositive(-std::fabs(x));
             const float silu = x * (x < 0 ? e : 1.0f) / (1.0f + e);
             store(rounded<T>(silu) * to_float(up[i]), to + i);
         }
-    }
+    });
 }
-
-struct Heads {
-    int64_t heads, kv_heads, width, rotary;
-    float eps;
-};
 
 // Half-split (NeoX) rotation of one head in place; cos and sin hold rotary / 2 values.
 template <typename T>
@@ -76,58 +72,76 @@ inline void rotate(T* head, const float* cos, const float* sin, int64_t rotary) 
 }
 
 template <typename T>
-void rope_store(const Heads& s, const T* qkv, const T* q_norm, const T* k_norm, const float* cos, const float* sin,
-                const int64_t* positions, const int64_t* slots, T* query, T* keys, T* values, int64_t rows) {
+void rope_store(team::Member& me, const team::Rope& s, const T* qkv, T* query, T* keys, T* values, int64_t rows) {
     const int64_t all = s.heads + 2 * s.kv_heads;
-#pragma omp parallel for if (rows * all * s.width > WORTH_THREADS)
-    for (int64_t row = 0; row < rows; row++) {
-        const T* from = qkv + row * all * s.width;
-        const float *c = cos + positions[row] * s.rotary / 2, *n = sin + positions[row] * s.rotary / 2;
-        for (int64_t head = 0; head < s.heads + s.kv_heads; head++, from += s.width) {
-            const bool is_query = head < s.heads;
-            const T* weight = is_query ? q_norm : k_norm;
-            T* to = is_query ? query + (row * s.heads + head) * s.width
-                             : keys + (slots[row] * s.kv_heads + head - s.heads) * s.width;
-            if (weight) {
-                normalise(from, weight, to, s.width, s.eps);
-            } else {
-                std::memcpy(to, from, s.width * sizeof(T));
-            }
-            rotate(to, c, n, s.rotary);
+    const auto move = [&](const T* from, T* to, const void* norm, int64_t row) {
+        if (norm) {
+            normalise(from, (const T*)norm, to, s.width, s.eps);
+        } else {
+            std::memcpy(to, from, s.width * sizeof(T));
         }
-        std::memcpy(values + slots[row] * s.kv_heads * s.width, from, s.kv_heads * s.width * sizeof(T));
-    }
+        const int64_t at = s.positions[row] * s.rotary / 2;
+        rotate(to, s.cos + at, s.sin + at, s.rotary);
+    };
+    me.share(rows * all, [&](int64_t item) {
+        const int64_t row = item / all, head = item % all, kv_head = (head - s.heads) % s.kv_heads;
+        const int64_t slot = (s.slots[row] * s.kv_heads + kv_head) * s.width;
+        const T* from = qkv + item * s.width;
+        if (head < s.heads) {
+            move(from, query + (row * s.heads + head) * s.width, s.q_norm, row);
+        } else if (head < s.heads + s.kv_heads) {
+            move(from, keys + slot, s.k_norm, row);
+        } else {
+            std::memcpy(values + slot, from, s.width * sizeof(T));
+        }
+    });
 }
 
 }  // namespace
 
-extern "C" void rrm_norm(int is_bf16, const void* x, void* residual, const void* weight, void* out, int64_t rows,
-                         int64_t width, float eps) {
+void team::norm(Member& me, int is_bf16, const void* x, void* residual, const void* weight, void* out, int64_t rows,
+                int64_t width, float eps) {
     if (is_bf16) {
-        norm((const bf16*)x, (bf16*)residual, (const bf16*)weight, (bf16*)out, rows, width, eps);
+        ::norm(me, (const bf16*)x, (bf16*)residual, (const bf16*)weight, (bf16*)out, rows, width, eps);
     } else {
-        norm((const float*)x, (float*)residual, (const float*)weight, (float*)out, rows, width, eps);
+        ::norm(me, (const float*)x, (float*)residual, (const float*)weight, (float*)out, rows, width, eps);
     }
 }
 
-extern "C" void rrm_silu_mul(int is_bf16, const void* gate_up, void* out, int64_t rows, int64_t width) {
+void team::silu_mul(Member& me, int is_bf16, const void* gate_up, void* out, int64_t rows, int64_t width) {
     if (is_bf16) {
-        silu_mul((const bf16*)gate_up, (bf16*)out, rows, width);
+        ::silu_mul(me, (const bf16*)gate_up, (bf16*)out, rows, width);
     } else {
-        silu_mul((const float*)gate_up, (float*)out, rows, width);
+        ::silu_mul(me, (const float*)gate_up, (float*)out, rows, width);
     }
+}
+
+void team::rope_store(Member& me, int is_bf16, const Rope& rope, const void* qkv, void* query, void* keys,
+                      void* values, int64_t rows) {
+    if (is_bf16) {
+        ::rope_store(me, rope, (const bf16*)qkv, (bf16*)query, (bf16*)keys, (bf16*)values, rows);
+    } else {
+        ::rope_store(me, rope, (const float*)qkv, (float*)query, (float*)keys, (float*)values, rows);
+    }
+}
+
+extern "C" void rrm_norm(int is_bf16, const void* x, void* residual, const void* weight, void* out, int64_t rows,
+                         int64_t width, float eps) {
+    team::run(rows * width > WORTH_THREADS, [&](team::Member& me) {
+        team::norm(me, is_bf16, x, residual, weight, out, rows, width, eps);
+    });
+}
+
+extern "C" void rrm_silu_mul(int is_bf16, const void* gate_up, void* out, int64_t rows, int64_t width) {
+    team::run(rows * width > WORTH_THREADS,
+              [&](team::Member& me) { team::silu_mul(me, is_bf16, gate_up, out, rows, width); });
 }
 
 extern "C" void rrm_rope_store(int is_bf16, const void* qkv, const void* q_norm, const void* k_norm, const float* cos,
                                const float* sin, const int64_t* positions, const int64_t* slots, void* query,
                                void* keys, void* values, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width,
                                int64_t rotary, float eps) {
-    const Heads shape{heads, kv_heads, width, rotary, eps};
-    if (is_bf16) {
-        rope_store(shape, (const bf16*)qkv, (const bf16*)q_norm, (const bf16*)k_norm, cos, sin, positions, slots,
-                   (bf16*)query, (bf16*)keys, (bf16*)values, rows);
-    } else {
-        rope_store(shape, (const float*)qkv, (const float*)q_norm, (const float*)k_norm, cos, sin, positions, slots,
-                   (float*)query, (float*)keys, (float*)values, rows);
-    }
+    const team::Rope rope{q_norm, k_norm, cos, sin, positions, slots, heads, kv_heads, width, rotary, eps};
+    team::run(rows * (heads + 2 * kv_heads) * width > WORTH_THREADS,
+              [&](team::Member& me) { team::rope_store(me, is_bf16, rope, qkv, query, keys, values, rows); });
 }

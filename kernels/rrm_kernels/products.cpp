@@ -9,21 +9,11 @@
 #include "common.h"
 #include "kernels.h"
 
-#include <omp.h>
-
 #include <array>
-#include <atomic>
 #include <utility>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
-
-struct Linear {  // as in products.py
-    const Bits* panels;
-    const float* bias;
-    int64_t columns, depth;
-    int32_t kind;
-};
 
 namespace {
 
@@ -240,64 +230,78 @@ void multiply_parts(const Bits* panel, int64_t length, int64_t begin, int64_t en
     }
 }
 
-// A tile's panels are read once. Where the inputs of all rows are too many for the second cache, that is done for some of
-// the depth after the other, and the sums of all tiles are kept in between.
+// How some rows are multiplied with a weight. A tile's panels are read once. Where the inputs of all rows are too many for
+// the second cache, that is done for some of the depth after the other, and the sums of all tiles are kept in between.
 template <typename P>
-void multiply_chunk(const Linear& s, const typename P::Value* x, typename P::Value* out, int64_t rows) {
-    using Input = typename P::Input;
-    const int64_t runs = whole(s.depth, RUN), length = runs * RUN_LINES<P>, width = runs * RUN;
-    const int64_t tiles = whole(s.columns, TILE), blocks = whole(rows, ROWS);
-    const int64_t pass = std::max<int64_t>(1, NEAR / (rows * RUN * sizeof(Input)) / PART_RUNS<P>) * PART_RUNS<P>;
-    const bool once = pass >= runs;
-    thread_local std::vector<Input> memory;
-    thread_local std::vector<Sums> kept;
-    memory.resize(rows * width);
-    kept.resize(blocks * (once ? omp_get_max_threads() : tiles));
-    Input* const arranged = memory.data();
-    Sums* const sums = kept.data();
+struct Split {
+    int64_t runs, tiles, blocks, pass;
+
+    Split(const Linear& s, int64_t rows)
+        : runs(whole(s.depth, RUN)), tiles(whole(s.columns, TILE)), blocks(whole(rows, ROWS)),
+          pass(std::max<int64_t>(1, NEAR / (rows * RUN * sizeof(typename P::Input)) / PART_RUNS<P>) * PART_RUNS<P>) {}
+
+    bool once() const { return pass >= runs; }
+};
+
+template <typename P>
+void multiply_chunk(team::Member& me, const Linear& s, const typename P::Value* x, typename P::Value* out, int64_t rows) {
+    const Split<P> split(s, rows);
+    const int64_t length = split.runs * RUN_LINES<P>, width = split.runs * RUN, blocks = split.blocks;
+    auto* const arranged = me.team.inputs.as<typename P::Input>();
+    auto* const sums = me.team.sums.as<Sums>();
     const Inputs<P> inputs{arranged, rows, blocks, width};
-    std::atomic<int64_t> taken{0};
-#pragma omp parallel if (rows * s.columns * s.depth > WORTH_THREADS)
-    {
-#pragma omp for
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t first = inputs.first(block);
-            arrange<P>(x + first * s.depth, inputs.count(block), s.depth, arranged + first * width);
-        }
-        // In a single pass a thread takes the next tile that nobody has: one that other programs hold up delays no more
-        // than that. In several it has the same tiles in each. Either way it knows the tile after, which is fetched.
-        const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const auto tile_after = [&](int64_t tile) { return once ? taken++ : tile + threads; };
-        for (int64_t begin = 0; begin < runs; begin += pass) {
-            const int64_t end = std::min(begin + pass, runs);
-            for (int64_t tile = tile_after(thread - threads), following; tile < tiles; tile = following) {
-                following = tile_after(tile);
-                const auto panels = [&](int64_t of) { return s.panels + of * LINES * length; };
-                Sums* const tile_sums = sums + (once ? thread : tile) * blocks;
-                multiply_parts(panels(tile), length, begin, end, panels(following) + begin * RUN_LINES<P>, inputs,
-                               tile_sums);
-                if (end < runs) continue;
-                for (int64_t block = 0; block < blocks; block++) {
-                    finish(tile_sums[block], inputs.count(block), s.bias, out + inputs.first(block) * s.columns,
-                           s.columns, tile * TILE);
-                }
+    me.share(blocks, [&](int64_t block) {
+        const int64_t first = inputs.first(block);
+        arrange<P>(x + first * s.depth, inputs.count(block), s.depth, arranged + first * width);
+    });
+    for (int64_t begin = 0; begin < split.runs; begin += split.pass) {
+        const int64_t end = std::min(begin + split.pass, split.runs);
+        team::Phase& phase = me.next();
+        int64_t count = 0;
+        // A thread knows the tile that it takes after this one, which is fetched meanwhile.
+        for (int64_t tile = phase.take(), following; tile < split.tiles; tile = following, count++) {
+            following = phase.take();
+            const auto panels = [&](int64_t of) { return s.panels + of * LINES * length; };
+            Sums* const tile_sums = sums + (split.once() ? me.thread : tile) * blocks;
+            multiply_parts(panels(tile), length, begin, end, panels(following) + begin * RUN_LINES<P>, inputs,
+                           tile_sums);
+            if (end < split.runs) continue;
+            for (int64_t block = 0; block < blocks; block++) {
+                finish(tile_sums[block], inputs.count(block), s.bias, out + inputs.first(block) * s.columns, s.columns,
+                       tile * TILE);
             }
         }
+        phase.finish(count, split.tiles);
     }
 }
 
+// How many chunks rows are done in: as many at once as leave their inputs in the second cache; passes over the depth cost
+// more, fewer rows most.
 template <typename P>
-bool multiply_all(const Linear& s, const void* x, void* out, int64_t rows) {
-    // As many rows at once as leave their inputs in the second cache; passes over the depth cost more, fewer rows most.
+int64_t chunks_of(const Linear& s, int64_t rows) {
     const int64_t input_bytes = whole(s.depth, RUN) * RUN * sizeof(typename P::Input);
     const int64_t near = NEAR / input_bytes / ROWS * ROWS;
-    const int64_t chunks = whole(rows, near >= FEW ? std::min(near, CHUNK) : CHUNK);
+    return whole(rows, near >= FEW ? std::min(near, CHUNK) : CHUNK);
+}
+
+template <typename P>
+int64_t prepare(team::Team& team, const Linear& s, int64_t rows) {
+    if (rows == 0) return 1;
+    const int64_t chunks = chunks_of<P>(s, rows), most = whole(rows, chunks);
+    const Split<P> split(s, most);
+    team.inputs.hold(most * split.runs * RUN * sizeof(typename P::Input));
+    team.sums.hold(split.blocks * (split.once() ? omp_get_max_threads() : split.tiles) * sizeof(Sums));
+    return chunks * (1 + whole(split.runs, split.pass));
+}
+
+template <typename P>
+void multiply_all(team::Member& me, const Linear& s, const void* x, void* out, int64_t rows) {
+    const int64_t chunks = chunks_of<P>(s, rows);
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const int64_t row = rows * chunk / chunks, count = rows * (chunk + 1) / chunks - row;
-        multiply_chunk<P>(s, (const typename P::Value*)x + row * s.depth, (typename P::Value*)out + row * s.columns,
+        multiply_chunk<P>(me, s, (const typename P::Value*)x + row * s.depth, (typename P::Value*)out + row * s.columns,
                           count);
     }
-    return true;
 }
 
 // DEPTHS neighbours in depth lie side by side.
@@ -316,9 +320,22 @@ void pack(const T* weight, T* panels, int64_t columns, int64_t depth) {
     }
 }
 
-}  // namespace
-
 enum Kind : int32_t { NONE, FP32, FP32_BY_BF16, BF16, BF16_DOT };  // as in products.py
+
+// Calls f with the way to multiply, if this kind was compiled.
+template <typename F>
+void by_kind(const Linear& s, F f) {
+    switch (s.kind) {
+        case FP32: return f(Fp32{});
+        case FP32_BY_BF16: return f(Halves<float>{});
+        case BF16: return f(Halves<bf16>{});
+#ifdef __AVX512BF16__
+        case BF16_DOT: return f(Dot{});
+#endif
+    }
+}
+
+}  // namespace
 
 // The fastest kind here, NONE where other libraries do better.
 extern "C" int32_t rrm_linear_kind(int is_bf16) {
@@ -348,15 +365,20 @@ extern "C" void rrm_linear_pack(int is_bf16, const void* weight, void* panels, i
     }
 }
 
+int64_t team::prepare(Team& team, const Linear& linear, int64_t rows) {
+    int64_t phases = 0;
+    by_kind(linear, [&](auto product) { phases = ::prepare<decltype(product)>(team, linear, rows); });
+    return phases;
+}
+
+void team::linear(Member& me, const Linear& linear, const void* x, void* out, int64_t rows) {
+    by_kind(linear, [&](auto product) { multiply_all<decltype(product)>(me, linear, x, out, rows); });
+}
+
 // False if this kind was not compiled.
 extern "C" bool rrm_linear(const Linear* linear, const void* x, void* out, int64_t rows) {
-    switch (linear->kind) {
-        case FP32: return multiply_all<Fp32>(*linear, x, out, rows);
-        case FP32_BY_BF16: return multiply_all<Halves<float>>(*linear, x, out, rows);
-        case BF16: return multiply_all<Halves<bf16>>(*linear, x, out, rows);
-#ifdef __AVX512BF16__
-        case BF16_DOT: return multiply_all<Dot>(*linear, x, out, rows);
-#endif
-        default: return false;
-    }
+    return team::run(
+        rows * linear->columns * linear->depth > WORTH_THREADS,
+        [&](team::Team& team) { return team::prepare(team, *linear, rows); },
+        [&](team::Member& me) { team::linear(me, *linear, x, out, rows); });
 }

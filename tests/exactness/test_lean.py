@@ -161,6 +161,19 @@ def test_layers_in_one_call_write_the_bits_of_layers_one_by_one(
     assert not all(map(torch.equal, in_one_call, logits_of_decodes(model)))
 
 
+def test_threads_change_no_bit(native: NativeLayer) -> None:
+    """Nor do more threads than processors, of which some come late to everything."""
+    model = prepared(plain_model("qwen3", intermediate_size=2048))  # one row is worth several threads
+    before, logits = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            logits[threads] = logits_of_decodes(model)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, logits[2], logits[1])) and all(map(torch.equal, logits[5], logits[1]))
+
+
 @pytest.fixture
 def calls(native: NativeLayer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of every call that runs all layers."""
