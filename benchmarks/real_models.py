@@ -20,9 +20,11 @@ tokens. At the end the tables are in OUT_DIR/table.md, by number of questions.
 import argparse
 import contextlib
 import json
+import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -154,7 +156,7 @@ class Measured:
             self.directory = RunDir.create(path)
             file = str(args.tasks.resolve())
             manifest = manifest_of(config, TaskSet(args.tasks.stem, file, tuple(tasks)), self.solver)
-            self.directory.write_manifest(manifest)
+            self.directory.write_manifest(replace(manifest, command=shlex.join(["python", *sys.argv])))
         self.jobs = plan(tasks, config, self.directory.rows)
 
     def run(self, jobs: Sequence[Job]) -> None:
