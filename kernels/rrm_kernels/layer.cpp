@@ -84,15 +84,17 @@ void rope_store(team::Member& me, const team::Rope& s, const T* qkv, T* query, T
         rotate(to, s.cos + at, s.sin + at, s.rotary);
     };
     me.share(rows * all, [&](int64_t item) {
-        const int64_t row = item / all, head = item % all, kv_head = (head - s.heads) % s.kv_heads;
-        const int64_t slot = (s.slots[row] * s.kv_heads + kv_head) * s.width;
+        const int64_t row = item / all, head = item % all, key = head - s.heads, value = key - s.kv_heads;
         const T* from = qkv + item * s.width;
-        if (head < s.heads) {
+        const auto cached = [&](T* cache, int64_t kv_head) {
+            return cache + (s.slots[row] * s.kv_heads + kv_head) * s.width;
+        };
+        if (key < 0) {
             move(from, query + (row * s.heads + head) * s.width, s.q_norm, row);
-        } else if (head < s.heads + s.kv_heads) {
-            move(from, keys + slot, s.k_norm, row);
+        } else if (value < 0) {
+            move(from, cached(keys, key), s.k_norm, row);
         } else {
-            std::memcpy(values + slot, from, s.width * sizeof(T));
+            std::memcpy(cached(values, value), from, s.width * sizeof(T));
         }
     });
 }
