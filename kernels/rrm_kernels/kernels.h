@@ -131,6 +131,10 @@ struct Decode {
     int64_t window;        // 0: none
 };
 
+void decode_bf16(Member& me, const Decode& decode, const void* query, const void* keys, const void* values, void* out);
+
+void decode_fp32(Member& me, const Decode& decode, const void* query, const void* keys, const void* values, void* out);
+
 void paged_decode(Member& me, int is_bf16, const Decode& decode, const void* query, const void* keys,
                   const void* values, void* out);
 

@@ -1,6 +1,6 @@
 // Runs every compiled CPU kernel without Python, on the same made-up numbers wherever it is compiled, and prints results.
 //
-// A line is a name and its numbers. Compiled together with decode.cpp, layer.cpp and products.cpp.
+// A line is a name and its numbers. Compiled together with the library's own sources.
 
 #include <cmath>
 #include <cstdio>
