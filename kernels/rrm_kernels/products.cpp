@@ -290,7 +290,8 @@ int64_t prepare(team::Team& team, const Linear& s, int64_t rows) {
     const int64_t chunks = chunks_of<P>(s, rows), most = whole(rows, chunks);
     const Split<P> split(s, most);
     team.inputs.hold(most * split.runs * RUN * sizeof(typename P::Input));
-    team.sums.hold(split.blocks * (split.once() ? omp_get_max_threads() : split.tiles) * sizeof(Sums));
+    const int64_t threads = omp_get_max_threads();
+    team.sums.hold(split.blocks * (split.once() ? threads : std::max(threads, split.tiles)) * sizeof(Sums));
     return chunks * (1 + whole(split.runs, split.pass));
 }
 
