@@ -40,7 +40,8 @@ class Room {
 // one that other programs keep from running delays no more than the item that it holds, and what is over when it comes it
 // passes by.
 class Phase {
-    static constexpr int SPINS = 2000;  // some 0.1 ms. Then the waiting thread's core is free for one that holds an item.
+    // Then the waiting thread's core is free for one that holds an item.
+    static constexpr std::chrono::microseconds SPIN{100}, SLEEP{20};
     alignas(64) std::atomic<int64_t> taken{0};
     std::atomic<int64_t> done{0};
 
@@ -52,14 +53,14 @@ class Phase {
     // Add what this thread has done and wait for the others' items.
     void finish(int64_t count, int64_t items) {
         done.fetch_add(count, std::memory_order_release);
-        for (int spins = 0; done.load(std::memory_order_acquire) < items; spins++) {
-            if (spins < SPINS) {
+        const auto over = [&] { return done.load(std::memory_order_acquire) >= items; };
+        if (over()) return;
+        const auto began = std::chrono::steady_clock::now();
+        while (!over()) {
+            if (std::chrono::steady_clock::now() - began > SPIN) std::this_thread::sleep_for(SLEEP);
 #if defined(__x86_64__)
-                __builtin_ia32_pause();
+            __builtin_ia32_pause();
 #endif
-            } else {
-                std::this_thread::sleep_for(std::chrono::microseconds(20));
-            }
         }
     }
 };
