@@ -40,6 +40,7 @@ from forked_bench import (
     replace_stream,
     signal_itself,
     skip_torn_lines,
+    wait_for_rows,
     write_rows_before_events,
 )
 
@@ -189,7 +190,7 @@ def run_on_small_disk(folder: Path, size: int) -> tuple[Bench, Path]:
         *RUN,
         "disk/run",
         "--quiet",
-        prepare=[partial(mount_small_disk, disk, size)],
+        prepare=[partial(mount_small_disk, disk, size), wait_for_rows],
         after=partial(copy_out, disk, saved),
     )
     bench.process.join()
@@ -219,13 +220,13 @@ def test_a_full_disk(kilobytes: int, folder: Path, whole: Path) -> None:
 
 
 def test_a_file_that_cannot_grow(folder: Path, whole: Path) -> None:
-    bench = Bench(folder, *RUN, "limited", "--quiet", prepare=[partial(limit_files, 15_000)])
+    bench = Bench(folder, *RUN, "limited", "--quiet", prepare=[partial(limit_files, 15_000), wait_for_rows])
     check_broken_off(bench, contents(whole), folder / "limited")
 
 
 def test_rows_that_go_before_their_events_are_noticed(folder: Path, whole: Path) -> None:
     """Negative control: the events of the row that filled the disk are missing."""
-    sabotage: Steps = [partial(limit_files, 15_000), write_rows_before_events]
+    sabotage: Steps = [partial(limit_files, 15_000), wait_for_rows, write_rows_before_events]
     bench = Bench(folder, *RUN, "wrong order", "--quiet", prepare=sabotage)
     with pytest.raises(AssertionError, match="a row lacks events"):
         check_broken_off(bench, contents(whole), folder / "wrong order")

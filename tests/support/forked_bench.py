@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 
+from rrm_engine.bench.rows import RowWriter
 from rrm_engine.device import memory
 from rrm_engine.engine.engine import Engine
 from rrm_engine.engine.runner import ModelRunner
@@ -30,6 +31,7 @@ from rrm_engine.models.lean import Stage
 from rrm_engine.runs import directory
 from rrm_engine.runs.directory import RunDir
 from rrm_engine.runs.rows import Row
+from rrm_engine.solver.result import JobResult
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 SERVER = mp.get_context("forkserver")
@@ -224,6 +226,20 @@ def write_rows_before_events() -> None:
     RunDir.add = added  # type: ignore[method-assign]
     RunDir.flush = lambda self: None  # type: ignore[method-assign]
     directory.FLUSH_S = float("inf")
+
+
+def wait_for_rows() -> None:
+    """The batch goes on only when the row of a result is on the disk, so that what fills the disk is no race."""
+    put = RowWriter.put
+
+    def put_and_wait(self: RowWriter, result: JobResult) -> None:
+        before = len(self._directory.rows)
+        put(self, result)
+        while self.error is None and len(self._directory.rows) == before:
+            time.sleep(0.01)
+        self.check()
+
+    RowWriter.put = put_and_wait  # type: ignore[method-assign]
 
 
 def leave_torn_lines() -> None:
