@@ -235,7 +235,7 @@ def wait_for_rows() -> None:
     def put_and_wait(self: RowWriter, result: JobResult) -> None:
         before = len(self._directory.rows)
         put(self, result)
-        while self.error is None and len(self._directory.rows) == before:
+        while self._thread.is_alive() and self.error is None and len(self._directory.rows) == before:
             time.sleep(0.01)
         self.check()
 
