@@ -8,6 +8,9 @@
 #include <cstring>
 #include <vector>
 
+// Before a loop over an array of vectors: only what is unrolled early is kept in registers.
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace {
 
 struct bf16 {
@@ -79,6 +82,14 @@ inline void store(Lanes x, float* out) { std::memcpy(out, &x, sizeof x); }
 inline void store(Lanes x, bf16* out) {
     const Narrow narrow = __builtin_convertvector(bf16_above(x) >> 16, Narrow);
     std::memcpy(out, &narrow, sizeof narrow);
+}
+
+// Keeps a vector in a register. With 16 of them GCC takes a line of weights from memory again for every row, and puts sums
+// away; with 32 it does neither.
+inline void keep(Lanes& vector) {
+#if defined(__x86_64__) && !defined(__AVX512F__)
+    asm("" : "+x"(vector));
+#endif
 }
 
 inline void store_pair(Lanes first, Lanes second, float* out) {

@@ -15,40 +15,58 @@ namespace {
 using Shape = team::Decode;
 
 // Tokens that are processed at once, by one group of heads after another, while their keys or values stay in the
-// processor's cache. A multiple of LANES for every vector width.
-constexpr int64_t TILE = 64;
+// processor's first cache. Loops over them take KEYS tokens or a vector of scores at a time.
+constexpr int TILE = 48;
 
-// What to prefetch meanwhile: of the keys or values one tile ahead, up to the token `known`, every `every`-th, beginning
-// with number `phase`.
-struct Fetch {
-    int64_t known = 0;
-    int every = 1, phase = 0;
-};
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int SUMS = 16;  // vectors of sums that a loop holds: half of the registers
+#else
+constexpr int SUMS = 12;  // of 16, for with fewer sums multiply-adds wait for each other
+#endif
 
-// Calls f(token - first, pointer to its key or value) for the tokens first..length of one kv head. These vectors are
-// `stride` elements apart, and of LINE bytes if they are to be prefetched.
-template <int LINE = 0, typename T, typename F>
-inline void each_token(const T* cache, const int32_t* table, int64_t first, int64_t length, int64_t block_size,
-                       int64_t stride, F f, const Fetch& fetch = {}) {
-    const int64_t hop = std::max<int64_t>(1, TILE / block_size);
-    int wait = fetch.phase;
-    for (int64_t at = first; at < length;) {
-        const int64_t block = at / block_size, offset = at % block_size, stop = std::min(length, (block + 1) * block_size);
-        const T* line = cache + (table[block] * block_size + offset) * stride;
-        const bool follows = (block + hop) * block_size < fetch.known;
-        const int64_t ahead = follows ? int64_t(table[block + hop] - table[block]) * block_size * stride : 0;
-        for (; at < stop; at++, line += stride) {
-            if (LINE > 0 && wait-- == 0) {
-                for (int i = 0; i < LINE; i += 64) __builtin_prefetch((const char*)(line + ahead) + i);
-                wait = fetch.every - 1;
-            }
-            f(at - first, line);
+constexpr int whole(int count, int each) { return (count + each - 1) / each; }
+
+// Where the keys or values of some tokens lie, from the first head of an item on.
+template <typename T>
+struct Tile {
+    const T* lines[TILE];
+    int count = 0;
+
+    // The tokens from `at` on, TILE of them or those before `length`. `stride` is between tokens.
+    void find(const T* cache, const int32_t* table, int64_t at, int64_t length, int64_t block_size, int64_t stride) {
+        const int64_t stop = std::min(at + TILE, length);
+        for (count = 0; at < stop;) {
+            const int64_t block = at / block_size, offset = at % block_size, end = std::min(stop, (block + 1) * block_size);
+            const T* line = cache + (table[block] * block_size + offset) * stride;
+            for (; at < end; at++, line += stride) lines[count++] = line;
         }
     }
-}
+};
 
-template <int N>
-using Heads = std::integral_constant<int, N>;
+// Fetches the next tile from memory, in the order in which it lies there, while this one is being processed: PIECE bytes
+// for every token of every head.
+template <int PIECE>
+struct Ahead {
+    const char *const *line, *const *end;
+    int64_t bytes;  // of a line
+    const char *at = nullptr, *stop = nullptr;
+
+    template <typename T>
+    Ahead(const Tile<T>& next, int64_t width)
+        : line((const char* const*)next.lines), end(line + next.count), bytes(width * sizeof(T)) {}
+
+    inline void fetch(int pieces) {
+        for (; pieces > 0; pieces--) {
+            if (at == stop) {
+                if (line == end) return;
+                at = *line++;
+                stop = at + bytes;
+            }
+            UNROLL for (int i = 0; i < PIECE; i += 64) __builtin_prefetch(at + i);
+            at += PIECE;
+        }
+    }
+};
 
 template <int WIDTH, typename T>
 inline void load_line(const T* from, Lanes (&out)[WIDTH / LANES]) {
@@ -64,73 +82,162 @@ inline void store_line(const Lanes (&line)[WIDTH / LANES], T* out) {
     if (i < WIDTH / LANES) store(line[i], out + i * LANES);
 }
 
-// scores[h][i] = query[h] . key[i] for HEADS query heads; queries are fp32 in the order of load_line, and rows of scores
-// are `room` apart, a multiple of LANES. WIDTH is a multiple of LANES.
-template <typename T, int WIDTH, int HEADS>
-void score(const float* query, const T* keys, float* scores, int64_t room, const int32_t* table, int64_t first,
-           int64_t length, int64_t block_size, int64_t stride, const Fetch& fetch) {
-    Lanes q[HEADS][WIDTH / LANES], sums[HEADS][LANES];
-    if ((length - first) % LANES) std::memset(sums, 0, sizeof sums);  // the last vector may be partial
-    for (int h = 0; h < HEADS; h++) {
-        for (int d = 0; d < WIDTH / LANES; d++) q[h][d] = load(query + h * WIDTH + d * LANES);
+// One head's keys or values of a tile side by side as fp32, in the order of load_line.
+template <int WIDTH, typename T>
+void widen(const Tile<T>& tile, int64_t head, float* out) {
+    for (int i = 0; i < tile.count; i++, out += WIDTH) {
+        Lanes line[WIDTH / LANES];
+        load_line<WIDTH>(tile.lines[i] + head * WIDTH, line);
+        for (int d = 0; d < WIDTH / LANES; d++) store(line[d], out + d * LANES);
     }
-    const auto one = [&](int64_t i, const T* line) {
-        Lanes key[WIDTH / LANES];
-        load_line<WIDTH>(line, key);
-        for (int h = 0; h < HEADS; h++) {
-            Lanes sum = q[h][0] * key[0];
-            for (int d = 1; d < WIDTH / LANES; d++) sum += q[h][d] * key[d];
-            sums[h][i % LANES] = sum;
-        }
-        if (i % LANES == LANES - 1 || i == length - first - 1) {
-            for (int h = 0; h < HEADS; h++) store(sum_each(sums[h]), scores + h * room + i / LANES * LANES);
-        }
-    };
-    each_token<WIDTH * sizeof(T)>(keys, table, first, length, block_size, stride, one, fetch);
 }
 
-// sums[h] += sum over i of weights[h][i] * value[i], fp32 in the order of load_line, in registers during the loop.
-template <typename T, int WIDTH, int HEADS>
-void mix(const float* weights, int64_t room, const T* values, float* sums, const int32_t* table, int64_t first,
-         int64_t length, int64_t block_size, int64_t stride, const Fetch& fetch) {
-    Lanes held[HEADS][WIDTH / LANES];
-    for (int h = 0; h < HEADS; h++) {
-        for (int d = 0; d < WIDTH / LANES; d++) held[h][d] = load(sums + h * WIDTH + d * LANES);
+// How many keys a loop takes at once for that many heads. Divides a vector of scores, or three of them.
+constexpr int keys_of(int heads) {
+    const int most = std::min<int>(SUMS / heads, LANES);
+    return most >= 8 ? 8 : most >= 6 ? 6 : std::min(most, 4);
+}
+
+// held[h][k] += query[h] * key[k], a vector of both. Rows of either are WIDTH apart.
+template <int WIDTH, int HEADS, int KEYS>
+inline void multiply(const float* query, const float* keys, Lanes (&held)[HEADS][KEYS]) {
+    constexpr bool few_keys = KEYS < HEADS;  // what are fewer is loaded first
+    constexpr int OUTER = few_keys ? HEADS : KEYS, INNER = few_keys ? KEYS : HEADS;
+    const float *const outer = few_keys ? query : keys, *const inner = few_keys ? keys : query;
+    Lanes kept[INNER];
+    UNROLL for (int i = 0; i < INNER; i++) {
+        kept[i] = load(inner + i * WIDTH);
+        keep(kept[i]);
     }
-    const auto one = [&](int64_t i, const T* line) {
-        Lanes value[WIDTH / LANES];
-        load_line<WIDTH>(line, value);
-        for (int h = 0; h < HEADS; h++) {
-            for (int d = 0; d < WIDTH / LANES; d++) held[h][d] += weights[h * room + i] * value[d];
+    UNROLL for (int o = 0; o < OUTER; o++) {
+        Lanes one = load(outer + o * WIDTH);
+        keep(one);
+        UNROLL for (int i = 0; i < INNER; i++) {
+            Lanes& sum = few_keys ? held[o][i] : held[i][o];
+            sum += one * kept[i];
+            keep(sum);
         }
-    };
-    each_token<WIDTH * sizeof(T)>(values, table, first, length, block_size, stride, one, fetch);
-    for (int h = 0; h < HEADS; h++) {
-        for (int d = 0; d < WIDTH / LANES; d++) store(held[h][d], sums + h * WIDTH + d * LANES);
     }
+}
+
+// scores[h][i] = query[h] . key[i] for HEADS query heads. Rows of scores are `room` apart, a multiple of LANES; what is
+// written after `count` is of no use. Of `parts` calls for a tile and head each fetches its share. Out of line, for
+// inlined GCC keeps the sums in memory.
+template <int WIDTH, int HEADS, int PIECE>
+__attribute__((noinline)) void score(const float* query, const float* keys, int count, float* scores, int64_t room,
+                                     Ahead<PIECE>& ahead, int parts) {
+    constexpr int KEYS = keys_of(HEADS), RUN = KEYS % 3 ? LANES : 3 * LANES;
+    Lanes sums[HEADS][RUN];
+    int wait = 0;
+    for (int first = 0; first < count; first += RUN) {
+        for (int i = 0; i < RUN; i += KEYS) {
+            if (wait-- == 0) ahead.fetch(KEYS), wait = parts - 1;
+            Lanes held[HEADS][KEYS];
+            UNROLL for (int h = 0; h < HEADS; h++) UNROLL for (int k = 0; k < KEYS; k++) held[h][k] = Lanes{};
+            const float* from = keys + (first + i) * WIDTH;
+            for (int d = 0; d < WIDTH; d += LANES) multiply<WIDTH>(query + d, from + d, held);
+            UNROLL for (int h = 0; h < HEADS; h++) UNROLL for (int k = 0; k < KEYS; k++) sums[h][i + k] = held[h][k];
+        }
+        for (int h = 0; h < HEADS; h++) {
+            for (int i = 0; i < RUN && first + i < count; i += LANES) {
+                store(sum_each(*(Lanes(*)[LANES])(sums[h] + i)), scores + h * room + first + i);
+            }
+        }
+    }
+}
+
+// sums[h] += sum over i of weights[h][i] * value[i], for VECTORS vectors of the values' width.
+template <int WIDTH, int HEADS, int VECTORS, int PIECE>
+__attribute__((noinline)) void mix_some(const float* weights, int64_t room, const float* values, int count, float* sums,
+                                        Ahead<PIECE>& ahead, int parts) {
+    Lanes held[HEADS][VECTORS];
+    UNROLL for (int h = 0; h < HEADS; h++) {
+        UNROLL for (int d = 0; d < VECTORS; d++) held[h][d] = load(sums + h * WIDTH + d * LANES);
+    }
+    int wait = 0;
+    for (int i = 0; i < count; i++) {
+        if (wait-- == 0) ahead.fetch(1), wait = parts - 1;
+        Lanes value[VECTORS];
+        UNROLL for (int d = 0; d < VECTORS; d++) {
+            value[d] = load(values + i * WIDTH + d * LANES);
+            if (HEADS >= VECTORS) keep(value[d]);
+        }
+        UNROLL for (int h = 0; h < HEADS; h++) {
+            Lanes weight = weights[h * room + i] - Lanes{};
+            keep(weight);
+            UNROLL for (int d = 0; d < VECTORS; d++) {
+                held[h][d] += weight * value[d];
+                keep(held[h][d]);
+            }
+        }
+    }
+    UNROLL for (int h = 0; h < HEADS; h++) {
+        UNROLL for (int d = 0; d < VECTORS; d++) store(held[h][d], sums + h * WIDTH + d * LANES);
+    }
+}
+
+template <int WIDTH, int HEADS, int PIECE>
+void mix(const float* weights, int64_t room, const float* values, int count, float* sums, Ahead<PIECE>& ahead, int parts) {
+    constexpr int ALL = WIDTH / LANES, VECTORS = std::min({ALL, SUMS / HEADS, 8}), REST = ALL % VECTORS;
+    parts *= whole(ALL, VECTORS);
+    for (int at = 0; at < WIDTH - REST * LANES; at += VECTORS * LANES) {
+        mix_some<WIDTH, HEADS, VECTORS>(weights, room, values + at, count, sums + at, ahead, parts);
+    }
+    if constexpr (REST > 0) {
+        constexpr int at = WIDTH - REST * LANES;
+        mix_some<WIDTH, HEADS, REST>(weights, room, values + at, count, sums + at, ahead, parts);
+    }
+}
+
+// score and mix where each kv head has one query head: nothing is read twice, so nothing is widened.
+template <int WIDTH, typename T, int PIECE>
+void score_one(const float* query, const Tile<T>& keys, int64_t head, float* scores, Ahead<PIECE>& ahead) {
+    Lanes sums[LANES];
+    for (int i = 0; i < keys.count; i++) {
+        ahead.fetch(1);
+        Lanes key[WIDTH / LANES];
+        load_line<WIDTH>(keys.lines[i] + head * WIDTH, key);
+        Lanes sum = load(query) * key[0];
+        for (int d = 1; d < WIDTH / LANES; d++) sum += load(query + d * LANES) * key[d];
+        sums[i % LANES] = sum;
+        if (i % LANES == LANES - 1 || i == keys.count - 1) store(sum_each(sums), scores + i / LANES * LANES);
+    }
+}
+
+template <int WIDTH, typename T, int PIECE>
+void mix_one(const float* weights, const Tile<T>& values, int64_t head, float* sums, Ahead<PIECE>& ahead) {
+    Lanes held[WIDTH / LANES];
+    for (int d = 0; d < WIDTH / LANES; d++) held[d] = load(sums + d * LANES);
+    for (int i = 0; i < values.count; i++) {
+        ahead.fetch(1);
+        Lanes value[WIDTH / LANES];
+        load_line<WIDTH>(values.lines[i] + head * WIDTH, value);
+        for (int d = 0; d < WIDTH / LANES; d++) held[d] += weights[i] * value[d];
+    }
+    for (int d = 0; d < WIDTH / LANES; d++) store(held[d], sums + d * LANES);
 }
 
 // score and mix for any width, one head at a time.
 template <typename T>
-void score_any(const float* q, const T* keys, float* scores, const int32_t* table, int64_t first, int64_t length,
-               int64_t block_size, int64_t stride, int64_t width) {
-    each_token(keys, table, first, length, block_size, stride, [&](int64_t i, const T* line) {
+void score_any(const float* q, const Tile<T>& keys, float* scores, int64_t width) {
+    for (int i = 0; i < keys.count; i++) {
         float dot = 0;
 #pragma omp simd reduction(+ : dot)
-        for (int64_t d = 0; d < width; d++) dot += q[d] * to_float(line[d]);
+        for (int64_t d = 0; d < width; d++) dot += q[d] * to_float(keys.lines[i][d]);
         scores[i] = dot;
-    });
+    }
 }
 
 template <typename T>
-void mix_any(const float* weights, const T* values, float* out, const int32_t* table, int64_t first, int64_t length,
-             int64_t block_size, int64_t stride, int64_t width) {
-    std::fill(out, out + width, 0.0f);
-    each_token(values, table, first, length, block_size, stride, [&](int64_t i, const T* line) {
+void mix_any(const float* weights, const Tile<T>& values, float* sums, int64_t width) {
+    for (int i = 0; i < values.count; i++) {
 #pragma omp simd
-        for (int64_t d = 0; d < width; d++) out[d] += weights[i] * to_float(line[d]);
-    });
+        for (int64_t d = 0; d < width; d++) sums[d] += weights[i] * to_float(values.lines[i][d]);
+    }
 }
+
+template <int N>
+using Heads = std::integral_constant<int, N>;
 
 // Softmax of `count` scores in place. The row has space for `room` of them, a multiple of LANES, so that only whole vectors
 // are computed.
@@ -162,61 +269,65 @@ struct Context {
     Context(const Shape& s, const int32_t* table, int64_t length)
         : table(table), first(s.window ? std::max<int64_t>(0, length - s.window) : 0), length(length),
           count(length - first), room((count + LANES - 1) / LANES * LANES) {}
-
-    template <typename F>  // f(first token of a tile, the one after its last)
-    void each_tile(F f) const {
-        for (int64_t at = first; at < length; at += TILE) f(at, std::min(length, at + TILE));
-    }
 };
 
-// All query heads of one kv head of one row, tile by tile: K and V come from memory once.
+// All query heads of `kv_heads` kv heads of one row, tile by tile: K and V come from memory once.
 template <typename T, int WIDTH>
-void attend(const Shape& s, const T* query, const T* keys, const T* values, T* out, const Context& c, const float* sinks) {
-    const int64_t group = s.heads / s.kv_heads, stride = s.kv_heads * WIDTH;
-    thread_local std::vector<float> memory;
-    memory.resize(group * (c.room + 2 * WIDTH));
-    float *const scores = memory.data(), *const q = scores + group * c.room, *const sums = q + group * WIDTH;
-    for (int64_t g = 0; g < group; g++) {
+void attend(const Shape& s, const T* query, const T* keys, const T* values, T* out, const Context& c, const float* sinks,
+            int64_t kv_heads) {
+    const int64_t group = s.heads / s.kv_heads, heads = group * kv_heads;
+    thread_local team::Room memory;
+    memory.hold((TILE * WIDTH + heads * (c.room + 2 * WIDTH)) * sizeof(float));
+    float *const wide = memory.as<float>(), *const scores = wide + TILE * WIDTH, *const q = scores + heads * c.room;
+    float* const sums = q + heads * WIDTH;
+    for (int64_t h = 0; h < heads; h++) {
         Lanes line[WIDTH / LANES];
-        load_line<WIDTH>(query + g * WIDTH, line);
-        for (int d = 0; d < WIDTH / LANES; d++) store(line[d] * s.scale, q + g * WIDTH + d * LANES);
+        load_line<WIDTH>(query + h * WIDTH, line);
+        for (int d = 0; d < WIDTH / LANES; d++) store(line[d] * s.scale, q + h * WIDTH + d * LANES);
     }
-    std::fill(sums, sums + group * WIDTH, 0.0f);
-    // As many heads at once as have room for their sums in registers. Each of these steps prefetches its share of the next
-    // tile.
-    const auto in_steps = [&](auto four, auto three, auto two, auto one) {
-        constexpr int64_t most = WIDTH / LANES <= 6 ? 4 : 2;
-        Fetch fetch{c.length, int((group + most - 1) / most), 0};
-        for (int64_t g = 0, step; g < group; g += step, fetch.phase++) {
-            step = std::min(group - g, most);
-            step == 4 ? four(g, fetch) : step == 3 ? three(g, fetch) : step == 2 ? two(g, fetch) : one(g, fetch);
+    std::fill(sums, sums + heads * WIDTH, 0.0f);
+    // Up to four heads at once, as evenly as the group divides.
+    const int parts = whole(group, 4);
+    const auto in_tiles = [&](const T* cache, auto step) {
+        Tile<T> tiles[2];
+        const auto find = [&](int64_t at, Tile<T>& tile) {
+            tile.find(cache, c.table, at, c.length, s.block_size, s.kv_heads * WIDTH);
+        };
+        find(c.first, tiles[0]);
+        for (int64_t at = c.first, turn = 0; at < c.length; at += TILE, turn ^= 1) {
+            const Tile<T>& tile = tiles[turn];
+            find(at + TILE, tiles[turn ^ 1]);
+            Ahead<WIDTH * sizeof(T)> ahead(tiles[turn ^ 1], kv_heads * WIDTH);
+            for (int64_t i = 0; i < kv_heads * parts; i++) {
+                const int64_t head = i / parts, part = i % parts;
+                if (group > 1 && part == 0) widen<WIDTH>(tile, head, wide);
+                const int64_t first = head * group + group * part / parts, stop = head * group + group * (part + 1) / parts;
+                float *const of_tile = scores + first * c.room + at - c.first, *const line = q + first * WIDTH;
+                const auto run = [&](auto heads) { step(heads, line, tile, head, of_tile, ahead); };
+                switch (stop - first) {
+                    case 4: run(Heads<4>{}); break;
+                    case 3: run(Heads<3>{}); break;
+                    case 2: run(Heads<2>{}); break;
+                    case 1: run(Heads<1>{}); break;
+                }
+            }
         }
     };
-    c.each_tile([&](int64_t at, int64_t stop) {
-        const auto run = [&](auto heads) {
-            return [&, heads](int64_t g, const Fetch& fetch) {
-                score<T, WIDTH, decltype(heads)::value>(q + g * WIDTH, keys, scores + g * c.room + at - c.first, c.room,
-                                                        c.table, at, stop, s.block_size, stride, fetch);
-            };
-        };
-        in_steps(run(Heads<4>{}), run(Heads<3>{}), run(Heads<2>{}), run(Heads<1>{}));
+    in_tiles(keys, [&](auto n, const float* line, const Tile<T>& tile, int64_t head, float* of_tile, auto& ahead) {
+        if constexpr (n == 1) score_one<WIDTH>(line, tile, head, of_tile, ahead);
+        else score<WIDTH, n>(line, wide, tile.count, of_tile, c.room, ahead, parts);
     });
-    for (int64_t g = 0; g < group; g++) {
-        soften(scores + g * c.room, c.count, c.room, s.softcap, sinks ? sinks + g : nullptr);
+    for (int64_t h = 0; h < heads; h++) {
+        soften(scores + h * c.room, c.count, c.room, s.softcap, sinks ? sinks + h : nullptr);
     }
-    c.each_tile([&](int64_t at, int64_t stop) {
-        const auto run = [&](auto heads) {
-            return [&, heads](int64_t g, const Fetch& fetch) {
-                mix<T, WIDTH, decltype(heads)::value>(scores + g * c.room + at - c.first, c.room, values, sums + g * WIDTH,
-                                                      c.table, at, stop, s.block_size, stride, fetch);
-            };
-        };
-        in_steps(run(Heads<4>{}), run(Heads<3>{}), run(Heads<2>{}), run(Heads<1>{}));
+    in_tiles(values, [&](auto n, const float* line, const Tile<T>& tile, int64_t head, float* of_tile, auto& ahead) {
+        if constexpr (n == 1) mix_one<WIDTH>(of_tile, tile, head, sums + (line - q), ahead);
+        else mix<WIDTH, n>(of_tile, c.room, wide, tile.count, sums + (line - q), ahead, parts);
     });
-    for (int64_t g = 0; g < group; g++) {
+    for (int64_t h = 0; h < heads; h++) {
         Lanes line[WIDTH / LANES];
-        for (int d = 0; d < WIDTH / LANES; d++) line[d] = load(sums + g * WIDTH + d * LANES);
-        store_line<WIDTH>(line, out + g * WIDTH);
+        for (int d = 0; d < WIDTH / LANES; d++) line[d] = load(sums + h * WIDTH + d * LANES);
+        store_line<WIDTH>(line, out + h * WIDTH);
     }
 }
 
@@ -227,11 +338,19 @@ void attend_any(const Shape& s, const T* query, const T* keys, const T* values, 
     thread_local std::vector<float> memory;
     memory.resize(c.room + s.key_width + s.value_width);
     float *const scores = memory.data(), *const q = scores + c.room, *const sums = q + s.key_width;
+    Tile<T> tile;
     for (int64_t g = 0; g < s.heads / s.kv_heads; g++) {
         for (int64_t d = 0; d < s.key_width; d++) q[d] = to_float(query[g * s.key_width + d]) * s.scale;
-        score_any(q, keys, scores, c.table, c.first, c.length, s.block_size, s.kv_heads * s.key_width, s.key_width);
+        for (int64_t at = c.first; at < c.length; at += TILE) {
+            tile.find(keys, c.table, at, c.length, s.block_size, s.kv_heads * s.key_width);
+            score_any(q, tile, scores + at - c.first, s.key_width);
+        }
         soften(scores, c.count, c.room, s.softcap, sinks ? sinks + g : nullptr);
-        mix_any(scores, values, sums, c.table, c.first, c.length, s.block_size, s.kv_heads * s.value_width, s.value_width);
+        std::fill(sums, sums + s.value_width, 0.0f);
+        for (int64_t at = c.first; at < c.length; at += TILE) {
+            tile.find(values, c.table, at, c.length, s.block_size, s.kv_heads * s.value_width);
+            mix_any(scores + at - c.first, tile, sums, s.value_width);
+        }
         for (int64_t d = 0; d < s.value_width; d++) store(sums[d], out + g * s.value_width + d);
     }
 }
@@ -239,15 +358,21 @@ void attend_any(const Shape& s, const T* query, const T* keys, const T* values, 
 template <typename T, int WIDTH>
 void decode(team::Member& me, const Shape& s, const T* query, const T* keys, const T* values, T* out) {
     const int64_t group = s.heads / s.kv_heads;
-    me.share(s.rows * s.kv_heads, [&](int64_t item) {
-        const int64_t row = item / s.kv_heads, head = item % s.kv_heads, at = item * group;
+    // The heads of a row together, because what memory holds side by side comes from it fastest; fewer of them where there
+    // are few rows for the threads.
+    const int64_t threads = omp_get_num_threads(), wanted = threads > 1 ? whole(4 * threads, s.rows) : 1;
+    const int64_t pieces = WIDTH == 0 ? s.kv_heads : std::min(s.kv_heads, wanted);
+    me.share(s.rows * pieces, [&](int64_t item) {
+        const int64_t row = item / pieces, piece = item % pieces;
+        const int64_t head = s.kv_heads * piece / pieces, count = s.kv_heads * (piece + 1) / pieces - head;
+        const int64_t at = row * s.heads + head * group;
         const Context context(s, s.tables + row * s.table_width, s.lengths[row]);
-        const auto run = [&](auto attend) {
+        const auto run = [&](auto attend, auto... more) {
             attend(s, query + at * s.key_width, keys + head * s.key_width, values + head * s.value_width,
-                   out + at * s.value_width, context, s.sinks ? s.sinks + head * group : nullptr);
+                   out + at * s.value_width, context, s.sinks ? s.sinks + head * group : nullptr, more...);
         };
         if constexpr (WIDTH == 0) run(attend_any<T>);
-        else run(attend<T, WIDTH>);
+        else run(attend<T, WIDTH>, count);
     });
 }
 

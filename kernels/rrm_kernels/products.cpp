@@ -46,14 +46,6 @@ inline Bits line(const Bits* from) {
 // Makes the compiler load from the panel again instead of keeping what it has loaded: there are too few registers.
 inline void reload(const Bits*& panel) { asm("" : "+r"(panel)); }
 
-// Keeps a vector in a register. With 16 of them GCC takes a line of weights from memory again for every row, and puts sums
-// away; with 32 it does neither.
-inline void keep(Lanes& vector) {
-#if defined(__x86_64__) && !defined(__AVX512F__)
-    asm("" : "+x"(vector));
-#endif
-}
-
 // The ways to multiply: what x and the output hold, and the inputs made of x. They go 64 bytes of every panel at a time,
 // DEPTHS depths in STEP vectors.
 

@@ -90,12 +90,15 @@ def test_both_equal_attention_written_out(
 
 @pytest.mark.parametrize("block_size", [1, 5, 16, 48, 128])
 @pytest.mark.parametrize("window", [None, 70, 129])
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(7, 1, 64), (10, 2, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"),
+    [(7, 1, 64), (10, 2, 128), (3, 3, 64), (2, 2, 256), (8, 4, 96), (9, 3, 80), (4, 1, 48)],
+)
 def test_long_contexts_are_worked_on_tile_by_tile(
     native: Any, heads: int, kv_heads: int, width: int, window: int | None, block_size: int
 ) -> None:
     """Lengths around multiples of a tile; and no row's bits depend on the others."""
-    lengths, generator = [63, 64, 65, 128, 197, 256, 300], torch.Generator().manual_seed(block_size)
+    lengths, generator = [47, 48, 49, 65, 96, 197, 300], torch.Generator().manual_seed(block_size)
     counts = [-(-length // block_size) for length in lengths]
     key, value = torch.randn(2, sum(counts) + 1, block_size, kv_heads, width, generator=generator)
     query = torch.randn(len(lengths), heads, width, generator=generator)
@@ -112,6 +115,26 @@ def test_long_contexts_are_worked_on_tile_by_tile(
         assert (out[i] - torch.einsum("hl,lhw->hw", weights, v)).abs().max() < 2e-6
         alone = native(query[i : i + 1], key, value, batch_of([1], [length], [table], block_size, cpu), scores)
         assert torch.equal(alone[0], out[i])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (14, 7), (20, 4)])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_bits_do_not_depend_on_threads(native: Any, heads: int, kv_heads: int, rows: int) -> None:
+    """Threads take heads of a row by themselves where there are few rows."""
+    generator = torch.Generator().manual_seed(rows)
+    lengths = [3000 - 100 * row for row in range(rows)]
+    counts = [-(-length // 16) for length in lengths]
+    key, value = torch.randn(2, sum(counts), 16, kv_heads, 64, generator=generator).bfloat16()
+    query = torch.randn(rows, heads, 64, generator=generator).bfloat16()
+    tables = [list(range(sum(counts[:row]), sum(counts[: row + 1]))) for row in range(rows)]
+    batch, threads = batch_of([1] * rows, lengths, tables, 16, torch.device("cpu")), torch.get_num_threads()
+    found = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append(native(query, key, value, batch, Scores(0.125)))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("width", [16, 64])
