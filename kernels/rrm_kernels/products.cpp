@@ -26,6 +26,10 @@ constexpr int ROWS = 4;
 #endif
 constexpr int LINES = 2, TILE = LINES * LANES;  // columns done at once
 constexpr int STEP = 64 / VECTOR;               // vectors of a panel done at once: a cache line
+// One output's multiply-adds wait for each other. For few rows there are not enough of them to do meanwhile, unless more
+// columns are done at once.
+constexpr int WIDE = 3, WIDE_ROWS = STEP > 1 ? ROWS * LINES / WIDE - 1 : 0;
+constexpr int64_t WIDE_TILES = 8;               // a thread's, at least, for it is alone with the last one
 constexpr int64_t RUN = 64;                     // inputs of one row that lie side by side
 constexpr int64_t CHUNK = 120;                  // rows a weight is read for at once, at most
 constexpr int64_t FEW = 48;                     // at least, before the depth is done in several passes
@@ -34,7 +38,7 @@ constexpr int64_t NEAR = 384 << 10;             // bytes of inputs that stay in 
 constexpr int64_t WORTH_THREADS = 1 << 17;      // multiply-adds
 
 struct Sums {
-    Lanes of[ROWS][LINES];
+    Lanes of[ROWS * LINES];  // of every row as many as there are lines
 };
 
 inline Bits line(const Bits* from) {
@@ -54,27 +58,27 @@ struct Fp32 {
     using Input = float;
     static constexpr int DEPTHS = STEP;
 
-    template <int N>
-    static inline void add(Lanes (&sums)[N][LINES], Lanes (&weights)[LINES], const Input* x) {
-#pragma GCC unroll 2
-        for (int i = 0; i < LINES; i++) keep(weights[i]);
+    template <int N, int L>
+    static inline void add(Lanes (&sums)[N][L], Lanes (&weights)[L], const Input* x) {
+#pragma GCC unroll 4
+        for (int i = 0; i < L; i++) keep(weights[i]);
 #pragma GCC unroll 16
         for (int row = 0; row < N; row++) {
-#pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) {
+#pragma GCC unroll 4
+            for (int i = 0; i < L; i++) {
                 sums[row][i] += x[row * RUN] * weights[i];
                 keep(sums[row][i]);
             }
         }
     }
 
-    template <int N>
-    static inline void multiply(Lanes (&sums)[N][LINES], const Bits* panel, int64_t length, const Input* x) {
+    template <int N, int L>
+    static inline void multiply(Lanes (&sums)[N][L], const Bits* panel, int64_t length, const Input* x) {
 #pragma GCC unroll 4
         for (int at = 0; at < STEP; at++) {
-            Lanes weights[LINES];
-#pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) weights[i] = (Lanes)line(panel + i * length + at);
+            Lanes weights[L];
+#pragma GCC unroll 4
+            for (int i = 0; i < L; i++) weights[i] = (Lanes)line(panel + i * length + at);
             add(sums, weights, x + at);
         }
     }
@@ -86,17 +90,17 @@ struct Halves {  // both halves of every 32 bits made fp32
     using Input = float;
     static constexpr int DEPTHS = 2 * STEP;
 
-    template <int N>
-    static inline void multiply(Lanes (&sums)[N][LINES], const Bits* panel, int64_t length, const Input* x) {
+    template <int N, int L>
+    static inline void multiply(Lanes (&sums)[N][L], const Bits* panel, int64_t length, const Input* x) {
 #pragma GCC unroll 4
         for (int at = 0; at < STEP; at++) {
-            Lanes weights[LINES];
-#pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) weights[i] = (Lanes)(line(panel + i * length + at) << 16);
+            Lanes weights[L];
+#pragma GCC unroll 4
+            for (int i = 0; i < L; i++) weights[i] = (Lanes)(line(panel + i * length + at) << 16);
             Fp32::add(sums, weights, x + 2 * at);
             reload(panel);
-#pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) weights[i] = (Lanes)(line(panel + i * length + at) & 0xffff0000u);
+#pragma GCC unroll 4
+            for (int i = 0; i < L; i++) weights[i] = (Lanes)(line(panel + i * length + at) & 0xffff0000u);
             Fp32::add(sums, weights, x + 2 * at + 1);
         }
     }
@@ -108,17 +112,17 @@ struct Dot {  // the processor's own product of pairs
     using Input = bf16;
     static constexpr int DEPTHS = 2 * STEP;
 
-    template <int N>
-    static inline void multiply(Lanes (&sums)[N][LINES], const Bits* panel, int64_t length, const Input* x) {
-        Bits both[LINES];
-#pragma GCC unroll 2
-        for (int i = 0; i < LINES; i++) both[i] = line(panel + i * length);
+    template <int N, int L>
+    static inline void multiply(Lanes (&sums)[N][L], const Bits* panel, int64_t length, const Input* x) {
+        Bits both[L];
+#pragma GCC unroll 4
+        for (int i = 0; i < L; i++) both[i] = line(panel + i * length);
 #pragma GCC unroll 16
         for (int row = 0; row < N; row++) {
             int pair;
             std::memcpy(&pair, x + row * RUN, sizeof pair);
-#pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) {
+#pragma GCC unroll 4
+            for (int i = 0; i < L; i++) {
                 sums[row][i] = (Lanes)_mm512_dpbf16_ps((__m512)sums[row][i], (__m512bh)_mm512_set1_epi32(pair),
                                                        (__m512bh)both[i]);
             }
@@ -139,34 +143,43 @@ struct Ahead {
     int64_t pace;
 };
 
-// Adds up N rows and one tile of columns over some runs; panels are `length` vectors long. x [runs][N][RUN].
-template <typename P, int N>
+// Adds up N rows and L panels of columns over some runs; panels are `length` vectors long. x [runs][N][RUN].
+template <typename P, int N, int L>
 void multiply_tile(const Bits* panel, int64_t length, int64_t runs, Ahead ahead, const void* inputs, bool first,
                    Sums& all) {
     const auto* x = (const typename P::Input*)inputs;
-    Lanes sums[N][LINES];
+    Lanes sums[N][L];
 #pragma GCC unroll 16
     for (int row = 0; row < N; row++) {
-#pragma GCC unroll 2
-        for (int i = 0; i < LINES; i++) sums[row][i] = first ? Lanes{} : all.of[row][i];
+#pragma GCC unroll 4
+        for (int i = 0; i < L; i++) sums[row][i] = first ? Lanes{} : all.of[row * L + i];
     }
     for (int64_t run = 0; run < runs; run++, x += (N - 1) * RUN) {
         for (int at = 0; at < RUN; at += P::DEPTHS, x += P::DEPTHS, panel += STEP, ahead.from += ahead.pace) {
-#pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) __builtin_prefetch(ahead.from + i * length * VECTOR, 0, 3);
+#pragma GCC unroll 4
+            for (int i = 0; i < L; i++) __builtin_prefetch(ahead.from + i * length * VECTOR, 0, 3);
             P::multiply(sums, panel, length, x);
         }
     }
 #pragma GCC unroll 16
     for (int row = 0; row < N; row++) {
-#pragma GCC unroll 2
-        for (int i = 0; i < LINES; i++) all.of[row][i] = sums[row][i];
+#pragma GCC unroll 4
+        for (int i = 0; i < L; i++) all.of[row * L + i] = sums[row][i];
     }
 }
 
-template <typename P, int... N>
-constexpr std::array<decltype(&multiply_tile<P, 1>), ROWS> tiles_by_rows(std::integer_sequence<int, N...>) {
-    return {multiply_tile<P, N + 1>...};
+template <typename P, int L, int... N>
+constexpr std::array<decltype(&multiply_tile<P, 1, L>), sizeof...(N)> tiles_by_rows(std::integer_sequence<int, N...>) {
+    return {multiply_tile<P, N + 1, L>...};
+}
+
+// What adds up so many rows and lines.
+template <typename P>
+auto tile_of(int64_t rows, int lines) {
+    static constexpr auto two = tiles_by_rows<P, LINES>(std::make_integer_sequence<int, ROWS>());
+    static constexpr auto three = tiles_by_rows<P, WIDE>(std::make_integer_sequence<int, std::max(WIDE_ROWS, 1)>());
+    static constexpr auto one = tiles_by_rows<P, 1>(std::make_integer_sequence<int, std::max(WIDE_ROWS, 1)>());  // what is left
+    return lines == LINES ? two[rows - 1] : lines == WIDE ? three[rows - 1] : one[rows - 1];
 }
 
 // Inputs of `rows` rows as multiply_tile reads them; those past the depth are zero.
@@ -188,17 +201,17 @@ void arrange(const typename P::Value* x, int64_t rows, int64_t depth, typename P
 
 // Sums of `rows` rows into out [rows, columns] from `column` on; `bias` is padded with zeros.
 template <typename T>
-void finish(const Sums& sums, int64_t rows, const float* bias, T* out, int64_t columns, int64_t column) {
-    for (int i = 0; i < LINES && column < columns; i++, column += LANES) {
+void finish(const Sums& sums, int64_t rows, int lines, const float* bias, T* out, int64_t columns, int64_t column) {
+    for (int i = 0; i < lines && column < columns; i++, column += LANES) {
         const Lanes add = bias ? load(bias + column) : Lanes{};
         const int64_t count = std::min(LANES, columns - column);
         for (int64_t row = 0; row < rows; row++) {
             T* to = out + row * columns + column;
             if (count == LANES) {
-                store(sums.of[row][i] + add, to);
+                store(sums.of[row * lines + i] + add, to);
             } else {
                 T values[LANES];
-                store(sums.of[row][i] + add, values);
+                store(sums.of[row * lines + i] + add, values);
                 std::copy(values, values + count, to);
             }
         }
@@ -220,17 +233,16 @@ struct Inputs {
 // Adds up all rows and one tile of columns over the runs from `begin` to `end`, part by part, each part for all rows;
 // what comes after the tile is at `next`.
 template <typename P>
-void multiply_parts(const Bits* panel, int64_t length, int64_t begin, int64_t end, const Bits* next,
+void multiply_parts(const Bits* panel, int lines, int64_t length, int64_t begin, int64_t end, const Bits* next,
                     const Inputs<P>& inputs, Sums* sums) {
-    static constexpr auto multiply = tiles_by_rows<P>(std::make_integer_sequence<int, ROWS>());
     for (int64_t at = begin; at < end; at += PART_RUNS<P>) {
         const int64_t count = std::min(PART_RUNS<P>, end - at), bytes = count * RUN_LINES<P> * VECTOR;
         const char* then = (const char*)(at + count < end ? panel + (at + count) * RUN_LINES<P> : next);
         for (int64_t block = 0; block < inputs.blocks; block++) {
             const int64_t n = inputs.count(block);
             const Ahead ahead{then + bytes * block / inputs.blocks, 64 / inputs.blocks};
-            multiply[n - 1](panel + at * RUN_LINES<P>, length, count, ahead,
-                            inputs.x + inputs.first(block) * inputs.width + at * RUN * n, at == 0, sums[block]);
+            tile_of<P>(n, lines)(panel + at * RUN_LINES<P>, length, count, ahead,
+                                 inputs.x + inputs.first(block) * inputs.width + at * RUN * n, at == 0, sums[block]);
         }
     }
 }
@@ -252,6 +264,9 @@ template <typename P>
 void multiply_chunk(team::Member& me, const Linear& s, const typename P::Value* x, typename P::Value* out, int64_t rows) {
     const Split<P> split(s, rows);
     const int64_t length = split.runs * RUN_LINES<P>, width = split.runs * RUN, blocks = split.blocks;
+    const int64_t panels = split.tiles * LINES, threads = omp_get_num_threads();
+    const int lines = rows <= WIDE_ROWS && panels >= WIDE * WIDE_TILES * threads ? WIDE : LINES;
+    const int64_t tiles = whole(panels, lines);
     auto* const arranged = me.team.inputs.as<typename P::Input>();
     auto* const sums = me.team.sums.as<Sums>();
     const Inputs<P> inputs{arranged, rows, blocks, width};
@@ -264,19 +279,20 @@ void multiply_chunk(team::Member& me, const Linear& s, const typename P::Value* 
         team::Phase& phase = me.next();
         int64_t count = 0;
         // A thread knows the tile that it takes after this one, which is fetched meanwhile.
-        for (int64_t tile = phase.take(), following; tile < split.tiles; tile = following, count++) {
+        for (int64_t tile = phase.take(), following; tile < tiles; tile = following, count++) {
             following = phase.take();
-            const auto panels = [&](int64_t of) { return s.panels + of * LINES * length; };
+            const int here = std::min<int64_t>(lines, panels - tile * lines);
+            const auto panel = [&](int64_t of) { return s.panels + of * lines * length; };
             Sums* const tile_sums = sums + (split.once() ? me.thread : tile) * blocks;
-            multiply_parts(panels(tile), length, begin, end, panels(following) + begin * RUN_LINES<P>, inputs,
+            multiply_parts(panel(tile), here, length, begin, end, panel(following) + begin * RUN_LINES<P>, inputs,
                            tile_sums);
             if (end < split.runs) continue;
             for (int64_t block = 0; block < blocks; block++) {
-                finish(tile_sums[block], inputs.count(block), s.bias, out + inputs.first(block) * s.columns, s.columns,
-                       tile * TILE);
+                finish(tile_sums[block], inputs.count(block), here, s.bias, out + inputs.first(block) * s.columns,
+                       s.columns, tile * lines * LANES);
             }
         }
-        phase.finish(count, split.tiles);
+        phase.finish(count, tiles);
     }
 }
 

@@ -17,7 +17,8 @@ from rrm_engine.models.fuse import PackedLinear
 KINDS = [kind for kind in Kind if kind != Kind.NONE]
 DEEP = (40, 2100)  # at many rows the depth is done in several passes, at few in one
 LESS_DEEP = (40, 1000)  # at many rows fewer of them are done at once
-SHAPES = [(1, 1), (5, 3), (16, 64), (32, 128), (33, 65), (100, 257), (458, 192), LESS_DEEP, DEEP]  # (columns, depth)
+# (columns, depth)
+SHAPES = [(1, 1), (5, 3), (16, 64), (32, 128), (33, 65), (100, 257), (395, 70), (458, 192), LESS_DEEP, DEEP]
 ROWS = (1, 2, 3, 11, 12, 13, 25, 241)  # around the rows done at once, and more than a chunk of them
 
 
