@@ -23,3 +23,12 @@ def flags_first(build_parser: Callable[[], argparse.ArgumentParser], *needs: str
             f"{' and '.join(missing)} cannot be imported by {sys.executable}: pip install {' '.join(missing)}, or run "
             f"scripts/setup.sh and use {ROOT / '.venv/bin/python'}"
         )
+
+
+def kernel_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of everything that measures kernels."""
+    parser.add_argument("--dtypes", default="bf16,fp32")
+    parser.add_argument("--variants", default="native", help="of the compiled kernels: see rrm_kernels/build.py")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="default: as many as torch takes")
+    parser.add_argument("--json", type=Path, help="where to write the result")

@@ -76,7 +76,9 @@ def main() -> None:
             results.append({"mode": mode, "batch": batch, "rounds": rounds})
             print(sentence(mode, batch, rounds), flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"command": sys.argv, "model": args.model, "results": results}, indent=1))
+        args.json.write_text(
+            json.dumps({"command": " ".join(["python", *sys.argv]), "model": args.model, "results": results}, indent=1)
+        )
 
 
 def solve(solver: Solver, tasks: list[str], mode: str, batch: int) -> dict[str, Any]:

@@ -13,23 +13,18 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from begin import flags_first
+from begin import flags_first, kernel_flags
 
 from rrm_engine.command_line import Parser
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(description=__doc__)
     parser.add_argument("--shapes", default="17920x1536,1152x896,9728x896,896x4864", help="columns x depth")
     parser.add_argument("--rows", default="1,4,16,32,64,512,2048")
-    parser.add_argument("--dtypes", default="bf16,fp32")
-    parser.add_argument("--variants", default="native", help="of the compiled kernels: see rrm_kernels/build.py")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="default: as many as torch takes")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    kernel_flags(parser)
     return parser
 
 
@@ -64,7 +59,7 @@ def contenders(columns: int, depth: int, dtype: torch.dtype, variants: list[str]
 
 
 def measure(ways: dict[str, list[Product]], x: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Median seconds of one product; a turn goes once over all weights, or over as many as take half a second."""
+    """Median seconds of one call; a turn goes once over all of a contender, or over as many as take half a second."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, products in ways.items():
@@ -92,12 +87,26 @@ def memory_speed(rounds: int = 7) -> dict[str, float]:
     return best
 
 
-def main() -> None:
-    args = build_parser().parse_args()
+def take_threads(args: argparse.Namespace) -> dict[str, float]:
+    """Take the threads asked for; memory's speed with them."""
     if args.threads:
         torch.set_num_threads(args.threads)
     memory = memory_speed()
     print(f"memory: copy {memory['copy'] / 1e9:.1f} GB/s, read {memory['read'] / 1e9:.1f} GB/s")
+    return memory
+
+
+def write(args: argparse.Namespace, memory: dict[str, float], rows: list[dict[str, Any]]) -> None:
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads(), **environment()}
+        result |= {"memory_bytes_per_s": memory, "rounds": args.rounds, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    memory = take_threads(args)
     results: list[dict[str, Any]] = []
     for dtype in args.dtypes.split(","):
         for shape in args.shapes.split(","):
@@ -113,11 +122,7 @@ def main() -> None:
                         print(f"  {name} {t * 1e3:.3f} ms {flops / t / 1e9:.0f} GF/s {size / t / 1e9:.1f} GB/s", end="")
                         print(f" ({size / t / memory['copy']:.0%} of copy)" if rows == 1 else "", end="")
                     print(flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"command": " ".join(["python", *sys.argv]), "threads": torch.get_num_threads(), **environment()}
-        result |= {"memory_bytes_per_s": memory, "rounds": args.rounds, "rows": results}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(args, memory, results)
 
 
 if __name__ == "__main__":

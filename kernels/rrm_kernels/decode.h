@@ -358,9 +358,11 @@ void attend_any(const Shape& s, const T* query, const T* keys, const T* values, 
 template <typename T, int WIDTH>
 void decode(team::Member& me, const Shape& s, const T* query, const T* keys, const T* values, T* out) {
     const int64_t group = s.heads / s.kv_heads;
-    // The heads of a row together, because what memory holds side by side comes from it fastest; fewer of them where there
-    // are few rows for the threads.
-    const int64_t threads = omp_get_num_threads(), wanted = threads > 1 ? whole(4 * threads, s.rows) : 1;
+    // The heads of a row together, because what memory holds side by side comes from it fastest; fewer of them where a row
+    // would be more than a thread's share.
+    int64_t longest = 0, tokens = 0;
+    for (int64_t row = 0; row < s.rows; row++) longest = std::max<int64_t>(longest, s.lengths[row]), tokens += s.lengths[row];
+    const int64_t wanted = tokens > 0 ? (omp_get_num_threads() * longest + tokens - 1) / tokens : 1;
     const int64_t pieces = WIDTH == 0 ? s.kv_heads : std::min(s.kv_heads, wanted);
     me.share(s.rows * pieces, [&](int64_t item) {
         const int64_t row = item / pieces, piece = item % pieces;
