@@ -15,7 +15,7 @@ namespace {
 using Shape = team::Decode;
 
 // Tokens that are processed at once, by one group of heads after another, while their keys or values stay in the
-// processor's first cache. Loops over them take KEYS tokens or a vector of scores at a time.
+// processor's first cache. A multiple of three vectors of scores, which is as many as a loop takes at once.
 constexpr int TILE = 48;
 
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -303,7 +303,7 @@ void attend(const Shape& s, const T* query, const T* keys, const T* values, T* o
                 if (group > 1 && part == 0) widen<WIDTH>(tile, head, wide);
                 const int64_t first = head * group + group * part / parts, stop = head * group + group * (part + 1) / parts;
                 float *const of_tile = scores + first * c.room + at - c.first, *const line = q + first * WIDTH;
-                const auto run = [&](auto heads) { step(heads, line, tile, head, of_tile, ahead); };
+                const auto run = [&](auto n) { step(n, line, tile, head, of_tile, ahead); };
                 switch (stop - first) {
                     case 4: run(Heads<4>{}); break;
                     case 3: run(Heads<3>{}); break;
