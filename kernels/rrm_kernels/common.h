@@ -13,6 +13,8 @@
 
 namespace {
 
+constexpr int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+
 struct bf16 {
     uint16_t bits;
 };

@@ -24,8 +24,6 @@ constexpr int SUMS = 16;  // vectors of sums that a loop holds: half of the regi
 constexpr int SUMS = 12;  // of 16, for with fewer sums multiply-adds wait for each other
 #endif
 
-constexpr int whole(int count, int each) { return (count + each - 1) / each; }
-
 // Where the keys or values of some tokens lie, from the first head of an item on.
 template <typename T>
 struct Tile {
@@ -362,7 +360,7 @@ void decode(team::Member& me, const Shape& s, const T* query, const T* keys, con
     // would be more than a thread's share.
     int64_t longest = 0, tokens = 0;
     for (int64_t row = 0; row < s.rows; row++) longest = std::max<int64_t>(longest, s.lengths[row]), tokens += s.lengths[row];
-    const int64_t wanted = tokens > 0 ? (omp_get_num_threads() * longest + tokens - 1) / tokens : 1;
+    const int64_t wanted = tokens > 0 ? whole(omp_get_num_threads() * longest, tokens) : 1;
     const int64_t pieces = WIDTH == 0 ? s.kv_heads : std::min(s.kv_heads, wanted);
     me.share(s.rows * pieces, [&](int64_t item) {
         const int64_t row = item / pieces, piece = item % pieces;

@@ -60,12 +60,9 @@ struct Fp32 {
 
     template <int N, int L>
     static inline void add(Lanes (&sums)[N][L], Lanes (&weights)[L], const Input* x) {
-#pragma GCC unroll 4
-        for (int i = 0; i < L; i++) keep(weights[i]);
-#pragma GCC unroll 16
-        for (int row = 0; row < N; row++) {
-#pragma GCC unroll 4
-            for (int i = 0; i < L; i++) {
+        UNROLL for (int i = 0; i < L; i++) keep(weights[i]);
+        UNROLL for (int row = 0; row < N; row++) {
+            UNROLL for (int i = 0; i < L; i++) {
                 sums[row][i] += x[row * RUN] * weights[i];
                 keep(sums[row][i]);
             }
@@ -74,11 +71,9 @@ struct Fp32 {
 
     template <int N, int L>
     static inline void multiply(Lanes (&sums)[N][L], const Bits* panel, int64_t length, const Input* x) {
-#pragma GCC unroll 4
-        for (int at = 0; at < STEP; at++) {
+        UNROLL for (int at = 0; at < STEP; at++) {
             Lanes weights[L];
-#pragma GCC unroll 4
-            for (int i = 0; i < L; i++) weights[i] = (Lanes)line(panel + i * length + at);
+            UNROLL for (int i = 0; i < L; i++) weights[i] = (Lanes)line(panel + i * length + at);
             add(sums, weights, x + at);
         }
     }
@@ -92,15 +87,12 @@ struct Halves {  // both halves of every 32 bits made fp32
 
     template <int N, int L>
     static inline void multiply(Lanes (&sums)[N][L], const Bits* panel, int64_t length, const Input* x) {
-#pragma GCC unroll 4
-        for (int at = 0; at < STEP; at++) {
+        UNROLL for (int at = 0; at < STEP; at++) {
             Lanes weights[L];
-#pragma GCC unroll 4
-            for (int i = 0; i < L; i++) weights[i] = (Lanes)(line(panel + i * length + at) << 16);
+            UNROLL for (int i = 0; i < L; i++) weights[i] = (Lanes)(line(panel + i * length + at) << 16);
             Fp32::add(sums, weights, x + 2 * at);
             reload(panel);
-#pragma GCC unroll 4
-            for (int i = 0; i < L; i++) weights[i] = (Lanes)(line(panel + i * length + at) & 0xffff0000u);
+            UNROLL for (int i = 0; i < L; i++) weights[i] = (Lanes)(line(panel + i * length + at) & 0xffff0000u);
             Fp32::add(sums, weights, x + 2 * at + 1);
         }
     }
@@ -115,14 +107,11 @@ struct Dot {  // the processor's own product of pairs
     template <int N, int L>
     static inline void multiply(Lanes (&sums)[N][L], const Bits* panel, int64_t length, const Input* x) {
         Bits both[L];
-#pragma GCC unroll 4
-        for (int i = 0; i < L; i++) both[i] = line(panel + i * length);
-#pragma GCC unroll 16
-        for (int row = 0; row < N; row++) {
+        UNROLL for (int i = 0; i < L; i++) both[i] = line(panel + i * length);
+        UNROLL for (int row = 0; row < N; row++) {
             int pair;
             std::memcpy(&pair, x + row * RUN, sizeof pair);
-#pragma GCC unroll 4
-            for (int i = 0; i < L; i++) {
+            UNROLL for (int i = 0; i < L; i++) {
                 sums[row][i] = (Lanes)_mm512_dpbf16_ps((__m512)sums[row][i], (__m512bh)_mm512_set1_epi32(pair),
                                                        (__m512bh)both[i]);
             }
@@ -149,22 +138,17 @@ void multiply_tile(const Bits* panel, int64_t length, int64_t runs, Ahead ahead,
                    Sums& all) {
     const auto* x = (const typename P::Input*)inputs;
     Lanes sums[N][L];
-#pragma GCC unroll 16
-    for (int row = 0; row < N; row++) {
-#pragma GCC unroll 4
-        for (int i = 0; i < L; i++) sums[row][i] = first ? Lanes{} : all.of[row * L + i];
+    UNROLL for (int row = 0; row < N; row++) {
+        UNROLL for (int i = 0; i < L; i++) sums[row][i] = first ? Lanes{} : all.of[row * L + i];
     }
     for (int64_t run = 0; run < runs; run++, x += (N - 1) * RUN) {
         for (int at = 0; at < RUN; at += P::DEPTHS, x += P::DEPTHS, panel += STEP, ahead.from += ahead.pace) {
-#pragma GCC unroll 4
-            for (int i = 0; i < L; i++) __builtin_prefetch(ahead.from + i * length * VECTOR, 0, 3);
+            UNROLL for (int i = 0; i < L; i++) __builtin_prefetch(ahead.from + i * length * VECTOR, 0, 3);
             P::multiply(sums, panel, length, x);
         }
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < N; row++) {
-#pragma GCC unroll 4
-        for (int i = 0; i < L; i++) all.of[row * L + i] = sums[row][i];
+    UNROLL for (int row = 0; row < N; row++) {
+        UNROLL for (int i = 0; i < L; i++) all.of[row * L + i] = sums[row][i];
     }
 }
 
@@ -217,8 +201,6 @@ void finish(const Sums& sums, int64_t rows, int lines, const float* bias, T* out
         }
     }
 }
-
-constexpr int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
 
 // Some rows by some of the depth: what a tile's panels are multiplied with. `blocks` are of at most ROWS rows.
 template <typename P>
