@@ -3,170 +3,31 @@
 //
 // A weight [columns, depth] is packed into panels of LANES columns over the whole depth, padded with zeros, a vector
 // holding one depth in fp32, two in bf16: [columns / LANES][depth][LANES] or [columns / LANES][depth / 2][LANES][2].
-// Every output is one chain of multiply-adds in the order of depth, added up in fp32 and rounded once, however many rows,
-// tiles, parts and threads there are: a row's result does not depend on its batch. Called through ctypes by products.py.
+// Every output is added up in fp32 in the order of depth, by the same operations however many rows, tiles, parts and
+// threads there are, and rounded once: a row's result does not depend on its batch. Called through ctypes by products.py.
 
 #include "common.h"
 #include "kernels.h"
-
-#include <array>
-#include <utility>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "multiply.h"
 
 namespace {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int ROWS = 12;  // with two lines of columns each, their sums and the lines fill the 32 registers
-#elif defined(__AVX2__)
-constexpr int ROWS = 6;  // 16 registers
-#else
-constexpr int ROWS = 4;
-#endif
-constexpr int LINES = 2, TILE = LINES * LANES;  // columns done at once
-constexpr int STEP = 64 / VECTOR;               // vectors of a panel done at once: a cache line
-// One output's multiply-adds wait for each other. For few rows there are not enough of them to do meanwhile, unless more
-// columns are done at once.
-constexpr int WIDE = 3, WIDE_ROWS = STEP > 1 ? ROWS * LINES / WIDE - 1 : 0;
-constexpr int64_t WIDE_TILES = 8;               // a thread's, at least, for it is alone with the last one
-constexpr int64_t RUN = 64;                     // inputs of one row that lie side by side
-constexpr int64_t CHUNK = 120;                  // rows a weight is read for at once, at most
-constexpr int64_t FEW = 48;                     // at least, before the depth is done in several passes
-constexpr int64_t PART = 8192;                  // bytes of a panel that stay in the first cache for all rows
-constexpr int64_t NEAR = 384 << 10;             // bytes of inputs that stay in the second cache for all tiles
-constexpr int64_t WORTH_THREADS = 1 << 17;      // multiply-adds
-
-struct Sums {
-    Lanes of[ROWS * LINES];  // of every row as many as there are lines
-};
-
-inline Bits line(const Bits* from) {
-    Bits out;
-    std::memcpy(&out, from, sizeof out);
-    return out;
-}
-
-// Makes the compiler load from the panel again instead of keeping what it has loaded: there are too few registers.
-inline void reload(const Bits*& panel) { asm("" : "+r"(panel)); }
-
-// The ways to multiply: what x and the output hold, and the inputs made of x. They go 64 bytes of every panel at a time,
-// DEPTHS depths in STEP vectors.
-
-struct Fp32 {
-    using Value = float;
-    using Input = float;
-    static constexpr int DEPTHS = STEP;
-
-    template <int N, int L>
-    static inline void add(Lanes (&sums)[N][L], Lanes (&weights)[L], const Input* x) {
-        UNROLL for (int i = 0; i < L; i++) keep(weights[i]);
-        UNROLL for (int row = 0; row < N; row++) {
-            UNROLL for (int i = 0; i < L; i++) {
-                sums[row][i] += x[row * RUN] * weights[i];
-                keep(sums[row][i]);
-            }
-        }
-    }
-
-    template <int N, int L>
-    static inline void multiply(Lanes (&sums)[N][L], const Bits* panel, int64_t length, const Input* x) {
-        UNROLL for (int at = 0; at < STEP; at++) {
-            Lanes weights[L];
-            UNROLL for (int i = 0; i < L; i++) weights[i] = (Lanes)line(panel + i * length + at);
-            add(sums, weights, x + at);
-        }
-    }
-};
-
-template <typename T>
-struct Halves {  // both halves of every 32 bits made fp32
-    using Value = T;
-    using Input = float;
-    static constexpr int DEPTHS = 2 * STEP;
-
-    template <int N, int L>
-    static inline void multiply(Lanes (&sums)[N][L], const Bits* panel, int64_t length, const Input* x) {
-        UNROLL for (int at = 0; at < STEP; at++) {
-            Lanes weights[L];
-            UNROLL for (int i = 0; i < L; i++) weights[i] = (Lanes)(line(panel + i * length + at) << 16);
-            Fp32::add(sums, weights, x + 2 * at);
-            reload(panel);
-            UNROLL for (int i = 0; i < L; i++) weights[i] = (Lanes)(line(panel + i * length + at) & 0xffff0000u);
-            Fp32::add(sums, weights, x + 2 * at + 1);
-        }
-    }
-};
-
-#ifdef __AVX512BF16__
-struct Dot {  // the processor's own product of pairs
-    using Value = bf16;
-    using Input = bf16;
-    static constexpr int DEPTHS = 2 * STEP;
-
-    template <int N, int L>
-    static inline void multiply(Lanes (&sums)[N][L], const Bits* panel, int64_t length, const Input* x) {
-        Bits both[L];
-        UNROLL for (int i = 0; i < L; i++) both[i] = line(panel + i * length);
-        UNROLL for (int row = 0; row < N; row++) {
-            int pair;
-            std::memcpy(&pair, x + row * RUN, sizeof pair);
-            UNROLL for (int i = 0; i < L; i++) {
-                sums[row][i] = (Lanes)_mm512_dpbf16_ps((__m512)sums[row][i], (__m512bh)_mm512_set1_epi32(pair),
-                                                       (__m512bh)both[i]);
-            }
-        }
-    }
-};
-#endif
+constexpr int64_t WIDE_TILES = 8;           // a thread's, at least, for it is alone with the last one
+constexpr int64_t FEW = 48;                 // rows, at least, before the depth is done in several passes
+constexpr int64_t WORTH_THREADS = 1 << 17;  // multiply-adds
 
 template <typename P>
 constexpr int64_t RUN_LINES = RUN / P::DEPTHS * STEP;  // vectors of a panel for one run of inputs
 
 template <typename P>
-constexpr int64_t PART_RUNS = std::max<int64_t>(1, PART / (RUN_LINES<P> * VECTOR));
+constexpr int64_t PART_RUNS = std::max<int64_t>(1, P::PART / (RUN_LINES<P> * VECTOR));
 
-// Where what will be read next lies, and how many bytes of it to fetch for 64 bytes read.
-struct Ahead {
-    const char* from;
-    int64_t pace;
+template <typename P>
+struct Sums {
+    Lanes of[P::ROWS * LINES];  // of every row as many as there are lines
 };
 
-// Adds up N rows and L panels of columns over some runs; panels are `length` vectors long. x [runs][N][RUN].
-template <typename P, int N, int L>
-void multiply_tile(const Bits* panel, int64_t length, int64_t runs, Ahead ahead, const void* inputs, bool first,
-                   Sums& all) {
-    const auto* x = (const typename P::Input*)inputs;
-    Lanes sums[N][L];
-    UNROLL for (int row = 0; row < N; row++) {
-        UNROLL for (int i = 0; i < L; i++) sums[row][i] = first ? Lanes{} : all.of[row * L + i];
-    }
-    for (int64_t run = 0; run < runs; run++, x += (N - 1) * RUN) {
-        for (int at = 0; at < RUN; at += P::DEPTHS, x += P::DEPTHS, panel += STEP, ahead.from += ahead.pace) {
-            UNROLL for (int i = 0; i < L; i++) __builtin_prefetch(ahead.from + i * length * VECTOR, 0, 3);
-            P::multiply(sums, panel, length, x);
-        }
-    }
-    UNROLL for (int row = 0; row < N; row++) {
-        UNROLL for (int i = 0; i < L; i++) all.of[row * L + i] = sums[row][i];
-    }
-}
-
-template <typename P, int L, int... N>
-constexpr std::array<decltype(&multiply_tile<P, 1, L>), sizeof...(N)> tiles_by_rows(std::integer_sequence<int, N...>) {
-    return {multiply_tile<P, N + 1, L>...};
-}
-
-// What adds up so many rows and lines.
-template <typename P>
-auto tile_of(int64_t rows, int lines) {
-    static constexpr auto two = tiles_by_rows<P, LINES>(std::make_integer_sequence<int, ROWS>());
-    static constexpr auto three = tiles_by_rows<P, WIDE>(std::make_integer_sequence<int, std::max(WIDE_ROWS, 1)>());
-    static constexpr auto one = tiles_by_rows<P, 1>(std::make_integer_sequence<int, std::max(WIDE_ROWS, 1)>());  // what is left
-    return lines == LINES ? two[rows - 1] : lines == WIDE ? three[rows - 1] : one[rows - 1];
-}
-
-// Inputs of `rows` rows as multiply_tile reads them; those past the depth are zero.
+// Inputs of `rows` rows as add_tile reads them; those past the depth are zero.
 template <typename P>
 void arrange(const typename P::Value* x, int64_t rows, int64_t depth, typename P::Input* out) {
     for (int64_t start = 0; start < depth; start += RUN) {
@@ -185,24 +46,24 @@ void arrange(const typename P::Value* x, int64_t rows, int64_t depth, typename P
 
 // Sums of `rows` rows into out [rows, columns] from `column` on; `bias` is padded with zeros.
 template <typename T>
-void finish(const Sums& sums, int64_t rows, int lines, const float* bias, T* out, int64_t columns, int64_t column) {
+void finish(const Lanes* sums, int64_t rows, int lines, const float* bias, T* out, int64_t columns, int64_t column) {
     for (int i = 0; i < lines && column < columns; i++, column += LANES) {
         const Lanes add = bias ? load(bias + column) : Lanes{};
         const int64_t count = std::min(LANES, columns - column);
         for (int64_t row = 0; row < rows; row++) {
             T* to = out + row * columns + column;
             if (count == LANES) {
-                store(sums.of[row * lines + i] + add, to);
+                store(sums[row * lines + i] + add, to);
             } else {
                 T values[LANES];
-                store(sums.of[row * lines + i] + add, values);
+                store(sums[row * lines + i] + add, values);
                 std::copy(values, values + count, to);
             }
         }
     }
 }
 
-// Some rows by some of the depth: what a tile's panels are multiplied with. `blocks` are of at most ROWS rows.
+// Some rows by some of the depth: what a tile's panels are multiplied with. `blocks` are of at most P::ROWS rows.
 template <typename P>
 struct Inputs {
     const typename P::Input* x;  // [blocks][runs][rows of the block][RUN]
@@ -216,7 +77,7 @@ struct Inputs {
 // what comes after the tile is at `next`.
 template <typename P>
 void multiply_parts(const Bits* panel, int lines, int64_t length, int64_t begin, int64_t end, const Bits* next,
-                    const Inputs<P>& inputs, Sums* sums) {
+                    const Inputs<P>& inputs, Sums<P>* sums) {
     for (int64_t at = begin; at < end; at += PART_RUNS<P>) {
         const int64_t count = std::min(PART_RUNS<P>, end - at), bytes = count * RUN_LINES<P> * VECTOR;
         const char* then = (const char*)(at + count < end ? panel + (at + count) * RUN_LINES<P> : next);
@@ -224,7 +85,7 @@ void multiply_parts(const Bits* panel, int lines, int64_t length, int64_t begin,
             const int64_t n = inputs.count(block);
             const Ahead ahead{then + bytes * block / inputs.blocks, 64 / inputs.blocks};
             tile_of<P>(n, lines)(panel + at * RUN_LINES<P>, length, count, ahead,
-                                 inputs.x + inputs.first(block) * inputs.width + at * RUN * n, at == 0, sums[block]);
+                                 inputs.x + inputs.first(block) * inputs.width + at * RUN * n, at == 0, sums[block].of);
         }
     }
 }
@@ -236,8 +97,8 @@ struct Split {
     int64_t runs, tiles, blocks, pass;
 
     Split(const Linear& s, int64_t rows)
-        : runs(whole(s.depth, RUN)), tiles(whole(s.columns, TILE)), blocks(whole(rows, ROWS)),
-          pass(std::max<int64_t>(1, NEAR / (rows * RUN * sizeof(typename P::Input)) / PART_RUNS<P>) * PART_RUNS<P>) {}
+        : runs(whole(s.depth, RUN)), tiles(whole(s.columns, TILE)), blocks(whole(rows, P::ROWS)),
+          pass(std::max<int64_t>(1, P::NEAR / (rows * RUN * sizeof(typename P::Input)) / PART_RUNS<P>) * PART_RUNS<P>) {}
 
     bool once() const { return pass >= runs; }
 };
@@ -247,10 +108,10 @@ void multiply_chunk(team::Member& me, const Linear& s, const typename P::Value* 
     const Split<P> split(s, rows);
     const int64_t length = split.runs * RUN_LINES<P>, width = split.runs * RUN, blocks = split.blocks;
     const int64_t panels = split.tiles * LINES, threads = omp_get_num_threads();
-    const int lines = rows <= WIDE_ROWS && panels >= WIDE * WIDE_TILES * threads ? WIDE : LINES;
+    const int lines = rows <= P::WIDE_ROWS && panels >= WIDE * WIDE_TILES * threads ? WIDE : LINES;
     const int64_t tiles = whole(panels, lines);
     auto* const arranged = me.team.inputs.as<typename P::Input>();
-    auto* const sums = me.team.sums.as<Sums>();
+    auto* const sums = me.team.sums.as<Sums<P>>();
     const Inputs<P> inputs{arranged, rows, blocks, width};
     me.share(blocks, [&](int64_t block) {
         const int64_t first = inputs.first(block);
@@ -265,17 +126,18 @@ void multiply_chunk(team::Member& me, const Linear& s, const typename P::Value* 
             following = phase.take();
             const int here = std::min<int64_t>(lines, panels - tile * lines);
             const auto panel = [&](int64_t of) { return s.panels + of * lines * length; };
-            Sums* const tile_sums = sums + (split.once() ? me.thread : tile) * blocks;
+            Sums<P>* const tile_sums = sums + (split.once() ? me.thread : tile) * blocks;
             multiply_parts(panel(tile), here, length, begin, end, panel(following) + begin * RUN_LINES<P>, inputs,
                            tile_sums);
             if (end < split.runs) continue;
             for (int64_t block = 0; block < blocks; block++) {
-                finish(tile_sums[block], inputs.count(block), here, s.bias, out + inputs.first(block) * s.columns,
+                finish(tile_sums[block].of, inputs.count(block), here, s.bias, out + inputs.first(block) * s.columns,
                        s.columns, tile * lines * LANES);
             }
         }
         phase.finish(count, tiles);
     }
+    P::release();
 }
 
 // How many chunks rows are done in: as many at once as leave their inputs in the second cache; passes over the depth cost
@@ -283,8 +145,8 @@ void multiply_chunk(team::Member& me, const Linear& s, const typename P::Value* 
 template <typename P>
 int64_t chunks_of(const Linear& s, int64_t rows) {
     const int64_t input_bytes = whole(s.depth, RUN) * RUN * sizeof(typename P::Input);
-    const int64_t near = NEAR / input_bytes / ROWS * ROWS;
-    return whole(rows, near >= FEW ? std::min(near, CHUNK) : CHUNK);
+    const int64_t near = P::NEAR / input_bytes / P::ROWS * P::ROWS;
+    return whole(rows, near >= FEW ? std::min(near, P::CHUNK) : P::CHUNK);
 }
 
 template <typename P>
@@ -294,7 +156,7 @@ int64_t prepare(team::Team& team, const Linear& s, int64_t rows) {
     const Split<P> split(s, most);
     team.inputs.hold(most * split.runs * RUN * sizeof(typename P::Input));
     const int64_t threads = omp_get_max_threads();
-    team.sums.hold(split.blocks * (split.once() ? threads : std::max(threads, split.tiles)) * sizeof(Sums));
+    team.sums.hold(split.blocks * (split.once() ? threads : std::max(threads, split.tiles)) * sizeof(Sums<P>));
     return chunks * (1 + whole(split.runs, split.pass));
 }
 
@@ -324,9 +186,9 @@ void pack(const T* weight, T* panels, int64_t columns, int64_t depth) {
     }
 }
 
-enum Kind : int32_t { NONE, FP32, FP32_BY_BF16, BF16, BF16_DOT };  // as in products.py
+enum Kind : int32_t { FP32 = 1, FP32_BY_BF16, BF16, BF16_DOT, BF16_TILES };  // as in products.py
 
-// Calls f with the way to multiply, if this kind was compiled.
+// Calls f with the way to multiply, if this kind was compiled and may be used.
 template <typename F>
 void by_kind(const Linear& s, F f) {
     switch (s.kind) {
@@ -336,17 +198,22 @@ void by_kind(const Linear& s, F f) {
 #ifdef __AVX512BF16__
         case BF16_DOT: return f(Dot{});
 #endif
+#ifdef __AMX_BF16__
+        case BF16_TILES:
+            if (Tiles::permitted()) return f(Tiles{});
+#endif
     }
 }
 
 }  // namespace
 
-// The fastest kind here, NONE where other libraries do better.
+// The fastest kind here.
 extern "C" int32_t rrm_linear_kind(int is_bf16) {
     if (!is_bf16) return FP32;
-#if defined(__AMX_BF16__)
-    return NONE;
-#elif defined(__AVX512BF16__)
+#ifdef __AMX_BF16__
+    if (Tiles::permitted()) return BF16_TILES;
+#endif
+#ifdef __AVX512BF16__
     // On AMD's processors twice as fast as multiply-adds in fp32, on Intel's half as fast.
     return __builtin_cpu_is("amd") ? BF16_DOT : BF16;
 #else
@@ -379,7 +246,7 @@ void team::linear(Member& me, const Linear& linear, const void* x, void* out, in
     by_kind(linear, [&](auto product) { multiply_all<decltype(product)>(me, linear, x, out, rows); });
 }
 
-// False if this kind was not compiled.
+// False if this kind was not compiled or may not be used.
 extern "C" bool rrm_linear(const Linear* linear, const void* x, void* out, int64_t rows) {
     return team::run(
         rows * linear->columns * linear->depth > WORTH_THREADS,

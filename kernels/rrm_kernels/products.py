@@ -13,11 +13,11 @@ POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
 class Kind(IntEnum):
     """How the kernel multiplies: what ``x`` and the weight hold. As in products.cpp."""
 
-    NONE = 0
     FP32 = 1
     FP32_BY_BF16 = 2  # fp32 weights that bf16 holds exactly: same results from half the memory
     BF16 = 3
     BF16_DOT = 4  # with the processor's own product of pairs
+    BF16_TILES = 5  # with the processor's own product of tiles
 
 
 class _Linear(ctypes.Structure):
@@ -52,8 +52,6 @@ class NativeLinear:
         weight = weight.detach().contiguous()
         if kind is None:
             kind = Kind(library.rrm_linear_kind(weight.dtype == torch.bfloat16))
-        if kind == Kind.NONE:
-            raise NativeUnavailable("torch's own product is faster on this processor")
         if kind == Kind.FP32 and torch.equal((narrow := weight.bfloat16()).float(), weight):
             kind, weight = Kind.FP32_BY_BF16, narrow
         library.rrm_linear_size.restype = NUMBER

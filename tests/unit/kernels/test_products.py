@@ -1,11 +1,17 @@
 """The compiled linear layers against float64, whatever the shape; a row's result depends on that row alone."""
 
+import ctypes
+import os
+import platform
+import shutil
 from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
 from oracle import VARIANTS, compiled, engine_for, plain_model, prepared, prompt, wrong_tokens
-from rrm_kernels import products
+from rrm_kernels import build, products
 from rrm_kernels.build import load_library
 from rrm_kernels.products import Kind, NativeLinear, NativeUnavailable
 
@@ -14,7 +20,8 @@ from rrm_engine.loading.prepare import UnsupportedModel
 from rrm_engine.models import fuse
 from rrm_engine.models.fuse import PackedLinear
 
-KINDS = [kind for kind in Kind if kind != Kind.NONE]
+KINDS = list(Kind)
+PROCESSORS_OWN = (Kind.BF16_DOT, Kind.BF16_TILES)  # not every processor has them
 DEEP = (40, 2100)  # at many rows the depth is done in several passes, at few in one
 LESS_DEEP = (40, 1000)  # at many rows fewer of them are done at once
 # (columns, depth)
@@ -55,7 +62,7 @@ def layer(
         asked = Kind.FP32 if kind == Kind.FP32_BY_BF16 else kind
         linear = NativeLinear(weight, addend if bias else None, asked, variant)
     except NativeUnavailable as reason:
-        assert kind == Kind.BF16_DOT
+        assert kind in PROCESSORS_OWN
         pytest.skip(str(reason))
     assert linear.kind == kind or (columns, depth) == (1, 1)
     return linear, weight, addend
@@ -108,7 +115,38 @@ def test_threads_change_no_bit(variant: str, kind: Kind, two_threads: None) -> N
     assert torch.equal(linear(x), threaded)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != Kind.BF16_DOT])
+@pytest.fixture(scope="module")
+def tiles_in_software(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The products as compiled for a processor with tiles, which are done in plain C++."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None or platform.machine() != "x86_64":
+        pytest.skip("needs g++ on x86-64")
+    library = tmp_path_factory.mktemp("tiles") / "kernels.so"
+    software = Path(__file__).parents[2] / "support" / "tiles_in_software.h"
+    names = [name for name in build.SOURCES if name == "products.cpp" or name.endswith(".h")]
+    sources = {name: files("rrm_kernels").joinpath(name).read_text() for name in names}
+    build._compile(compiler, (*build.COMPILE, "-include", str(software)), sources, library)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.mark.parametrize(("columns", "depth"), SHAPES)
+def test_tiles(
+    columns: int, depth: int, tiles_in_software: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    monkeypatch.setattr(products, "load_library", lambda variant: tiles_in_software)
+    assert tiles_in_software.rrm_linear_kind(True) == Kind.BF16_TILES
+    linear, weight, addend = layer(Kind.BF16_TILES, columns, depth, bias=True)
+    x = random(300, depth, dtype=torch.bfloat16)
+    whole = linear(x)
+    assert error(whole, x, weight, addend) < 4
+    for rows in (1, 2, 15, 16, 17, 31, 32, 33, 64, 255, 257):
+        assert torch.equal(linear(x[:rows]), whole[:rows])
+        assert torch.equal(linear(x[-rows:]), whole[-rows:])
+    torch.set_num_threads(1)
+    assert torch.equal(linear(x), whole)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in PROCESSORS_OWN])
 def test_the_width_of_vectors_changes_no_bit(kind: Kind) -> None:
     if "avx2" not in VARIANTS:
         pytest.skip("this processor multiplies and adds in one way only")
@@ -145,17 +183,12 @@ def test_an_input_that_does_not_fit_is_refused(x: torch.Tensor) -> None:
         linear(x)
 
 
-@pytest.mark.parametrize("reason", ["no compiler", "another product is faster"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_the_kernel_torch_multiplies(dtype: torch.dtype, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if reason == "no compiler":
+def test_without_a_compiler_torch_multiplies(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(variant: str | None) -> None:
+        raise NativeUnavailable("no compiler")
 
-        def unavailable(variant: str | None) -> None:
-            raise NativeUnavailable(reason)
-
-        monkeypatch.setattr(products, "load_library", unavailable)
-    else:
-        monkeypatch.setattr(load_library(), "rrm_linear_kind", lambda is_bf16: Kind.NONE)
+    monkeypatch.setattr(products, "load_library", unavailable)
     weight, bias, x = (random(*shape, dtype=dtype) for shape in ((96, 64), (96,), (3, 64)))
     linear = PackedLinear(weight, bias)
     assert not isinstance(linear.product, NativeLinear)
