@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 SOURCES = (
-    *("common.h", "kernels.h", "decode.h", "multiply.h"),
+    *("common.h", "kernels.h", "attend.h", "decode.h", "multiply.h"),
     *("decode_bf16.cpp", "decode_fp32.cpp", "products.cpp"),  # first what takes longest to compile
     *("decode.cpp", "decoder.cpp", "draw.cpp", "layer.cpp"),
 )

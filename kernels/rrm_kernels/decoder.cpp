@@ -26,14 +26,15 @@ struct Rooms {  // for what lies between the kernels
     team::Room qkv, query, mixed, out, gate_up, gated;
 
     // Returns the number of phases of the layer.
-    int64_t hold(team::Team& team, const Layer& s, int64_t rows, int64_t hidden, int64_t row_bytes) {
+    int64_t hold(team::Team& team, const Layer& s, const team::Decode& decode, int64_t hidden, int64_t number_bytes) {
+        const int64_t rows = decode.rows, row_bytes = rows * number_bytes;
         qkv.hold(row_bytes * (s.heads + 2 * s.kv_heads) * s.width);
         query.hold(row_bytes * s.heads * s.width);
         mixed.hold(row_bytes * s.heads * s.width);
         out.hold(row_bytes * hidden);
         gate_up.hold(row_bytes * 2 * s.gated);
         gated.hold(row_bytes * s.gated);
-        int64_t phases = 5;  // beside the products
+        int64_t phases = 4 + team::prepare(team, decode);  // rope_store, norm, silu_mul, norm
         for (const Linear* linear : {s.qkv, s.output, s.gate_up, s.down}) phases += team::prepare(team, *linear, rows);
         return phases;
     }
@@ -50,10 +51,14 @@ extern "C" void rrm_decode_layers(int is_bf16, const Layer* layers, int64_t coun
     Rooms& rooms = mine;  // the calling thread's, not each thread's own
     int64_t work = 0;
     for (int64_t i = 0; i < count; i++) work += rows * layers[i].size();
+    const auto decode_of = [&](const Layer& s) {
+        return team::Decode{tables,     lengths, nullptr, rows,    table_width, block_size, s.heads,
+                            s.kv_heads, s.width, s.width, s.scale, 0,           s.window};
+    };
     const auto prepare = [&](team::Team& team) {
         int64_t phases = 0;
         for (int64_t i = 0; i < count; i++) {
-            phases += rooms.hold(team, layers[i], rows, hidden, rows * (is_bf16 ? 2 : 4));
+            phases += rooms.hold(team, layers[i], decode_of(layers[i]), hidden, is_bf16 ? 2 : 4);
         }
         return phases;
     };
@@ -66,11 +71,9 @@ extern "C" void rrm_decode_layers(int is_bf16, const Layer* layers, int64_t coun
             const Layer& s = *layer;
             const team::Rope rope{s.q_norm, s.k_norm,   cos,     sin,    positions, slots,
                                   s.heads,  s.kv_heads, s.width, rotary, s.qk_eps};
-            const team::Decode decode{tables,     lengths, nullptr, rows,    table_width, block_size, s.heads,
-                                      s.kv_heads, s.width, s.width, s.scale, 0,           s.window};
             team::linear(me, *s.qkv, normed, qkv, rows);
             team::rope_store(me, is_bf16, rope, qkv, query, s.keys, s.values, rows);
-            team::paged_decode(me, is_bf16, decode, query, s.keys, s.values, mixed);
+            team::paged_decode(me, is_bf16, decode_of(s), query, s.keys, s.values, mixed);
             team::linear(me, *s.output, mixed, out, rows);
             team::norm(me, is_bf16, out, residual, s.mlp_norm, normed, rows, hidden, s.mlp_eps);
             team::linear(me, *s.gate_up, normed, gate_up, rows);

@@ -68,6 +68,7 @@ class Phase {
 // What the threads of one parallel region share. Before it one thread calls `hold`.
 struct Team {
     Room inputs, sums;  // of products, one at a time
+    Room parts;         // of attention
 
     void hold(int64_t phases) {
         if (phases > capacity) all = std::make_unique<Phase[]>(capacity = phases);
@@ -102,8 +103,8 @@ class Member {
     }
 };
 
-// Makes room for a product, before the parallel region. Returns its number of phases, all other kernels have one; 0 if this
-// kind was not compiled.
+// Makes room for a product, before the parallel region. Returns its number of phases; 0 if this kind was not compiled. What
+// has no `prepare` has one phase.
 int64_t prepare(Team& team, const Linear& linear, int64_t rows);
 
 void linear(Member& me, const Linear& linear, const void* x, void* out, int64_t rows);
@@ -124,13 +125,28 @@ struct Rope {
 void rope_store(Member& me, int is_bf16, const Rope& rope, const void* qkv, void* query, void* keys, void* values,
                 int64_t rows);
 
+// A row's tokens are done in spans of so many, each by itself, and what they give is put together in their order. So a long
+// row is work for many threads, and a span's scores stay in the second cache.
+constexpr int64_t SPAN = 960;
+
+// Numbers of what one head gives for a span: its result, its highest score and its sum of exponentials.
+constexpr int64_t part_size(int64_t width) { return 2 + width; }
+
 struct Decode {
     const int32_t *tables, *lengths;
     const float* sinks;  // null: none
     int64_t rows, table_width, block_size, heads, kv_heads, key_width, value_width;
     float scale, softcap;  // softcap 0: none
     int64_t window;        // 0: none
+
+    // The first token that a row attends to.
+    int64_t first(int64_t row) const { return window ? std::max<int64_t>(0, lengths[row] - window) : 0; }
+
+    int64_t spans(int64_t row) const { return std::max<int64_t>(1, whole(lengths[row] - first(row), SPAN)); }
 };
+
+// Makes room for attention, before the parallel region. Returns its number of phases.
+int64_t prepare(Team& team, const Decode& decode);
 
 void decode_bf16(Member& me, const Decode& decode, const void* query, const void* keys, const void* values, void* out);
 

@@ -13,7 +13,7 @@ int64_t rrm_linear_size(int64_t columns, int64_t depth);
 void rrm_linear_pack(int is_bf16, const void* weight, void* panels, int64_t columns, int64_t depth);
 bool rrm_linear(const void* linear, const void* x, void* out, int64_t rows);
 void rrm_paged_decode(int is_bf16, const void* query, const void* keys, const void* values, void* out,
-                      const int64_t* tables, const int64_t* lengths, const float* sinks, int64_t rows,
+                      const int32_t* tables, const int32_t* lengths, const float* sinks, int64_t rows,
                       int64_t table_width, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t key_width,
                       int64_t value_width, float scale, float softcap, int64_t window);
 void rrm_norm(int is_bf16, const void* x, void* residual, const void* weight, void* out, int64_t rows, int64_t width,
@@ -66,12 +66,15 @@ void run(int is_bf16, int32_t kind) {
         if (!rrm_linear(&linear, numbers<T>(rows * depth).data(), out.data(), rows)) std::printf("refused\n");
         print("product", out);
     }
-    const int64_t heads = 7, kv_heads = 1, block = 4, tables[] = {3, 1, 0, 5, 2, 7}, lengths[] = {9, 12};
+    const int64_t heads = 7, kv_heads = 1, block = 16, blocks = 63;
+    const int32_t lengths[] = {9, 1000};
+    int32_t tables[2 * blocks];
+    for (int i = 0; i < 2 * blocks; i++) tables[i] = i * 5 % (blocks + 1);
     for (int64_t width : {20, 48, 64, 128}) {
-        const auto query = numbers<T>(2 * heads * width), keys = numbers<T>(8 * block * width),
-                   values = numbers<T>(8 * block * width);
+        const auto query = numbers<T>(2 * heads * width), keys = numbers<T>((blocks + 1) * block * width),
+                   values = numbers<T>((blocks + 1) * block * width);
         std::vector<T> out(2 * heads * width);
-        rrm_paged_decode(is_bf16, query.data(), keys.data(), values.data(), out.data(), tables, lengths, nullptr, 2, 3,
+        rrm_paged_decode(is_bf16, query.data(), keys.data(), values.data(), out.data(), tables, lengths, nullptr, 2, blocks,
                          block, heads, kv_heads, width, width, 0.3f, 0, 0);
         print("attention", out);
     }

@@ -88,6 +88,38 @@ def test_both_equal_attention_written_out(
         assert (result.double() - expected).abs().max() < bound * expected.abs().max(), attention
 
 
+def check_long_contexts(
+    native: Any,
+    shape: tuple[int, int, int],
+    lengths: list[int],
+    block_size: int,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Every row against float64, and its bits do not depend on the others. ``shape``: heads, kv heads, width."""
+    heads, kv_heads, width = shape
+    generator = torch.Generator().manual_seed(block_size)
+    counts = [-(-length // block_size) for length in lengths]
+    key, value = torch.randn(2, sum(counts) + 1, block_size, kv_heads, width, generator=generator)
+    query = torch.randn(len(lengths), heads, width, generator=generator)
+    order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+    tables = [order[sum(counts[:i]) :][:count] for i, count in enumerate(counts)]
+    cpu, scores = torch.device("cpu"), Scores(width**-0.5, window, None, sinks)
+    out = native(query, key, value, batch_of([1] * len(lengths), lengths, tables, block_size, cpu), scores)
+    for i, (length, table) in enumerate(zip(lengths, tables, strict=True)):
+        first = max(0, length - window) if window else 0
+        k, v = (
+            x[table].flatten(0, 1)[first:length].double().repeat_interleave(heads // kv_heads, 1) for x in (key, value)
+        )
+        weights = torch.einsum("hw,lhw->hl", query[i].double(), k) * width**-0.5
+        if sinks is not None:
+            weights = torch.cat([weights, sinks[:, None].double()], 1)
+        weights = weights.softmax(-1)[:, : length - first]
+        assert (out[i] - torch.einsum("hl,lhw->hw", weights, v)).abs().max() < 2e-6
+        alone = native(query[i : i + 1], key, value, batch_of([1], [length], [table], block_size, cpu), scores)
+        assert torch.equal(alone[0], out[i])
+
+
 @pytest.mark.parametrize("block_size", [1, 5, 16, 48, 128])
 @pytest.mark.parametrize("window", [None, 70, 129])
 @pytest.mark.parametrize(
@@ -97,24 +129,20 @@ def test_both_equal_attention_written_out(
 def test_long_contexts_are_worked_on_tile_by_tile(
     native: Any, heads: int, kv_heads: int, width: int, window: int | None, block_size: int
 ) -> None:
-    """Lengths around multiples of a tile; and no row's bits depend on the others."""
-    lengths, generator = [47, 48, 49, 65, 96, 197, 300], torch.Generator().manual_seed(block_size)
-    counts = [-(-length // block_size) for length in lengths]
-    key, value = torch.randn(2, sum(counts) + 1, block_size, kv_heads, width, generator=generator)
-    query = torch.randn(len(lengths), heads, width, generator=generator)
-    order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
-    tables = [order[sum(counts[:i]) :][:count] for i, count in enumerate(counts)]
-    cpu, scores = torch.device("cpu"), Scores(width**-0.5, window)
-    out = native(query, key, value, batch_of([1] * len(lengths), lengths, tables, block_size, cpu), scores)
-    for i, (length, table) in enumerate(zip(lengths, tables, strict=True)):
-        first = max(0, length - window) if window else 0
-        k, v = (
-            x[table].flatten(0, 1)[first:length].double().repeat_interleave(heads // kv_heads, 1) for x in (key, value)
-        )
-        weights = (torch.einsum("hw,lhw->hl", query[i].double(), k) * width**-0.5).softmax(-1)
-        assert (out[i] - torch.einsum("hl,lhw->hw", weights, v)).abs().max() < 2e-6
-        alone = native(query[i : i + 1], key, value, batch_of([1], [length], [table], block_size, cpu), scores)
-        assert torch.equal(alone[0], out[i])
+    """Lengths around multiples of a tile."""
+    check_long_contexts(native, (heads, kv_heads, width), [47, 48, 49, 65, 96, 197, 300], block_size, window)
+
+
+@pytest.mark.parametrize("window", [None, 960, 961, 2000])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(7, 1, 64), (10, 2, 128), (3, 3, 48), (2, 1, 40)])
+def test_longer_contexts_are_worked_on_span_by_span(
+    native: Any, heads: int, kv_heads: int, width: int, window: int | None, sinks: bool
+) -> None:
+    """Lengths around multiples of a span, and a sink counts once."""
+    of_sinks = torch.linspace(2, 8, heads) if sinks else None
+    lengths = [960, 961, 30, 1920, 1921, 2900]
+    check_long_contexts(native, (heads, kv_heads, width), lengths, 16, window, of_sinks)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (14, 7), (20, 4)])
