@@ -29,7 +29,7 @@ struct Spans {
         return {s.tables + row * s.table_width, first, whole_rows ? length : std::min(first + team::SPAN, length)};
     }
 
-    // A row and how many spans there are before it. Goes forward only.
+    // A row and how many spans there are before it. Goes forward fastest.
     struct Walk {
         const Spans& spans;
         int64_t row = 0, before = 0;
@@ -37,10 +37,12 @@ struct Spans {
         explicit Walk(const Spans& spans) : spans(spans) {}
 
         void to_row(int64_t wanted) {
+            if (wanted < row) row = before = 0;
             while (row < wanted) before += spans.of(row++);
         }
 
         void to_span(int64_t wanted) {
+            if (wanted < before) row = before = 0;
             while (before + spans.of(row) <= wanted) before += spans.of(row++);
         }
     };
@@ -53,7 +55,7 @@ void decode(team::Member& me, const Shape& s, const T* query, const T* keys, con
     const Spans all(s, WHOLE_ROWS);
     // All heads of a span together, because what memory holds side by side comes from it fastest; fewer of them where a span
     // would be more than a thread's share.
-    const int64_t wanted = all.tokens > 0 ? whole(omp_get_num_threads() * all.longest, all.tokens) : 1;
+    const int64_t wanted = all.tokens > 0 ? whole(me.threads * all.longest, all.tokens) : 1;
     const int64_t pieces = WHOLE_ROWS ? s.kv_heads : std::min(s.kv_heads, wanted);
     float* const parts = me.team.parts.as<float>();  // [spans of all rows][heads][part]
     Spans::Walk walk(all);

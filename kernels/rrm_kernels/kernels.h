@@ -36,19 +36,43 @@ class Room {
     }
 };
 
-// Work in items that threads take until none is left. It is over when every item is done, not when every thread has come:
-// one that other programs keep from running delays no more than the item that it holds, and what is over when it comes it
-// passes by.
+// Work in items that threads take until none is left. Each thread goes through a share of its own in order, for memory is
+// read fastest so, and then takes what is left of the others' shares, from their ends. It is over when every item is done,
+// not when every thread has come: one that other programs keep from running delays no more than the item that it holds, and
+// what is over when it comes it passes by.
 class Phase {
     // Then the waiting thread's core is free for one that holds an item.
     static constexpr std::chrono::microseconds SPIN{100}, SLEEP{20};
-    alignas(64) std::atomic<int64_t> taken{0};
-    std::atomic<int64_t> done{0};
+    static constexpr uint64_t FROM_END = uint64_t(1) << 32;
+
+    // How many items were taken from a share: from its beginning in the lower half, from its end in the upper one.
+    struct alignas(64) Taken {
+        std::atomic<uint64_t> items{0};
+
+        bool left(uint64_t had, int64_t size) const { return int64_t(had % FROM_END + had / FROM_END) < size; }
+    };
+
+    alignas(64) std::atomic<int64_t> done{0};
+    std::vector<Taken> shares;
 
   public:
-    void reset() { taken = done = 0; }
+    void reset(int64_t threads) {
+        done = 0;
+        if (int64_t(shares.size()) < threads) shares = std::vector<Taken>(threads);
+        for (int64_t i = 0; i < threads; i++) shares[i].items.store(0, std::memory_order_relaxed);
+    }
 
-    int64_t take() { return taken.fetch_add(1, std::memory_order_relaxed); }
+    // An item for this thread, `items` if none is left.
+    int64_t take(int64_t thread, int64_t threads, int64_t items) {
+        for (int64_t i = 0; i < threads; i++) {
+            const int64_t of = (thread + i) % threads, begin = items * of / threads, end = items * (of + 1) / threads;
+            Taken& taken = shares[of];
+            if (!taken.left(taken.items.load(std::memory_order_relaxed), end - begin)) continue;
+            const uint64_t had = taken.items.fetch_add(i == 0 ? 1 : FROM_END, std::memory_order_relaxed);
+            if (taken.left(had, end - begin)) return i == 0 ? begin + had % FROM_END : end - 1 - had / FROM_END;
+        }
+        return items;
+    }
 
     // Add what this thread has done and wait for the others' items.
     void finish(int64_t count, int64_t items) {
@@ -72,7 +96,7 @@ struct Team {
 
     void hold(int64_t phases) {
         if (phases > capacity) all = std::make_unique<Phase[]>(capacity = phases);
-        for (int64_t i = 0; i < phases; i++) all[i].reset();
+        for (int64_t i = 0; i < phases; i++) all[i].reset(omp_get_max_threads());
     }
 
     Phase& phase(int64_t i) { return all[i]; }
@@ -88,17 +112,20 @@ class Member {
 
   public:
     Team& team;
-    const int64_t thread = omp_get_thread_num();
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
 
     explicit Member(Team& team) : team(team) {}
 
     Phase& next() { return team.phase(phases++); }
 
+    // An item of a phase, `items` if none is left.
+    int64_t take(Phase& phase, int64_t items) const { return phase.take(thread, threads, items); }
+
     template <typename F>
     void share(int64_t items, F f) {
         Phase& phase = next();
         int64_t count = 0;
-        for (int64_t item; (item = phase.take()) < items; count++) f(item);
+        for (int64_t item; (item = take(phase, items)) < items; count++) f(item);
         phase.finish(count, items);
     }
 };

@@ -107,8 +107,8 @@ template <typename P>
 void multiply_chunk(team::Member& me, const Linear& s, const typename P::Value* x, typename P::Value* out, int64_t rows) {
     const Split<P> split(s, rows);
     const int64_t length = split.runs * RUN_LINES<P>, width = split.runs * RUN, blocks = split.blocks;
-    const int64_t panels = split.tiles * LINES, threads = omp_get_num_threads();
-    const int lines = rows <= P::WIDE_ROWS && panels >= WIDE * WIDE_TILES * threads ? WIDE : LINES;
+    const int64_t panels = split.tiles * LINES;
+    const int lines = rows <= P::WIDE_ROWS && panels >= WIDE * WIDE_TILES * me.threads ? WIDE : LINES;
     const int64_t tiles = whole(panels, lines);
     auto* const arranged = me.team.inputs.as<typename P::Input>();
     auto* const sums = me.team.sums.as<Sums<P>>();
@@ -122,8 +122,8 @@ void multiply_chunk(team::Member& me, const Linear& s, const typename P::Value* 
         team::Phase& phase = me.next();
         int64_t count = 0;
         // A thread knows the tile that it takes after this one, which is fetched meanwhile.
-        for (int64_t tile = phase.take(), following; tile < tiles; tile = following, count++) {
-            following = phase.take();
+        for (int64_t tile = me.take(phase, tiles), following; tile < tiles; tile = following, count++) {
+            following = me.take(phase, tiles);
             const int here = std::min<int64_t>(lines, panels - tile * lines);
             const auto panel = [&](int64_t of) { return s.panels + of * lines * length; };
             Sums<P>* const tile_sums = sums + (split.once() ? me.thread : tile) * blocks;
