@@ -277,3 +277,22 @@ def test_bf16_logits_agree_with_transformers_forward(native: NativeLayer) -> Non
         errors[type(model.forward).__name__] = model.load_check_error
     assert errors.keys() == {"LeanForward", "function"}
     assert max(errors.values()) < 0.1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decodes_that_cross_spans_of_attention(variant: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernel takes 960 tokens at a time: one sequence begins its second span, one its third."""
+    monkeypatch.setenv("RRM_CPU_KERNELS", variant)
+    plain = plain_model("qwen3", head_dim=64, max_position_embeddings=2048)
+    engine = engine_for(prepared(plain), 200, 16, step_tokens=512, max_sequence_tokens=2048)
+    lengths, before = (950, 1910), torch.get_num_threads()
+    sequences = [engine.submit(f"{n}", prompt(n, n), 20, SamplingParams()) for n in lengths]
+    torch.set_num_threads(threads)
+    while engine.has_work:
+        engine.step()
+    torch.set_num_threads(before)
+    for sequence, length in zip(sequences, lengths, strict=True):
+        assert wrong_tokens(plain, sequence.tokens, [(length, length + 20)]) == []
+        # Control: without the first span they would be others.
+        assert wrong_tokens(plain, sequence.tokens[900:], [(length - 900, length - 880)])
